@@ -1,0 +1,565 @@
+"""The policy: what GRPO, DAPO and SFT share, in the order in which a run meets it.
+
+  1. the command line    every field of a script's Config is a flag
+  2. loading             a checkpoint directory or a hub id, through transformers
+  3. DoRA                a small trainable part beside frozen weights (arXiv 2402.09353):
+                             y = m * (W x + s B A x) / ||W + s B A||,  s = alpha / r        (eq. 1)
+                         with m, A, B trained, the norm of each row held constant in the
+                         gradient, and the part switched off as the reference policy
+  4. sampling            one forward pass for a prompt, then its keys and values serve the group
+  5. log-probabilities   log pi(token | what came before), the only thing that training asks for
+  6. figures             format, ES, exact match, stale rate; the table of held-out tasks
+  7. set-up              model, tokenizer, tasks, run directory and the header that tells of them
+
+Differences from the usual way (PEFT, Hugging Face generate), each measured or tested:
+  a. BA is never formed. ||W + sBA||^2 = ||W||^2 + 2s <W, BA> + s^2 ||BA||^2 needs small products only,
+     and is computed once for every change of A and B, not once a token.
+  b. Dropout acts on the input of A alone; PEFT also drops inputs of W where m differs from the norm.
+  c. Nothing is merged for sampling: in bf16 a merge would round half of a small update away.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import data
+import reward
+from data import BadInput
+from run import Run, write
+
+# ------------------------------------------------------------------------- 1. the command line
+
+MAY_BE_ZERO = ("seed", "dropout", "beta", "warmup", "weight_decay")  # every other number is above 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see --help")
+
+
+def parse_config(Config, argv, doc):
+    """A checked Config: its own defaults, then those of the checkpoint, then the flags of `argv`.
+
+    The comment behind a field is the help of its flag, the comment above some fields their heading.
+    MODEL/defaults.json holds the checkpoint's defaults; "data" and "heldout" in it may name files
+    beside it. Raises BadInput for an unknown flag or a value that makes no sense.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group, defaults = parser, {field.name: field.default for field in dataclasses.fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        if heading := re.fullmatch(r"    # (.+)", line):
+            group = parser.add_argument_group(heading[1])
+        elif field := re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line):
+            name, default = field[1], defaults[field[1]]
+            kind = {"action": "store_true"} if default is False else {"type": type(default), "metavar": "X"}
+            text = f"{field[2]} [{default}]".replace("%", "%%")
+            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    path = Path(given.get("model", defaults["model"])) / "defaults.json"
+    for name, value in json.loads(path.read_text()).items() if path.is_file() else ():
+        if name not in defaults or not isinstance(value, type(defaults[name]) | int):
+            raise BadInput(f"{path}: {name!r}: {value!r} is no setting of this script")
+        beside = path.parent / value if name in ("data", "heldout") else None
+        given.setdefault(name, str(beside) if beside and beside.is_file() else value)
+    return check(Config(**given))
+
+
+def check(config):
+    """`config` itself, if its values make sense; else BadInput naming the flag."""
+    for name, value in vars(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+                raise BadInput(f"{flag} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+    if config.num_samples == 1:
+        raise BadInput("--num-samples 1: advantages compare the samples of a group; give at least 2")
+    if config.prompts_per_step % config.updates:
+        raise BadInput(f"--updates {config.updates}: must divide --prompts-per-step {config.prompts_per_step}")
+    if config.dropout >= 1 or config.warmup > 1:
+        raise BadInput("--dropout must be below 1 and --warmup at most 1: both are shares")
+    if config.correctness not in reward.CORRECTNESS:
+        raise BadInput(f"--correctness {config.correctness!r}: give one of {', '.join(reward.CORRECTNESS)}")
+    return config
+
+
+def guard(main):
+    """Run `main` as a program: its result is the exit status, bad input one line and status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------- 2. loading
+
+
+def load_tokenizer(model):
+    """The tokenizer of a checkpoint directory or hub id. BadInput without one, or without an EOS."""
+    path = Path(model)
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise BadInput(f"model: no tokenizer in {model!r}; save one there with tokenizer.save_pretrained")
+    if not path.is_dir() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
+        raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"model: no tokenizer for {model!r}: {first_line(error)}")
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"model: the tokenizer of {model!r} has no EOS token; set tokenizer.eos_token and save it")
+    return tokenizer
+
+
+def load_model(model):
+    """The causal language model of a directory or hub id: fp32 on the CPU, bf16 on a GPU, eval mode."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
+    return loaded.to(device).eval()
+
+
+def eos_ids(model, tokenizer):
+    """The ids that end a completion, list[int]: what `generate` would stop at, and the tokenizer's own."""
+    listed = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id} | set(listed if isinstance(listed, list) else [listed or tokenizer.eos_token_id]))
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# ------------------------------------------------------------------------- 3. DoRA
+
+
+class DoRALinear(nn.Module):
+    """A frozen nn.Linear W and its trained direction and magnitude (eq. 1). Equals PEFT's use_dora.
+
+    lora_A (r, in), lora_B (out, r) and magnitude (out,) are fp32 whatever the dtype of W.
+    """
+
+    def __init__(self, base, r, alpha, dropout):
+        super().__init__()
+        self.base, self.scale, self.dropout, self.enabled = base, alpha / r, nn.Dropout(dropout), True
+        kwargs = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **kwargs))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **kwargs))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_buffer("squares", base.weight.detach().float().square().sum(1), persistent=False)
+        self.magnitude = nn.Parameter(self.squares.sqrt())  # with B = 0 the layer is exactly W
+        self.cached = None, None  # versions of A and B, and the norm that belongs to them
+
+    @torch.no_grad()
+    def norm(self):
+        """||W + sBA|| of every row, (out,), computed anew only when A or B have changed."""
+        versions = self.lora_A._version, self.lora_B._version
+        if self.cached[0] != versions:
+            A, B, s = self.lora_A, self.lora_B, self.scale
+            cross = (B * (self.base.weight.float() @ A.T)).sum(1)  # <W, BA> of every row
+            gram = (B @ (A @ A.T) * B).sum(1)  # ||BA||^2 of every row
+            self.cached = versions, (self.squares + 2 * s * cross + s * s * gram).sqrt()
+        return self.cached[1]
+
+    def forward(self, x):
+        if not self.enabled:
+            return self.base(x)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        y = F.linear(x, self.base.weight) + self.scale * F.linear(F.linear(self.dropout(x), A), B)
+        y = y * (self.magnitude / self.norm()).to(x.dtype)  # eq. 1
+        return y if self.base.bias is None else y + self.base.bias
+
+
+def add_dora(model, config):
+    """Freeze `model` and put a DoRALinear over each linear layer whose name is in config.targets."""
+    model.requires_grad_(False)
+    torch.manual_seed(config.seed)
+    targets, linear = config.targets.split(","), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linear[name] = module
+    for name, module in linear.items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf in targets:
+            layer = DoRALinear(module, config.r, config.alpha, config.dropout)
+            setattr(model.get_submodule(parent), leaf, layer)
+    known = {name.rpartition(".")[2] for name in linear}
+    if missing := set(targets) - known:
+        raise BadInput(f"--targets: no linear layer {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
+    return model
+
+
+def dora_layers(model):
+    """{name: DoRALinear}, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DoRALinear)}
+
+
+@contextlib.contextmanager
+def reference(model):
+    """Inside, the adapter is off: `model` is the policy that training started from."""
+    layers = dora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def save_adapter(model, config, directory):
+    """Write the adapter as PEFT does, so that PeftModel.from_pretrained(base, directory) loads it."""
+    tensors = {}
+    for name, layer in dora_layers(model).items():
+        prefix = f"base_model.model.{name}.lora_"
+        tensors[prefix + "A.weight"], tensors[prefix + "B.weight"] = layer.lora_A, layer.lora_B
+        tensors[prefix + "magnitude_vector"] = layer.magnitude
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "use_dora": True, "bias": "none", "inference_mode": True,
+        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "target_modules": config.targets.split(","), "base_model_name_or_path": config.model,
+    }  # fmt: skip
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write(Path(directory) / "adapter_model.safetensors", safetensors.torch.save(tensors))
+    write(Path(directory) / "adapter_config.json", json.dumps(settings, indent=2).encode())
+
+
+@dataclasses.dataclass
+class AdapterConfig:
+    """What an adapter directory says of itself, under the names that add_dora reads."""
+
+    r: int
+    alpha: float
+    targets: str
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def load_adapter(model, directory):
+    """Put the DoRA adapter of `directory` (ours or PEFT's) over `model`, dropout off, and return it."""
+    try:
+        settings = json.loads((Path(directory) / "adapter_config.json").read_text())
+        tensors = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
+    except OSError as error:
+        raise BadInput(f"adapter: {directory!r} has no {Path(error.filename or directory).name}")
+    if not settings.get("use_dora"):
+        raise BadInput(f"adapter: {directory!r} is not a DoRA adapter")
+    add_dora(model, AdapterConfig(settings["r"], settings["lora_alpha"], ",".join(sorted(settings["target_modules"]))))
+    with torch.no_grad():
+        for name, layer in dora_layers(model).items():
+            prefix = f"base_model.model.{name}.lora_"
+            layer.lora_A.copy_(tensors[prefix + "A.weight"])
+            layer.lora_B.copy_(tensors[prefix + "B.weight"])
+            layer.magnitude.copy_(tensors[prefix + "magnitude_vector"])
+    return model
+
+
+@torch.no_grad()
+def export(model, adapter, output):
+    """Merge an adapter into its model and save it as an ordinary checkpoint directory, in W's dtype.
+
+    Prints how much of the update survives the rounding to that dtype. vLLM and others load the result.
+    """
+    tokenizer = load_tokenizer(model)
+    merged = load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
+    wanted = lost = 0.0
+    for name, layer in dora_layers(merged).items():
+        W = layer.base.weight.float()
+        exact = (W + layer.scale * layer.lora_B @ layer.lora_A) * (layer.magnitude / layer.norm())[:, None]  # eq. 1
+        layer.base.weight.copy_(exact)
+        wanted += (exact - W).square().sum().item()
+        lost += (exact - layer.base.weight.float()).square().sum().item()
+        parent, _, leaf = name.rpartition(".")
+        setattr(merged.get_submodule(parent), leaf, layer.base)
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"merged into {output} as {merged.dtype}: rounding loses {math.sqrt(lost / max(wanted, 1e-30)):.2%} of the update")
+
+
+# ------------------------------------------------------------------------- 4. sampling
+
+
+class KVCache:
+    """Static keys and values of all layers; to the model it looks like a transformers cache.
+
+    A slot is a column for all rows: the prompts, padded on the right, stand in the first slots and
+    generated token t in the slot after them, so a decoding step writes one column in place.
+    """
+
+    def __init__(self, prefilled, num_samples, room):
+        grow = lambda x: F.pad(x, (0, 0, 0, room)).repeat_interleave(num_samples, 0)  # (B, heads, slots, dim)
+        self.keys = [grow(layer.keys) for layer in prefilled.layers]
+        self.values = [grow(layer.values) for layer in prefilled.layers]
+        self.end = prefilled.get_seq_length()
+
+    def update(self, keys, values, layer, *_):
+        self.keys[layer][:, :, self.end - 1] = keys[:, :, 0]
+        self.values[layer][:, :, self.end - 1] = values[:, :, 0]
+        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+
+    def keep(self, rows):
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+
+
+def pad(rows, device):
+    """Lists of ids, padded on the right with 0 to (rows, longest), and their lengths (rows,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row)
+    return ids.to(device), lengths.to(device)
+
+
+def pick(logits, temperature, noise):
+    """One token a row, (B,), and its log-probability, (B,): argmax at temperature 0, else by `noise`.
+
+    noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulated probabilities.
+    """
+    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        tokens = logps.argmax(-1, keepdim=True)
+    else:
+        cumulated = logps.exp().double().cumsum(-1)
+        tokens = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
+
+
+@torch.no_grad()
+def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0):
+    """Complete each prompt `num_samples` times.
+
+    prompts: list of P lists of ids, of any lengths; eos: list of ids that end a completion.
+    Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and
+    T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask covers a
+    completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
+    Temperature 0 is greedy and equals transformers' generate token for token.
+    """
+    model.eval()  # in training mode a checkpointed model would drop its cache
+    ids, lengths = pad(prompts, model.device)  # (P, L)
+    prefilled = DynamicCache()
+    hidden = model.base_model(ids, past_key_values=prefilled, use_cache=True).last_hidden_state
+    head = model.get_output_embeddings()
+    logits = head(hidden[range(len(prompts)), lengths - 1]).repeat_interleave(num_samples, 0)  # (B, V)
+    lengths = lengths.repeat_interleave(num_samples)  # (B,)
+    B, L, T = len(lengths), ids.shape[1], max_new_tokens
+    cache = KVCache(prefilled, num_samples, room=T)
+    slots = torch.arange(L + T, device=model.device)
+    visible = (slots < lengths[:, None]) | (slots >= L)  # (B, L + T), false where a shorter prompt is padded
+    tokens = torch.zeros(B, T, dtype=torch.long, device=model.device)
+    mask, logps = tokens.bool(), tokens.float()
+    generator = torch.Generator(model.device).manual_seed(seed)
+    eos = torch.tensor(eos, device=model.device)
+    rows = torch.arange(B, device=model.device)  # which completions are still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
+    for t in range(T):
+        noise = torch.rand(B, 1, device=model.device, generator=generator)  # a row's luck never depends on who left
+        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows])
+        mask[rows, t] = alive
+        alive &= ~torch.isin(tokens[rows, t], eos)
+        left = int(alive.sum())
+        if left == 0 or t + 1 == T:
+            break
+        if left <= 0.8 * len(rows):  # finished rows leave; copying the cache pays from a fifth on
+            cache.keep(alive)
+            rows, lengths, visible, alive = rows[alive], lengths[alive], visible[alive], alive[alive]
+        cache.end = L + t + 1
+        out = model.base_model(
+            tokens[rows, t, None],
+            position_ids=(lengths + t)[:, None],
+            attention_mask=visible[:, None, None, : cache.end],  # (B, 1, 1, slots)
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = head(out.last_hidden_state[:, -1])
+    return tokens[:, : t + 1] * mask[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1] * mask[:, : t + 1]
+
+
+# ------------------------------------------------------------------------- 5. log-probabilities
+
+LOGITS = 2**23  # logits held at once: 32 MB in fp32, 55 positions of a vocabulary of 152k
+
+
+def token_logps(model, prompts, tokens, mask, temperature=1.0):
+    """log pi(token t of row b | its prompt and the tokens before), (B, T) fp32, 0 outside the mask.
+
+    prompts: list of B lists of ids; tokens (B, T) int64; mask (B, T) bool, true on a first stretch of
+    every row. Differentiable. The output layer sees completion positions only, a few at a time, and
+    is computed again in the backward pass, so the (B, T, V) logits never exist.
+    """
+    rows = [prompt + row[keep].tolist() for prompt, row, keep in zip(prompts, tokens, mask, strict=True)]
+    ids, lengths = pad(rows, model.device)  # (B, S); padding on the right is never looked at by what precedes it
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, S, d)
+    first = lengths - mask.sum(1) - 1  # (B,) the position that predicts token 0
+    row, t = mask.nonzero(as_tuple=True)  # (N,) each
+    hidden, targets = hidden[row, first[row] + t], tokens[mask]  # (N, d), (N,)
+    head = model.get_output_embeddings()
+
+    def logps_of(hidden, targets):
+        logits = head(hidden).float() / temperature
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    size = max(1, LOGITS // head.weight.shape[0])
+    chunks = [
+        checkpoint(logps_of, h, y, use_reentrant=False, preserve_rng_state=False)
+        for h, y in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(chunks))  # (B, T)
+
+
+@dataclasses.dataclass
+class Batch:
+    """Completions with all that an update needs: a list of B prompts, tensors (B, T) and (B,)."""
+
+    prompts: list
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    old_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+
+    def select(self, rows):
+        """The same with only `rows`, an index tensor, in that order."""
+        chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return dataclasses.replace(self, prompts=[self.prompts[i] for i in rows.tolist()], **chosen)
+
+    def micro(self, size):
+        """Index tensors of at most `size` rows that together are all rows, longest first."""
+        return self.mask.sum(1).sort(descending=True, stable=True).indices.split(size)
+
+
+@torch.no_grad()
+def batch_logps(model, batch, config):
+    """token_logps of a whole Batch without gradient or dropout, micro-batch by micro-batch, (B, T)."""
+    model.eval()
+    logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    for rows in batch.micro(config.micro_batch):
+        part = batch.select(rows)
+        logps[rows] = token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
+    return logps
+
+
+def completions(tokenizer, tokens, mask, eos):
+    """The text of every completion, list[str], without its EOS."""
+    kept = [[i for i in row[keep].tolist() if i not in eos] for row, keep in zip(tokens, mask, strict=True)]
+    return [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in kept]
+
+
+# ------------------------------------------------------------------------- 6. figures
+
+
+def judge(texts, examples):
+    """Means over completions: format (a share), es, em and stale; plain floats in [0, 1]."""
+    pairs, figures = list(zip(texts, examples, strict=True)), {}
+    figures["format"] = [reward.format_reward(text) > 0 for text in texts]
+    figures["es"] = [reward.es(text, example.new_code) for text, example in pairs]
+    figures["em"] = [reward.em(text, example.new_code) for text, example in pairs]
+    figures["stale"] = [reward.stale(text, example.old_code, example.new_code) for text, example in pairs]
+    return {name: sum(values) / len(values) for name, values in figures.items()}
+
+
+def evaluate(model, tokenizer, tasks, config):
+    """Figures over held-out `tasks`: those of judge() for greedy answers, and the sampled reward."""
+    eos, size = eos_ids(model, tokenizer), config.prompts_per_step * config.num_samples
+    texts, rewards, examples = [], [], [example for _, example in tasks]
+    for start in range(0, len(tasks), size):
+        prompts = [prompt for prompt, _ in tasks[start : start + size]]
+        tokens, mask, _ = sample(model, prompts, 1, config.max_new_tokens, eos, temperature=0)
+        texts += completions(tokenizer, tokens, mask, eos)
+        tokens, mask, _ = sample(model, prompts, 1, config.max_new_tokens, eos, config.temperature, seed=start)
+        sampled = zip(completions(tokenizer, tokens, mask, eos), examples[start:])
+        rewards += [reward.score(text, example.new_code, config.correctness) for text, example in sampled]
+    return judge(texts, examples) | {"reward": sum(rewards) / len(rewards)}
+
+
+def table(before, after):
+    """The held-out figures side by side, as text."""
+    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES", "reward": "sampled reward"}
+    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
+    rows += [f"  {names[k]:<16}{before[k]:9.3f}{after[k]:9.3f}{after[k] - before[k]:+9.3f}" for k in names]
+    return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------- 7. set-up
+
+
+def set_up(config):
+    """Everything a training script starts from: (run, model, tokenizer, train tasks, held-out tasks).
+
+    Checks what can be checked before anything slow is done, and prints the header. A task is
+    (prompt ids, Example).
+    """
+    run, dropped = Run(config), Counter()
+    tokenizer = load_tokenizer(config.model)
+    examples = data.load_examples(config.data, dropped)
+    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
+    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
+    heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter()) if heldout else []
+    model = add_dora(load_model(config.model), config)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    defaults = Path(config.model) / "defaults.json"
+    print(f"model     {config.model}: {total - trained:,} parameters, {model.dtype} on {model.device}")
+    print(f"trained   {trained:,} parameters: DoRA, r {config.r}, on {config.targets}")
+    if defaults.is_file():
+        print(f"defaults  {defaults}: {', '.join(f'{k} {v}' for k, v in json.loads(defaults.read_text()).items())}")
+    print(f"data      {config.data}: {len(train):,} tasks kept, {sum(dropped.values()):,} rows dropped")
+    for reason, count in dropped.items():
+        print(f"          {count:,} dropped: {reason}")
+    print(f"held out  {len(heldout):,} tasks" + (f" of {config.heldout}" if heldout else "; --heldout sets some aside"))
+    print(f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions", flush=True)
+    if tokenizer.chat_template is None:
+        print("warning   the tokenizer has no chat template; prompts are plain text")
+    run.begin()
+    return run, model, tokenizer, train, heldout
+
+
+def learning_rate(step, config):
+    """The rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0 at the last step's end."""
+    warm = config.warmup * config.steps
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
+
+
+def save(run, model, optimizer, state):
+    """A checkpoint to go on from, and the adapter as it is now."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    run.save(trained, optimizer, state)
+    save_adapter(model, run.config, run.path / "adapter")
+
+
+def finish(run, model, tokenizer, optimizer, heldout, state):
+    """After the loop: save, say what came out of it, and return the exit status."""
+    again = "python " + " ".join(sys.argv) + ("" if run.config.resume else " --resume")
+    if state["lost"]:
+        print(f"stopped: loss or gradient not finite {state['lost']} times in a row, up to step {state['step']}; "
+              f"the checkpoint before that is kept in {run.path}; lower --lr and start anew")  # fmt: skip
+        return 1
+    save(run, model, optimizer, state)
+    if state["step"] < run.config.steps:
+        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {again}")
+        return 130
+    if heldout:
+        print(table(state["before"], evaluate(model, tokenizer, heldout, run.config)))
+    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and adapter/")
+    return 0

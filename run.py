@@ -1,0 +1,184 @@
+"""The run directory: everything a run leaves behind, complete and readable while it goes on.
+
+    config.json      every setting                     curve.svg    reward, exact match, stale rate
+    metrics.jsonl    one row of figures a step         adapter/     the trained part, as PEFT saves it
+    samples.jsonl    prompts, completions, rewards     checkpoint/  all that --resume needs
+
+A file is either appended to line by line or replaced whole: written aside, synced, renamed. So a run
+that is killed at any moment, also while it saves, or that meets a full disk, keeps its last
+checkpoint; --resume cuts the logs back to it and goes on as if nothing had happened.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import BadInput
+
+MAY_CHANGE = ("resume", "output", "steps", "save_every", "show_every")  # between a run and its --resume
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def write(path, content):
+    """Write bytes so that `path` holds either all of them or what it held before, whatever happens."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise BadInput(f"cannot write {path}: {error.strerror}; nothing that was there is harmed")
+
+
+# figure, heading, format of a step's row on the screen
+COLUMNS = (
+    ("step", "step", "5d"), ("reward", "reward", "7.3f"), ("reward_std", "std", "6.3f"), ("format", "format", "7.2f"),
+    ("es", "ES", "6.3f"), ("em", "exact", "6.2f"), ("stale", "stale", "6.2f"), ("loss", "loss", "8.4f"),
+    ("kl", "kl", "8.5f"), ("clip_fraction", "clip", "6.3f"), ("grad_norm", "grad", "6.2f"), ("lr", "lr", "9.1e"),
+    ("completion_length", "tokens", "7.1f"), ("tokens_per_second", "tok/s", "6.0f"),
+)  # fmt: skip
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
+
+    asked = False
+
+    def __call__(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step; once more to stop at once")
+
+
+def show(step, sample):
+    """A sample completion for the screen: the update note, what the model made of it, the reward."""
+    text = "<think>" + sample["completion"]
+    lines = [f"sample of step {step}, reward {sample['reward']:.2f}", f"note: {sample['update_info']}", *text.split("\n")]
+    return "\n" + "\n".join(f"    | {line[:92]}" for line in lines[:20]) + "\n"
+
+
+def curve(rows):
+    """An SVG picture of metrics rows: reward (left axis), exact match and stale rate (right axis) by step."""
+    width, height, left, right, top, bottom = 760, 420, 60, 700, 40, 370
+    steps = [row["step"] for row in rows] or [0]
+    x = lambda step: left + (right - left) * (step - steps[0]) / max(1, steps[-1] - steps[0])
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for i in range(7):  # one grid line for each unit of reward
+        y = bottom - (bottom - top) * i / 6
+        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{i - 3}</text>')
+        parts.append(f'<text x="{right + 8}" y="{y + 4:.1f}">{i / 6:.0%}</text>')
+    for i in range(6):
+        step = steps[0] + (steps[-1] - steps[0]) * i // 5
+        parts.append(f'<text x="{x(step):.1f}" y="{bottom + 20}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 40}" text-anchor="middle">step</text>')
+    series = (("reward", -3, 3, "#1f5fbf", "reward (left)"), ("em", 0, 1, "#2a8a3e", "exact match"), ("stale", 0, 1, "#c2452d", "stale"))
+    for place, (name, low, high, colour, label) in enumerate(series):
+        y = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
+        values = [row[name] for row in rows]
+        smooth = [sum(values[max(0, i - 4) : i + 5]) / len(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
+        for line, opacity, stroke in ((values, 0.3, 1), (smooth, 1, 2.5)):  # every step, and the mean of nine
+            points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in zip(steps, line))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{stroke}" opacity="{opacity}"/>')
+        parts.append(f'<text x="{left + 20 + 150 * place}" y="{top - 15}" fill="{colour}" font-weight="bold">{label}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+class Run:
+    """The run directory: config.json, metrics.jsonl, samples.jsonl, curve.svg, checkpoint/, adapter/."""
+
+    def __init__(self, config):
+        """Claim config.output for a new run, or check that it holds the run to go on with."""
+        self.config, self.path, self.rows = config, Path(config.output), []
+        self.estimate = True  # the first step of this process tells how long all will take
+        self.checkpoint = self.path / "checkpoint" / "state.pt"
+        settings = asdict(config)
+        if config.resume and not self.checkpoint.is_file():
+            raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
+        if config.resume:
+            before = json.loads((self.path / "config.json").read_text())
+            for name in settings:
+                if name not in MAY_CHANGE and before.get(name) != settings[name]:
+                    raise BadInput(f"--resume: {name} was {before.get(name)!r} in {self.path}, now {settings[name]!r}")
+        elif self.path.is_dir() and any(self.path.iterdir()) or self.path.is_file():
+            raise BadInput(f"--output {self.path} is not empty; --resume goes on with it, another --output starts anew")
+
+    def begin(self):
+        """Make the directory, once everything else has proved sound."""
+        write(self.path / "config.json", json.dumps(asdict(self.config), indent=2).encode())
+
+    @contextlib.contextmanager
+    def progress(self, done):
+        """Around the training loop: the progress bar, and the Stop that Ctrl-C sets."""
+        stop = Stop()
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tqdm(total=self.config.steps, initial=done, unit="step", disable=None, leave=False) as self.bar:
+                yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def append(self, name, row):
+        """One JSON object more in a .jsonl file. What is not finite becomes null."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise BadInput(f"cannot write {self.path / name}: {error.strerror}; make room, then --resume")
+        return row
+
+    def log(self, figures, samples):
+        """A step's row for the file and the screen; now and then its first group of samples and the curve."""
+        seconds = sum(value for name, value in figures.items() if name.startswith("seconds"))
+        tokens = figures["completion_length"] * len(samples)
+        row = self.append("metrics.jsonl", {**figures, "tokens_per_second": tokens / seconds})
+        self.rows.append(row)
+        if self.estimate:
+            self.estimate, left = False, (self.config.steps - row["step"]) * seconds
+            tqdm.write(f"estimate  {left:,.0f} seconds for the steps to come, by the first of them\n")
+            tqdm.write("".join(f"{title:>{int(re.match('[0-9]+', form)[0])}}" for _, title, form in COLUMNS))
+        tqdm.write("".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
+        self.bar.update()
+        if row["step"] % self.config.show_every == 0 or row["step"] in (1, self.config.steps):
+            for sample in samples[: self.config.num_samples]:
+                self.append("samples.jsonl", {"step": row["step"], **sample})
+            tqdm.write(show(row["step"], samples[0]))
+            write(self.path / "curve.svg", curve(self.rows).encode())
+
+    def save(self, trained, optimizer, state):
+        """A checkpoint in one file, replaced in one step: parameters by name, optimizer, `state`, log lengths."""
+        files = {name: (self.path / name).stat().st_size for name in LOGS}
+        content = io.BytesIO()
+        torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "state": state, "files": files}, content)
+        write(self.checkpoint, content.getvalue())
+        write(self.path / "curve.svg", curve(self.rows).encode())
+
+    def load(self, model, optimizer):
+        """Put the last checkpoint into model and optimizer, cut later rows off the logs; its `state`."""
+        saved = torch.load(self.checkpoint, map_location=model.device, weights_only=True)
+        model.load_state_dict(saved["trained"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        for name, size in saved["files"].items():
+            os.truncate(self.path / name, size)
+        self.rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return saved["state"]

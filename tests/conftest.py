@@ -1,0 +1,81 @@
+"""Shared by all tests: small random checkpoints of three families, and a few tasks of our own wording.
+
+PEFT and rapidfuzz are oracles for some tests, which skip without them. ../shared/data, where it
+exists, holds the real data set.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+def random_model(family, vocab_size=97, **overrides):
+    """A small model with random weights, large enough ones that its answers are not all the same."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 4096,
+        "eos_token_id": 3, "pad_token_id": 0, "bos_token_id": None,
+    }  # fmt: skip
+    if family == "qwen3":
+        settings["head_dim"] = 16
+    config = FAMILIES[family](**settings | overrides)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "tiny")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, tokenizer):
+    """{family: directory} of random checkpoints in the HF layout, with tiny's tokenizer and template."""
+    made = {}
+    for family in FAMILIES:
+        made[family] = str(tmp_path_factory.mktemp(family))
+        model = random_model(family, len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        model.save_pretrained(made[family])
+        tokenizer.save_pretrained(made[family])
+    return made
+
+
+ROWS = [
+    {
+        "dependency": "mathlib",
+        "new_version": "==2.0",
+        "description": "doubles a number",
+        "update_info": f"twice_{i} was removed; use double_{i}.",
+        "old_code": f"import mathlib\nx = mathlib.twice_{i}(4)",
+        "new_code": f"import mathlib\nx = mathlib.double_{i}(4)",
+    }
+    for i in range(6)
+]
+
+
+@pytest.fixture
+def rows():
+    """Six good records, as fresh dicts."""
+    return [dict(row) for row in ROWS]
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """write_rows(rows, name="data.jsonl") -> path of a JSONL file; a str among the rows is written as it is."""
+
+    def write(rows, name="data.jsonl"):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return str(tmp_path / name)
+
+    return write
