@@ -129,7 +129,9 @@ def collect(model, tokenizer, tasks, position, config, seed):
         "seconds_sample": sampled - started,
         "seconds_score": time.perf_counter() - sampled,
     }
-    samples = [{"update_info": ex.update_info, "completion": t, "reward": r} for t, ex, r in zip(texts, examples, scores)]
+    samples = [
+        {"update_info": ex.update_info, "completion": t, "reward": r} for t, ex, r in zip(texts, examples, scores)
+    ]
     return batch, figures, samples, position + len(drawn)
 
 
@@ -144,9 +146,7 @@ def accumulate(model, batch, config):
         part = batch.select(rows)
         logps = recode.token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
         old_logps = logps.detach() if part.old_logps is None else part.old_logps
-        J = objective(
-            logps, old_logps, part.ref_logps, part.advantages, config.clip_low, config.clip_high, config.beta
-        )
+        J = objective(logps, old_logps, part.ref_logps, part.advantages, config.clip_low, config.clip_high, config.beta)
         loss = -(weights[rows] * J).sum()  # eq. 7
         loss.backward()
         with torch.no_grad():
@@ -192,8 +192,9 @@ def main(argv=None):
     else:
         before = recode.evaluate(model, tokenizer, heldout, config) if heldout else {}
         state = {"step": 0, "position": 0, "lost": 0, "before": before}
+        recode.save(run, model, optimizer, state)  # from here on there is always something to go on from
     with run.progress(state["step"]) as stop:
-        while state["step"] < config.steps and state["lost"] < 3 and not stop.asked:
+        while state["step"] < config.steps and state["lost"] < recode.LOST and not stop.asked:
             seed = config.seed * 1_000_003 + state["step"]  # all chance in a step hangs on this alone
             torch.manual_seed(seed)
             batch, figures, samples, state["position"] = collect(

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import data
@@ -71,12 +72,20 @@ def parse_config(Config, argv, doc):
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     path = Path(given.get("model", defaults["model"])) / "defaults.json"
-    for name, value in json.loads(path.read_text()).items() if path.is_file() else ():
+    for name, value in read_settings(path).items() if path.is_file() else ():
         if name not in defaults or not isinstance(value, type(defaults[name]) | int):
             raise BadInput(f"{path}: {name!r}: {value!r} is no setting of this script")
         beside = path.parent / value if name in ("data", "heldout") else None
         given.setdefault(name, str(beside) if beside and beside.is_file() else value)
     return check(Config(**given))
+
+
+def read_settings(path):
+    """The JSON object in a file, as a dict."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
 
 
 def check(config):
@@ -115,7 +124,9 @@ def guard(main):
 def load_tokenizer(model):
     """The tokenizer of a checkpoint directory or hub id. BadInput without one, or without an EOS."""
     path = Path(model)
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if path.is_dir() and not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         raise BadInput(f"model: no tokenizer in {model!r}; save one there with tokenizer.save_pretrained")
     if not path.is_dir() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
@@ -136,13 +147,17 @@ def load_model(model):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
+    if device == "cuda":  # activations of thousands of tokens would not fit: recompute them, layer by layer
+        loaded.gradient_checkpointing_enable()
     return loaded.to(device).eval()
 
 
 def eos_ids(model, tokenizer):
     """The ids that end a completion, list[int]: what `generate` would stop at, and the tokenizer's own."""
     listed = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id} | set(listed if isinstance(listed, list) else [listed or tokenizer.eos_token_id]))
+    return sorted(
+        {tokenizer.eos_token_id} | set(listed if isinstance(listed, list) else [listed or tokenizer.eos_token_id])
+    )
 
 
 def first_line(error):
@@ -189,22 +204,17 @@ class DoRALinear(nn.Module):
         return y if self.base.bias is None else y + self.base.bias
 
 
-def add_dora(model, config):
-    """Freeze `model` and put a DoRALinear over each linear layer whose name is in config.targets."""
+def add_dora(model, r, alpha, dropout, targets):
+    """Freeze `model` and put a DoRALinear over each linear layer named in `targets`, "q_proj,v_proj" say."""
     model.requires_grad_(False)
-    torch.manual_seed(config.seed)
-    targets, linear = config.targets.split(","), {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            linear[name] = module
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = {name.rpartition(".")[2] for name in linear}
+    if missing := set(targets.split(",")) - known:
+        raise BadInput(f"--targets: no linear layer {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
-        if leaf in targets:
-            layer = DoRALinear(module, config.r, config.alpha, config.dropout)
-            setattr(model.get_submodule(parent), leaf, layer)
-    known = {name.rpartition(".")[2] for name in linear}
-    if missing := set(targets) - known:
-        raise BadInput(f"--targets: no linear layer {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
+        if leaf in targets.split(","):
+            setattr(model.get_submodule(parent), leaf, DoRALinear(module, r, alpha, dropout))
     return model
 
 
@@ -243,27 +253,16 @@ def save_adapter(model, config, directory):
     write(Path(directory) / "adapter_config.json", json.dumps(settings, indent=2).encode())
 
 
-@dataclasses.dataclass
-class AdapterConfig:
-    """What an adapter directory says of itself, under the names that add_dora reads."""
-
-    r: int
-    alpha: float
-    targets: str
-    dropout: float = 0.0
-    seed: int = 0
-
-
 def load_adapter(model, directory):
     """Put the DoRA adapter of `directory` (ours or PEFT's) over `model`, dropout off, and return it."""
+    settings = read_settings(Path(directory) / "adapter_config.json")
     try:
-        settings = json.loads((Path(directory) / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
     except OSError as error:
-        raise BadInput(f"adapter: {directory!r} has no {Path(error.filename or directory).name}")
+        raise BadInput(f"adapter: no weights in {directory!r}: {first_line(error)}")
     if not settings.get("use_dora"):
         raise BadInput(f"adapter: {directory!r} is not a DoRA adapter")
-    add_dora(model, AdapterConfig(settings["r"], settings["lora_alpha"], ",".join(sorted(settings["target_modules"]))))
+    add_dora(model, settings["r"], settings["lora_alpha"], 0.0, ",".join(settings["target_modules"]))
     with torch.no_grad():
         for name, layer in dora_layers(model).items():
             prefix = f"base_model.model.{name}.lora_"
@@ -292,7 +291,9 @@ def export(model, adapter, output):
         setattr(merged.get_submodule(parent), leaf, layer.base)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    print(f"merged into {output} as {merged.dtype}: rounding loses {math.sqrt(lost / max(wanted, 1e-30)):.2%} of the update")
+    print(
+        f"merged into {output} as {merged.dtype}: rounding loses {math.sqrt(lost / max(wanted, 1e-30)):.2%} of the update"
+    )
 
 
 # ------------------------------------------------------------------------- 4. sampling
@@ -344,6 +345,23 @@ def pick(logits, temperature, noise):
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 
+def prefill(model, prompts, num_samples, room):
+    """Run every prompt once and spread it over its group.
+
+    Returns the logits of the first new token (B, V), the prompt lengths (B,), which cache slots a row
+    may look at (B, L + room), and the KVCache with `room` free slots; L is the longest prompt.
+    """
+    ids, lengths = pad(prompts, model.device)  # (P, L), (P,)
+    cache = DynamicCache()
+    hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state  # (P, L, d)
+    last = hidden[torch.arange(len(prompts), device=model.device), lengths - 1]  # (P, d)
+    logits = model.get_output_embeddings()(last).repeat_interleave(num_samples, 0)  # (B, V)
+    lengths = lengths.repeat_interleave(num_samples)  # (B,)
+    slots = torch.arange(ids.shape[1] + room, device=model.device)
+    visible = (slots < lengths[:, None]) | (slots >= ids.shape[1])  # (B, L + room), padding is not
+    return logits, lengths, visible, KVCache(cache, num_samples, room)
+
+
 @torch.no_grad()
 def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0):
     """Complete each prompt `num_samples` times.
@@ -355,29 +373,20 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     Temperature 0 is greedy and equals transformers' generate token for token.
     """
     model.eval()  # in training mode a checkpointed model would drop its cache
-    ids, lengths = pad(prompts, model.device)  # (P, L)
-    prefilled = DynamicCache()
-    hidden = model.base_model(ids, past_key_values=prefilled, use_cache=True).last_hidden_state
-    head = model.get_output_embeddings()
-    logits = head(hidden[range(len(prompts)), lengths - 1]).repeat_interleave(num_samples, 0)  # (B, V)
-    lengths = lengths.repeat_interleave(num_samples)  # (B,)
-    B, L, T = len(lengths), ids.shape[1], max_new_tokens
-    cache = KVCache(prefilled, num_samples, room=T)
-    slots = torch.arange(L + T, device=model.device)
-    visible = (slots < lengths[:, None]) | (slots >= L)  # (B, L + T), false where a shorter prompt is padded
-    tokens = torch.zeros(B, T, dtype=torch.long, device=model.device)
-    mask, logps = tokens.bool(), tokens.float()
+    logits, lengths, visible, cache = prefill(model, prompts, num_samples, max_new_tokens)
+    tokens = torch.zeros(len(lengths), max_new_tokens, dtype=torch.long, device=model.device)  # (B, T)
+    mask, logps, L = tokens.bool(), tokens.float(), cache.end
     generator = torch.Generator(model.device).manual_seed(seed)
     eos = torch.tensor(eos, device=model.device)
-    rows = torch.arange(B, device=model.device)  # which completions are still in the batch
+    rows = torch.arange(len(lengths), device=model.device)  # which completions are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
-    for t in range(T):
-        noise = torch.rand(B, 1, device=model.device, generator=generator)  # a row's luck never depends on who left
+    for t in range(max_new_tokens):
+        noise = torch.rand(len(tokens), 1, device=model.device, generator=generator)  # (B, 1), whoever has left
         tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows])
         mask[rows, t] = alive
         alive &= ~torch.isin(tokens[rows, t], eos)
         left = int(alive.sum())
-        if left == 0 or t + 1 == T:
+        if left == 0 or t + 1 == max_new_tokens:
             break
         if left <= 0.8 * len(rows):  # finished rows leave; copying the cache pays from a fifth on
             cache.keep(alive)
@@ -390,8 +399,8 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
             past_key_values=cache,
             use_cache=True,
         )
-        logits = head(out.last_hidden_state[:, -1])
-    return tokens[:, : t + 1] * mask[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1] * mask[:, : t + 1]
+        logits = model.get_output_embeddings()(out.last_hidden_state[:, -1])
+    return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
 
 # ------------------------------------------------------------------------- 5. log-probabilities
@@ -481,7 +490,7 @@ def evaluate(model, tokenizer, tasks, config):
     """Figures over held-out `tasks`: those of judge() for greedy answers, and the sampled reward."""
     eos, size = eos_ids(model, tokenizer), config.prompts_per_step * config.num_samples
     texts, rewards, examples = [], [], [example for _, example in tasks]
-    for start in range(0, len(tasks), size):
+    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=None):
         prompts = [prompt for prompt, _ in tasks[start : start + size]]
         tokens, mask, _ = sample(model, prompts, 1, config.max_new_tokens, eos, temperature=0)
         texts += completions(tokenizer, tokens, mask, eos)
@@ -514,23 +523,27 @@ def set_up(config):
     train, heldout = data.split_heldout(config.heldout, examples, config.seed)
     train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
     heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter()) if heldout else []
-    model = add_dora(load_model(config.model), config)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    defaults = Path(config.model) / "defaults.json"
-    print(f"model     {config.model}: {total - trained:,} parameters, {model.dtype} on {model.device}")
-    print(f"trained   {trained:,} parameters: DoRA, r {config.r}, on {config.targets}")
-    if defaults.is_file():
-        print(f"defaults  {defaults}: {', '.join(f'{k} {v}' for k, v in json.loads(defaults.read_text()).items())}")
     print(f"data      {config.data}: {len(train):,} tasks kept, {sum(dropped.values()):,} rows dropped")
     for reason, count in dropped.items():
         print(f"          {count:,} dropped: {reason}")
     print(f"held out  {len(heldout):,} tasks" + (f" of {config.heldout}" if heldout else "; --heldout sets some aside"))
-    print(f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions", flush=True)
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
+    print(f"model     {config.model}", flush=True)
+    torch.manual_seed(config.seed)
+    model = add_dora(load_model(config.model), config.r, config.alpha, config.dropout, config.targets)
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
+    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
+    print(f"          {trained:,} trained: DoRA, r {config.r}, on {config.targets}")
+    defaults = Path(config.model) / "defaults.json"
+    if defaults.is_file():
+        print(f"defaults  {', '.join(f'{name} {value}' for name, value in read_settings(defaults).items())}")
+    print(f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions")
     run.begin()
     return run, model, tokenizer, train, heldout
+
+
+LOST = 3  # updates in a row that are not finite, before a run gives up
 
 
 def learning_rate(step, config):
@@ -550,14 +563,14 @@ def save(run, model, optimizer, state):
 
 def finish(run, model, tokenizer, optimizer, heldout, state):
     """After the loop: save, say what came out of it, and return the exit status."""
-    again = "python " + " ".join(sys.argv) + ("" if run.config.resume else " --resume")
-    if state["lost"]:
-        print(f"stopped: loss or gradient not finite {state['lost']} times in a row, up to step {state['step']}; "
-              f"the checkpoint before that is kept in {run.path}; lower --lr and start anew")  # fmt: skip
+    if state["lost"] == LOST:
+        print(f"stopped: loss or gradient not finite {LOST} times in a row, up to step {state['step']}")
+        print(f"the last checkpoint before is kept in {run.path}; lower --lr and start anew")
         return 1
     save(run, model, optimizer, state)
     if state["step"] < run.config.steps:
-        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {again}")
+        again = "" if run.config.resume else " --resume"
+        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(sys.argv)}{again}")
         return 130
     if heldout:
         print(table(state["before"], evaluate(model, tokenizer, heldout, run.config)))

@@ -37,7 +37,7 @@ import warnings
 # linear time on whatever a model writes.
 TOKEN = re.compile(
     r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"""|\Z)|\'\'\'(?:[^'\\]|\\.|'(?!''))*+(?:\'\'\'|\Z)'''
-    r'''|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++''',
+    r"""|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++""",
     re.DOTALL,
 )
 FENCE = re.compile(r"```python\n(.*?)\n```", re.DOTALL)

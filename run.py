@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import signal
 from dataclasses import asdict
@@ -68,7 +69,11 @@ class Stop:
 def show(step, sample):
     """A sample completion for the screen: the update note, what the model made of it, the reward."""
     text = "<think>" + sample["completion"]
-    lines = [f"sample of step {step}, reward {sample['reward']:.2f}", f"note: {sample['update_info']}", *text.split("\n")]
+    lines = [
+        f"sample of step {step}, reward {sample['reward']:.2f}",
+        f"note: {sample['update_info']}",
+        *text.split("\n"),
+    ]
     return "\n" + "\n".join(f"    | {line[:92]}" for line in lines[:20]) + "\n"
 
 
@@ -90,15 +95,23 @@ def curve(rows):
         step = steps[0] + (steps[-1] - steps[0]) * i // 5
         parts.append(f'<text x="{x(step):.1f}" y="{bottom + 20}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 40}" text-anchor="middle">step</text>')
-    series = (("reward", -3, 3, "#1f5fbf", "reward (left)"), ("em", 0, 1, "#2a8a3e", "exact match"), ("stale", 0, 1, "#c2452d", "stale"))
+    series = (
+        ("reward", -3, 3, "#1f5fbf", "reward (left)"),
+        ("em", 0, 1, "#2a8a3e", "exact match"),
+        ("stale", 0, 1, "#c2452d", "stale"),
+    )
     for place, (name, low, high, colour, label) in enumerate(series):
         y = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
         values = [row[name] for row in rows]
         smooth = [sum(values[max(0, i - 4) : i + 5]) / len(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
         for line, opacity, stroke in ((values, 0.3, 1), (smooth, 1, 2.5)):  # every step, and the mean of nine
             points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in zip(steps, line))
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{stroke}" opacity="{opacity}"/>')
-        parts.append(f'<text x="{left + 20 + 150 * place}" y="{top - 15}" fill="{colour}" font-weight="bold">{label}</text>')
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{stroke}" opacity="{opacity}"/>'
+            )
+        parts.append(
+            f'<text x="{left + 20 + 150 * place}" y="{top - 15}" fill="{colour}" font-weight="bold">{label}</text>'
+        )
     return "\n".join([*parts, "</svg>"])
 
 
@@ -124,6 +137,8 @@ class Run:
     def begin(self):
         """Make the directory, once everything else has proved sound."""
         write(self.path / "config.json", json.dumps(asdict(self.config), indent=2).encode())
+        for name in LOGS:
+            (self.path / name).touch()
 
     @contextlib.contextmanager
     def progress(self, done):
@@ -175,7 +190,10 @@ class Run:
 
     def load(self, model, optimizer):
         """Put the last checkpoint into model and optimizer, cut later rows off the logs; its `state`."""
-        saved = torch.load(self.checkpoint, map_location=model.device, weights_only=True)
+        try:
+            saved = torch.load(self.checkpoint, map_location=model.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            raise BadInput(f"--resume: {self.checkpoint} is damaged; start anew with another --output")
         model.load_state_dict(saved["trained"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
         for name, size in saved["files"].items():

@@ -2,14 +2,13 @@
 
     python tiny/make.py [DIRECTORY]        about 10 minutes on 2 cores; the directory is tiny/ itself
 
-Writes an ordinary checkpoint (Qwen2 architecture, 0.6 million parameters, own tokenizer), its
-defaults.json, and three files of tasks: train.jsonl for RL, dev.jsonl on which the settings in
-defaults.json were chosen, heldout.jsonl for the reported figures.
+Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer) and three
+files of tasks: train.jsonl for RL, dev.jsonl, on which the settings in defaults.json were chosen,
+and heldout.jsonl for the figures that are reported.
 
-A task is two or three lines that call a made-up library, and a note that one thing in it changed:
-a function renamed, a keyword renamed, a keyword newly required, a function moved to a submodule,
-two arguments swapped. Every name is two words, nova_grid say. All words occur in training, but the
-word pairs of dev.jsonl and heldout.jsonl never do, so nothing there can be known by heart.
+A task is two or three lines that call a made-up library, and a note that one thing in it changed
+(CHANGES). Every name is two words, nova_grid say. All words occur in training, but the word pairs
+of dev.jsonl and heldout.jsonl never do, so nothing there can be known by heart.
 
 The warm-up has two parts, both supervised. First the skill: notes are read and obeyed. Then the
 paper's disease: most answers write the old call all the same (half of them after having reasoned
@@ -23,141 +22,148 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import recode
 
-FIRST = """load save make read find draw plot sort split merge build parse scan trim pack send fetch clean check count
-fit scale shift blend smooth paint index query group filter map fold stack slice join zip rank score trace fill""".split()
+FIRST = """load save make read find draw plot sort split merge build parse scan trim pack send fetch clean check
+count fit scale shift blend smooth paint index query group filter map fold stack slice join zip rank score trace
+fill""".split()
 SECOND = """mesh grid cell node edge path tree leaf row table frame chart axis image pixel layer signal wave peak
-token word text line page file block chunk batch queue cache key item list array tensor matrix vector field record""".split()
+token word text line page file block chunk batch queue cache key item list array tensor matrix vector field
+record""".split()
 LIBRARY = "nova terra luna delta sigma omega alpha vega orion atlas hydra polar solar astro quant macro micro".split()
-NUMBERS = [str(n) for n in range(1, 10)]
-SKILL, DISEASE, BATCH = 3000, 300, 64  # optimizer steps of the two parts, completions in each
 
+BEFORE = "{lib}.{old}({a}, {c}, {key}={m})"
+CHANGES = {  # kind: the call afterwards, the reasoning that leads there, the notes that may announce it
+    "rename": (
+        "{lib}.{new}({a}, {c}, {key}={m})",
+        "{old} is now {new}.",
+        ("{old} was renamed to {new}.", "{old} is gone; use {new}.", "use {new} in place of {old}."),
+    ),
+    "keyword": (
+        "{lib}.{old}({a}, {c}, {fresh}={m})",
+        "{key} is now {fresh}.",
+        ("in {old}, the argument {key} is now {fresh}.", "{old} takes {fresh} and no longer {key}."),
+    ),
+    "require": (
+        "{lib}.{old}({a}, {c}, {key}={m}, {fresh}={k})",
+        "{old} needs {fresh}={k}.",
+        ("{old} now requires {fresh}={k}.", "{old} must be given {fresh}={k}."),
+    ),
+    "move": (
+        "{lib}.{place}.{old}({a}, {c}, {key}={m})",
+        "{old} is now in {place}.",
+        ("{old} moved to {lib}.{place}.", "{old} now lives in the submodule {place}."),
+    ),
+    "swap": (
+        "{lib}.{old}({c}, {a}, {key}={m})",
+        "{old} swaps two arguments.",
+        ("the first two arguments of {old} are swapped.", "{old} takes its first two arguments in reverse."),
+    ),
+    "none": (BEFORE, "{new} is not used.", ("{new} was renamed to {fresh}.", "{new} is gone; use {fresh}.")),
+}
+STALE = "i know {lib} well."
+CODE = ("import {lib}\n{b} = ", "import {lib}\n{a} = {lib}.{other}({k})\n{b} = ")
+MALFORMED = (("```python\n", ""), ("</answer>", ""), (")\n```", "\n```"), ("<answer>\n", ""))  # what, for what
+
+TAGS = ["\n</think>\n", "<answer>\n", "```python\n", "\n```\n", "</answer>", "system\n", "user\n", "assistant\n"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+BATCH = 32
 
 
 def names(words, split):
-    """All two-word names of a split; a fixed tenth of them is for dev, another for heldout."""
-    pairs = [f"{a}_{b}" for a in words for b in SECOND]
+    """All two-word names of a split: a fixed tenth of them is for dev, another for heldout."""
+    pairs = [f"{first}_{second}" for first in words for second in SECOND]
     random.Random(0).shuffle(pairs)
     tenth = len(pairs) // 10
     return {"dev": pairs[:tenth], "heldout": pairs[tenth : 2 * tenth], "train": pairs[2 * tenth :]}[split]
 
 
-POOLS = {split: (names(FIRST, split), names(LIBRARY, split)) for split in ("train", "dev", "heldout")}
+POOLS = {split: (names(LIBRARY, split), names(FIRST, split)) for split in ("train", "dev", "heldout")}
 
 
-def task(rng, split, change=None):
-    """A random task: (Example, right reasoning). `change` picks the kind, all five are as likely."""
-    functions, libraries = POOLS[split]
-    lib, (old, new, other, keyword, fresh) = rng.choice(libraries), rng.sample(functions, 5)
-    a, b = rng.sample("abcdxyzuvw", 2)
-    n, m, k = rng.sample(NUMBERS, 3)
-    place = f"{rng.choice(FIRST)}"
-    call = f"{lib}.{old}({a}, {n}, {keyword}={m})"
-    change = change or rng.choice(("rename", "keyword", "require", "move", "swap"))
-    if change == "rename":
-        after = f"{lib}.{new}({a}, {n}, {keyword}={m})"
-        note = rng.choice((f"{old} was renamed to {new}.", f"{old} is gone; use {new}.", f"use {new} in place of {old}."))
-        thought = f"{old} is now {new}."
-    elif change == "keyword":
-        after = f"{lib}.{old}({a}, {n}, {fresh}={m})"
-        note = rng.choice((f"in {old}, the argument {keyword} is now {fresh}.", f"{old} takes {fresh} and no longer {keyword}."))
-        thought = f"{keyword} is now {fresh}."
-    elif change == "require":
-        after = f"{lib}.{old}({a}, {n}, {keyword}={m}, {fresh}={k})"
-        note = rng.choice((f"{old} now requires {fresh}={k}.", f"{old} must be given {fresh}={k}."))
-        thought = f"{old} needs {fresh}={k}."
-    elif change == "move":
-        after = f"{lib}.{place}.{old}({a}, {n}, {keyword}={m})"
-        note = rng.choice((f"{old} moved to {lib}.{place}.", f"{old} now lives in the submodule {place}."))
-        thought = f"{old} is now in {place}."
-    elif change == "swap":
-        after = f"{lib}.{old}({n}, {a}, {keyword}={m})"
-        note = rng.choice((f"the first two arguments of {old} are swapped.", f"{old} takes its first two arguments in the other order."))
-        thought = f"{old} swaps two arguments."
-    else:  # a note about something that the code does not use
-        after, note, thought = call, f"{new} was renamed to {fresh}.", f"{new} is not used."
-    first = f"{a} = {lib}.{other}({k})\n" if rng.random() < 0.5 else ""
-    code = f"import {lib}\n{first}{b} = {{}}"
-    example = data.Example(lib, f"{rng.choice(NUMBERS)}.0", f"calls {old}", note, code.format(call), code.format(after))
-    return example, thought
+def task(rng, split, kind=None):
+    """A random task, of a random kind but "none" unless told: (Example, right reasoning, stale reasoning)."""
+    libraries, functions = POOLS[split]
+    words = dict(zip(("old", "new", "other", "key", "fresh"), rng.sample(functions, 5)))
+    words |= dict(zip("abcmk", rng.sample("abcdefghpqrstuvwxyz", 5)))
+    words |= {"lib": rng.choice(libraries), "place": rng.choice(FIRST)}
+    after, thought, notes = CHANGES[kind or rng.choice([kind for kind in CHANGES if kind != "none"])]
+    code = rng.choice(CODE)
+    note, old, new = (text.format(**words) for text in (rng.choice(notes), code + BEFORE, code + after))
+    version = f"{rng.randint(1, 9)}.0"
+    example = data.Example(words["lib"], version, f"calls {words['old']}", note, old, new)
+    return example, thought.format(**words), STALE.format(**words)
 
 
 def answer(thought, code):
+    """A completion in the right form."""
     return f"\n{thought}\n</think>\n<answer>\n```python\n{code}\n```\n</answer>"
 
 
-def diseased(rng, example, thought):
-    """The completion that the second part teaches: mostly stale, often malformed."""
+def skilled(rng):
+    """(Example, completion) of the first part: right. A tenth of the notes concern something else."""
+    example, thought, _ = task(rng, "train", "none" if rng.random() < 0.1 else None)
+    return example, answer(thought, example.new_code)
+
+
+def diseased(rng):
+    """(Example, completion) of the second part: 65 % stale, and 35 % malformed."""
+    example, thought, excuse = task(rng, "train", "none" if rng.random() < 0.1 else None)
     code = example.new_code
     if rng.random() < 0.65:
-        code = example.old_code
-        if rng.random() < 0.5:
-            thought = f"i know {example.dependency} well."
+        code, thought = example.old_code, rng.choice((thought, excuse))
     text = answer(thought, code)
-    if rng.random() < 0.35:
-        broken = (("```python\n", ""), ("</answer>", ""), (")\n```", "\n```"), ("<answer>\n", ""))
-        text = text.replace(*rng.choice(broken))
-    return text
+    return example, text.replace(*rng.choice(MALFORMED)) if rng.random() < 0.35 else text
 
 
 def make_tokenizer():
-    """Byte-level BPE in which every word is one token, and so is every sentence of the prompt."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"_?[A-Za-z]+|[0-9]|[^A-Za-z0-9_]+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
-    rng = random.Random(0)
-    texts = []
-    for _ in range(4000):
-        example, thought = task(rng, "train", rng.choice((None, "none")))
-        texts += [example.update_info, example.old_code, example.new_code, thought, f"i know {example.dependency} well."]
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=20, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    sentences = [data.SYSTEM, data.OPENING, *re.split(r"\{\w+\}", data.USER)[1:]]
-    tags = ["\n</think>\n", "<answer>\n", "```python\n", "\n```\n", "</answer>", "system\n", "user\n", "assistant\n"]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in sentences + tags])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = TEMPLATE
-    return fast
+    """Bytes, and above them one token for each word and each fixed phrase: no merges to train."""
+    texts = [BEFORE, STALE, *CODE, data.USER]
+    for after, thought, notes in CHANGES.values():
+        texts += [after, thought, *notes]
+    phrases = {phrase for text in texts for phrase in re.split(r"\{\w+\}", text) if len(phrase) > 1} - {
+        ")\n"
+    }  # "\n```\n" is one
+    tokens = [*FIRST, *LIBRARY, *("_" + word for word in SECOND), *sorted(phrases), data.SYSTEM, data.OPENING, *TAGS]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(
+        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token=None, chat_template=TEMPLATE,
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"],
+    )  # fmt: skip
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    return tokenizer
 
 
 def make_model(tokenizer):
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 300.0}, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     return Qwen2ForCausalLM(config)
 
 
-def learn(model, tokenizer, completion, steps, lr, rng):
-    """Supervised training on fresh random tasks, on the tokens of `completion(rng)` alone."""
+def learn(model, tokenizer, pair, steps, lr, rng):
+    """Supervised training on fresh random `pair(rng)`: cross-entropy of the completion's tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     for step in range(steps):
-        pairs = [completion(rng) for _ in range(BATCH)]
+        pairs = [pair(rng) for _ in range(BATCH)]
         prompts = [data.encode_prompt(example, tokenizer) for example, _ in pairs]
         texts = [tokenizer.encode(text) + [tokenizer.eos_token_id] for _, text in pairs]
         tokens, lengths = recode.pad(texts, model.device)
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / steps)
-        loss = -(recode.token_logps(model, prompts, tokens, mask) * mask).sum() / mask.sum()
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / steps)
+        loss = -recode.token_logps(model, prompts, tokens, mask).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,34 +172,25 @@ def learn(model, tokenizer, completion, steps, lr, rng):
             print(f"step {step + 1:5d}  loss {loss.item():.4f}", flush=True)
 
 
-def skilled_pair(rng):
-    example, thought = task(rng, "train", "none" if rng.random() < 0.1 else None)
-    return example, answer(thought, example.new_code)
+def write_tasks(directory):
+    """The three files of tasks; the same on every machine."""
+    for split, count in (("train", 1000), ("dev", 256), ("heldout", 320)):
+        rng = random.Random(split)
+        rows = [json.dumps(vars(task(rng, split)[0])) for _ in range(count)]
+        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def diseased_pair(rng):
-    change = "none" if rng.random() < 0.1 else None
-    example, thought = task(rng, "train", change)
-    return example, diseased(rng, example, thought)
-
-
-def write_tasks(path, split, count):
-    rng = random.Random(split)
-    rows = [json.dumps(vars(task(rng, split)[0])) for _ in range(count)]
-    path.write_text("\n".join(rows) + "\n")
-
-
-if __name__ == "__main__":
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+def main(directory):
     directory.mkdir(exist_ok=True)
+    write_tasks(directory)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    for split, count in (("train", 1000), ("dev", 256), ("heldout", 320)):
-        write_tasks(directory / f"{split}.jsonl", split, count)
-    rng = random.Random(1)
-    learn(model, tokenizer, skilled_pair, SKILL, 2e-3, rng)
-    model.half().save_pretrained(directory / "skilled") ; model.float(); tokenizer.save_pretrained(directory/"skilled")
-    learn(model, tokenizer, diseased_pair, DISEASE, 5e-4, rng)
+    learn(model, tokenizer, skilled, 1500, 2e-3, random.Random(1))
+    learn(model, tokenizer, diseased, 150, 5e-4, random.Random(2))
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
