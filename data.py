@@ -84,7 +84,7 @@ def read_rows(path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise BadInput(f"{path}, line {number}: not JSON ({error}); each line must be one JSON object")
         if not isinstance(row, dict):
             raise BadInput(f"{path}, line {number}: not a JSON object but {type(row).__name__}")
@@ -130,7 +130,7 @@ def split_heldout(heldout, examples, seed):
     """(training examples, held-out examples); `heldout` is "", a share such as "0.05", or a source."""
     if not heldout:
         return examples, []
-    if not re.fullmatch(r"[\d.]+", heldout):
+    if not re.fullmatch(r"\d*\.?\d+|\d+\.", heldout):
         return examples, load_examples(heldout)
     count = round(float(heldout) * len(examples))
     if not 0 < count < len(examples):

@@ -100,7 +100,7 @@ def objective(logps, old_logps, ref_logps, advantages, clip_low=0.2, clip_high=0
 
 def token_weights(mask):
     """The weight of every token in the loss, (B, T), from the mask of a whole update batch."""
-    return mask / mask.sum(1, keepdim=True) / len(mask)  # eq. 6
+    return mask.double() / mask.sum(1, keepdim=True) / len(mask)  # eq. 6
 
 
 def collect(model, tokenizer, tasks, position, config, seed):
@@ -169,10 +169,11 @@ def update(model, optimizer, batch, config):
             batch.ref_logps = recode.batch_logps(model, batch, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for rows in torch.arange(len(batch.mask), device=model.device).chunk(config.updates):  # whole groups
-        sums.update(accumulate(model, batch.select(rows), config))
+        part = accumulate(model, batch.select(rows), config)
+        sums.update(part)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         sums["grad_norm"] += norm
-        if math.isfinite(norm + sums["loss"]):
+        if math.isfinite(norm + part["loss"]):
             optimizer.step()
         else:
             sums["skipped"] += 1

@@ -29,6 +29,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,8 @@ def parse_config(Config, argv, doc):
     given = vars(parser.parse_args(argv))
     path = Path(given.get("model", defaults["model"])) / "defaults.json"
     for name, value in read_settings(path).items() if path.is_file() else ():
-        if name not in defaults or not isinstance(value, type(defaults[name]) | int):
+        wanted = type(defaults.get(name))
+        if name not in defaults or not isinstance(value, int | float if wanted is float else wanted):
             raise BadInput(f"{path}: {name!r}: {value!r} is no setting of this script")
         beside = path.parent / value if name in ("data", "heldout") else None
         given.setdefault(name, str(beside) if beside and beside.is_file() else value)
@@ -95,6 +97,8 @@ def check(config):
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
                 raise BadInput(f"{flag} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+    if config.seed >= 2**32:
+        raise BadInput(f"--seed {config.seed}: must be below 2**32")
     if config.num_samples == 1:
         raise BadInput("--num-samples 1: advantages compare the samples of a group; give at least 2")
     if config.prompts_per_step % config.updates:
@@ -130,10 +134,11 @@ def load_tokenizer(model):
         raise BadInput(f"model: no tokenizer in {model!r}; save one there with tokenizer.save_pretrained")
     if not path.is_dir() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
+    huggingface_hub.logging.set_verbosity_error()  # its retries are no news; their outcome is
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model: no tokenizer for {model!r}: {first_line(error)}")
+        raise BadInput(f"model: no tokenizer for {model!r}: {first_line(error)}; give a checkpoint directory")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"model: the tokenizer of {model!r} has no EOS token; set tokenizer.eos_token and save it")
     return tokenizer
@@ -145,7 +150,7 @@ def load_model(model):
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     if device == "cuda":  # activations of thousands of tokens would not fit: recompute them, layer by layer
         loaded.gradient_checkpointing_enable()
@@ -154,10 +159,9 @@ def load_model(model):
 
 def eos_ids(model, tokenizer):
     """The ids that end a completion, list[int]: what `generate` would stop at, and the tokenizer's own."""
-    listed = model.generation_config.eos_token_id
-    return sorted(
-        {tokenizer.eos_token_id} | set(listed if isinstance(listed, list) else [listed or tokenizer.eos_token_id])
-    )
+    listed = model.generation_config.eos_token_id  # an int, a list of them, or None
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    return sorted({tokenizer.eos_token_id, *listed})
 
 
 def first_line(error):
@@ -196,12 +200,13 @@ class DoRALinear(nn.Module):
         return self.cached[1]
 
     def forward(self, x):
+        y, bias = self.base(x), self.base.bias
         if not self.enabled:
-            return self.base(x)
+            return y
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        y = F.linear(x, self.base.weight) + self.scale * F.linear(F.linear(self.dropout(x), A), B)
-        y = y * (self.magnitude / self.norm()).to(x.dtype)  # eq. 1
-        return y if self.base.bias is None else y + self.base.bias
+        gain = self.magnitude / self.norm()
+        update = gain.to(x.dtype) * self.scale * F.linear(F.linear(self.dropout(x), A), B)
+        return y + (gain - 1).to(x.dtype) * (y if bias is None else y - bias) + update  # eq. 1, W x kept as it is
 
 
 def add_dora(model, r, alpha, dropout, targets):
@@ -405,7 +410,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
 
 # ------------------------------------------------------------------------- 5. log-probabilities
 
-LOGITS = 2**23  # logits held at once: 32 MB in fp32, 55 positions of a vocabulary of 152k
+LOGITS = 9_000_000  # logits held at once: 36 MB in fp32; below 32 MiB glibc would not give them back
 
 
 def token_logps(model, prompts, tokens, mask, temperature=1.0):
@@ -427,10 +432,10 @@ def token_logps(model, prompts, tokens, mask, temperature=1.0):
         logits = head(hidden).float() / temperature
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    size = max(1, LOGITS // head.weight.shape[0])
+    parts = max(1, len(targets) * head.weight.shape[0] // LOGITS)
     chunks = [
         checkpoint(logps_of, h, y, use_reentrant=False, preserve_rng_state=False)
-        for h, y in zip(hidden.split(size), targets.split(size), strict=True)
+        for h, y in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
     ]
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(chunks))  # (B, T)
 
@@ -573,6 +578,8 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
         print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(sys.argv)}{again}")
         return 130
     if heldout:
-        print(table(state["before"], evaluate(model, tokenizer, heldout, run.config)))
+        figures = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, run.config)}
+        write(run.path / "heldout.json", json.dumps(figures, indent=2).encode())
+        print(table(**figures))
     print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and adapter/")
     return 0

@@ -40,7 +40,7 @@ TOKEN = re.compile(
     r"""|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++""",
     re.DOTALL,
 )
-FENCE = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
+FENCE, END = "```python\n", "\n```"
 MAX_CODE = 50_000  # characters; ten times what 1024 tokens of real code hold. Longer is no answer.
 
 
@@ -69,6 +69,8 @@ def levenshtein(a, b):
     a, b = a[start : len(a) - end], b[start : len(b) - end]  # a shared prefix or suffix costs nothing
     if not a or not b:
         return len(a) + len(b)
+    if len(a) > len(b):
+        a, b = b, a  # the shorter one spans the integers
     positions = {}  # character -> the bits of its places in a
     for i, char in enumerate(a):
         positions[char] = positions.get(char, 0) | 1 << i
@@ -95,8 +97,10 @@ def extract_code(completion):
     before, opened, answer = (tail if closed else think).partition("<answer>")
     if not opened:
         answer = before if closed else ""
-    fences = FENCE.findall(answer.partition("</answer>")[0])
-    return fences[-1].strip() if fences and len(fences[-1]) <= MAX_CODE else None
+    answer, code, start = answer.partition("</answer>")[0], None, 0
+    while (start := answer.find(FENCE, start)) >= 0 and (end := answer.find(END, start + len(FENCE))) >= 0:
+        code, start = answer[start + len(FENCE) : end], end + len(END)  # linear, where a regex would be quadratic
+    return code.strip() if code is not None and len(code) <= MAX_CODE else None
 
 
 def parses(code):

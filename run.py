@@ -3,6 +3,7 @@
     config.json      every setting                     curve.svg    reward, exact match, stale rate
     metrics.jsonl    one row of figures a step         adapter/     the trained part, as PEFT saves it
     samples.jsonl    prompts, completions, rewards     checkpoint/  all that --resume needs
+    heldout.json     held-out figures before and after, at the end
 
 A file is either appended to line by line or replaced whole: written aside, synced, renamed. So a run
 that is killed at any moment, also while it saves, or that meets a full disk, keeps its last
@@ -192,7 +193,7 @@ class Run:
         """Put the last checkpoint into model and optimizer, cut later rows off the logs; its `state`."""
         try:
             saved = torch.load(self.checkpoint, map_location=model.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             raise BadInput(f"--resume: {self.checkpoint} is damaged; start anew with another --output")
         model.load_state_dict(saved["trained"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])

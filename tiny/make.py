@@ -115,10 +115,10 @@ def skilled(rng):
 
 
 def diseased(rng):
-    """(Example, completion) of the second part: 65 % stale, and 35 % malformed."""
+    """(Example, completion) of the second part: 75 % stale, and 35 % malformed."""
     example, thought, excuse = task(rng, "train", "none" if rng.random() < 0.1 else None)
     code = example.new_code
-    if rng.random() < 0.65:
+    if rng.random() < 0.75:
         code, thought = example.old_code, rng.choice((thought, excuse))
     text = answer(thought, code)
     return example, text.replace(*rng.choice(MALFORMED)) if rng.random() < 0.35 else text
@@ -186,8 +186,8 @@ def main(directory):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    learn(model, tokenizer, skilled, 1500, 2e-3, random.Random(1))
-    learn(model, tokenizer, diseased, 150, 5e-4, random.Random(2))
+    learn(model, tokenizer, skilled, 1000, 2e-3, random.Random(1))
+    learn(model, tokenizer, diseased, 200, 1e-3, random.Random(2))
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -1,0 +1,266 @@
+"""The data: which rows are kept and why, what a prompt says, the order of the stream, and the hub.
+
+The hub is a small HTTP server on the loopback interface that serves a folder the way the real one does.
+"""
+
+import copy
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+from collections import Counter
+
+import pytest
+
+import data
+from conftest import ROOT, ROWS, SHARED
+from data import BadInput, Example
+
+REAL = SHARED / "data" / "recode-train-data.jsonl"
+
+
+def test_good_rows(rows, write_rows):
+    """Rows in another order, or a version with its "==", would make another prompt of the same data."""
+    rows[1]["new_version"], rows[2]["new_version"], rows[3]["new_version"] = "2.0.1", None, "== 1.0rc1"
+    rows[4] |= {"description": None, "extra": 1}
+    examples = data.load_examples(write_rows([*rows[:3], "", "  ", *rows[3:]]), dropped := Counter())
+    assert [vars(example).keys() for example in examples] == [ROWS[0].keys()] * 6 and not dropped
+    assert [example.new_version for example in examples] == ["2.0", "2.0.1", "", "1.0rc1", "2.0", "2.0"]
+    for example, row in zip(examples, rows):
+        assert example == Example(**{name: row[name] for name in ROWS[0]} | {"new_version": example.new_version})
+
+
+DROPPED = {
+    "no update note or no code": [{"update_info": None}, {"old_code": ""}, {"new_code": None}, {"dependency": ""}],
+    "not valid Unicode": [{"old_code": "x = '\ud800'"}, {"description": "\udc80"}],
+    "the reference does not parse": [{"new_code": "x = ("}, {"new_code": "x = '\0'"}, {"new_code": "(" * 5000}],
+    "repeat of an earlier row": [{"description": "another", "new_version": "9"}],
+}
+
+
+@pytest.mark.parametrize("reason", DROPPED)
+def test_dropped_rows(rows, write_rows, reason):
+    """A row that teaches nothing or the wrong thing stays, or goes without being counted."""
+    for change in DROPPED[reason]:
+        examples = data.load_examples(write_rows([rows[0], rows[1], rows[0] | change]), dropped := Counter())
+        assert examples == data.load_examples(write_rows(rows[:2])) and dropped == {reason: 1}
+
+
+def refusal(call, *args):
+    """The one-line message of the BadInput that call(*args) must raise."""
+    with pytest.raises(BadInput) as error:
+        call(*args)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+BROKEN = [
+    ("{'a': 1}", "not JSON"), ('{"dependency": ', "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "object but list"),
+    ("null", "not a JSON object"), (json.dumps(ROWS[2] | {"new_code": 7}), "'new_code' is not text"),
+    (json.dumps(ROWS[2] | {"update_info": ["a\nb"] * 99}), "'update_info' is not text"),
+    *[(json.dumps({k: v for k, v in ROWS[2].items() if k != name}), f"{name!r} is missing") for name in ROWS[2]],
+]  # fmt: skip
+
+
+def test_broken_line(rows, write_rows):
+    """A traceback, or a message that leaves the reader to search a thousand lines for the bad one."""
+    for line, words in BROKEN:
+        message = refusal(data.load_examples, write_rows([rows[0], "", line, rows[1]]))
+        assert "data.jsonl, line 3: " in message and words in message and len(message) < 300
+
+
+def test_unusable_file(tmp_path, rows, write_rows):
+    """A file that is missing, empty, not text or without a usable row ends in a traceback or an empty run."""
+    (tmp_path / "bytes.jsonl").write_bytes(json.dumps(rows[0]).encode() + b'\n{"dependency": "\xff\xfe"}\n')
+    message = refusal(data.load_examples, str(tmp_path / "bytes.jsonl"))
+    assert "bytes.jsonl, line 2" in message and "UTF-8" in message.upper().replace("UTF8", "UTF-8")
+    for missing in (str(tmp_path / "none.jsonl"), str(tmp_path), "none", "some/none.jsonl", ""):
+        assert repr(missing) in refusal(data.load_examples, missing)
+    for content in ("", "\n\n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        message = refusal(data.load_examples, str(tmp_path / "empty.jsonl"))
+        assert "empty.jsonl" in message and "no usable row" in message and "empty" in message.split("': ")[1]
+    useless = [rows[0] | {"new_code": "x = ("}, rows[1] | {"new_code": ")"}, rows[2] | {"old_code": None}]
+    message = refusal(data.load_examples, write_rows(useless))
+    assert all(word in message for word in ("data.jsonl", "no usable row", "2 the reference", "1 no update note"))
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
+def test_real_data():
+    """A check that became too strict or too lax shows in what is left of the paper's own data."""
+    examples = data.load_examples(str(REAL), dropped := Counter())
+    assert len(examples) == 1646 and sum(dropped.values()) == 1781 - 1646
+    assert dropped["no update note or no code"] == 21 and dropped["the reference does not parse"] == 50
+    assert dropped["repeat of an earlier row"] == 64
+    assert not any(example.new_version.startswith("=") for example in examples)
+
+
+def test_split_heldout(write_rows):
+    """Held-out rows that are trained on as well, that change from run to run, or that are none at all."""
+    examples = [Example(**ROWS[0] | {"description": str(i)}) for i in range(40)]
+    train, heldout = data.split_heldout("0.2", examples, 1)
+    assert len(heldout) == 8 and sorted(train + heldout, key=examples.index) == examples
+    assert train == sorted(train, key=examples.index) and data.split_heldout("0.2", examples, 1) == (train, heldout)
+    assert data.split_heldout(".2", examples, 2)[1] != heldout
+    assert data.split_heldout("", examples, 1) == (examples, [])
+    from_file = data.split_heldout(write_rows(ROWS[:2]), examples, 1)
+    assert from_file == (examples, data.load_examples(write_rows(ROWS[:2])))
+
+
+def test_bad_heldout(rows, write_rows):
+    """A share that leaves nothing to train on or to measure, or that is no number, is found out late."""
+    examples = data.load_examples(write_rows(rows))
+    for heldout in ("0", "0.01", "1", "1.0", "7", ".", "0.0.1", "-0.1", "none.jsonl"):
+        assert heldout in refusal(data.split_heldout, heldout, examples, 1)
+
+
+def test_prompt_through_the_chat_template(tokenizer):
+    """A closed assistant turn, or a prompt put together by hand, is not what the model was trained on."""
+    changes = {"new_version": "2.0", "old_code": "x = f'{a}'  # {new_code} {0}", "description": "hidden"}
+    example = Example(**ROWS[0] | changes)
+    ids = data.encode_prompt(example, tokenizer)
+    user = data.USER.format(**vars(example))
+    contents = {"system": data.SYSTEM, "user": user, "assistant": "Let me solve this step by step.\n<think>"}
+    messages = [{"role": role, "content": content} for role, content in contents.items()]
+    open_turn = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    assert ids == open_turn and all(type(i) is int for i in ids)
+    text = tokenizer.decode(ids)
+    assert text.endswith("<think>") and tokenizer.eos_token not in text[text.rindex("Let me solve") :]
+    for shown in ("mathlib", "2.0", f"<doc>\n{ROWS[0]['update_info']}\n</doc>", f"```python\n{example.old_code}\n```"):
+        assert shown in user and shown in text
+    assert "hidden" not in text and "double_0(4)" not in text and "==" not in text
+
+
+def test_prompt_without_chat_template(tokenizer):
+    """A base model's tokenizer has no chat template; a prompt without one of the parts, or a traceback."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    text = plain.decode(data.encode_prompt(Example(**ROWS[1]), plain))
+    user = data.USER.format(**ROWS[1])
+    assert text == f"{data.SYSTEM}\n\n{user}\n\nLet me solve this step by step.\n<think>"
+
+
+def test_long_prompts(tokenizer):
+    """A prompt over the limit is trained on, or disappears without being counted."""
+    examples = [Example(**ROWS[i] | {"old_code": "x = 1\n" * (1 + 40 * (i == 1))}) for i in range(3)]
+    prompts = [data.encode_prompt(example, tokenizer) for example in examples]
+    limit = max(len(prompts[0]), len(prompts[2]))
+    kept = data.encode_tasks(examples, tokenizer, limit, dropped := Counter())
+    assert kept == [(prompts[0], examples[0]), (prompts[2], examples[2])]
+    assert dropped == {f"prompt over {limit} tokens": 1}
+    assert len(data.encode_tasks(examples, tokenizer, len(prompts[1]), dropped)) == 3 and sum(dropped.values()) == 1
+    shortest = min(map(len, prompts))
+    message = refusal(data.encode_tasks, examples, tokenizer, shortest - 1, Counter())
+    assert f"max-prompt-tokens {shortest - 1}" in message and f"{shortest} tokens" in message
+
+
+def test_draw():
+    """A stream that repeats or skips tasks, or that a resumed run meets in another order."""
+    tasks = [f"task {i}" for i in range(7)]
+    stream = data.draw(tasks, 0, 70, 5)
+    epochs = [stream[i : i + 7] for i in range(0, 70, 7)]
+    assert all(sorted(epoch) == tasks for epoch in epochs) and len(set(map(tuple, epochs))) > 5
+    assert stream == data.draw(tasks, 0, 70, 5) and tasks == sorted(tasks)
+    for size in (1, 2, 3, 10):
+        assert sum([data.draw(tasks, i, min(size, 70 - i), 5) for i in range(0, 70, size)], []) == stream
+    assert data.draw(tasks, 0, 70, 6) != stream
+    assert data.draw(tasks[:1], 3, 4, 5) == tasks[:1] * 4
+
+
+@pytest.fixture
+def hub(tmp_path, rows, write_rows, checkpoints):
+    """(environment, requests): a hub on loopback with acme/toy-model and acme/Toy-Data, no cache yet."""
+    root, requests = tmp_path / "hub", []
+    shutil.copytree(checkpoints["qwen2"], root / "acme/toy-model")
+    (root / "datasets/acme/Toy-Data").mkdir(parents=True)
+    shutil.move(write_rows(rows), root / "datasets/acme/Toy-Data/toy-data.jsonl")
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(f"{self.command} {self.path}")
+            path, headers = urllib.parse.urlsplit(self.path).path, {"X-Repo-Commit": "0" * 40}
+            repo = root / re.sub(r"^/(api/models/)?|/(resolve|tree)/main.*", "", path)
+            name, content = path.partition("/resolve/main/")[2], None
+            files = [{"path": file.name, "rfilename": file.name, "type": "file", "oid": "0"} for file in repo.glob("*")]
+            if name and (repo / name).is_file():
+                content = (repo / name).read_bytes()
+                headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
+            elif path.endswith("/tree/main"):
+                content = json.dumps(files).encode()
+            elif path == f"/api/models/{repo.relative_to(root)}" and files:
+                content = json.dumps({"id": path[len("/api/models/") :], "siblings": files}).encode()
+            else:
+                headers["X-Error-Code"] = "EntryNotFound" if files else "RepoNotFound"
+            self.send_response(404 if content is None else 200)
+            for header in (headers | {"Content-Length": str(len(content or b""))}).items():
+                self.send_header(*header)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content or b"")
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    address = f"http://127.0.0.1:{server.server_port}"
+    yield inherited | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}, requests
+    server.shutdown()
+    server.server_close()
+
+
+def python(env, *argv):
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+LOAD = "import data, sys; print([e.update_info for e in data.load_examples(sys.argv[1])])"
+
+
+def test_hub(hub, tmp_path):
+    """A wrong file name, repository type or cache makes --data and --model work with local files only."""
+    env, requests = hub
+    expected = [row["update_info"] for row in ROWS]
+    assert eval(python(env, "-c", LOAD, "acme/Toy-Data").stdout) == expected
+    assert "GET /datasets/acme/Toy-Data/resolve/main/toy-data.jsonl" in requests
+    fetched = len(requests)
+    assert eval(python(env | {"HF_HUB_OFFLINE": "1"}, "-c", LOAD, "acme/Toy-Data").stdout) == expected
+    assert len(requests) == fetched  # the cache is enough
+    flags = "--model acme/toy-model --data acme/Toy-Data --steps 1 --num-samples 2 --max-new-tokens 8 --r 4"
+    done = python(env, "grpo.py", *flags.split(), "--output", str(tmp_path / "run"))
+    assert done.returncode == 0 and "6 tasks kept" in done.stdout and (tmp_path / "run/adapter").is_dir()
+    assert "GET /acme/toy-model/resolve/main/model.safetensors" in requests
+
+
+REFUSED = """
+import sys, time; time.sleep = lambda seconds: None  # between the hub's retries
+import grpo, recode
+rows, output = sys.argv[1:]
+for source in (["--data", rows, "--model", "acme/none"], ["--data", "acme/None"]):
+    sys.argv[1:] = ["--output", output, *source]
+    try:
+        recode.guard(grpo.main)
+    except SystemExit as error:
+        print(error.code)
+"""
+
+
+@pytest.mark.parametrize("trouble", ["no such repository", "no network"])
+def test_hub_out_of_reach(hub, write_rows, rows, tmp_path, trouble):
+    """Without network, or with a mistyped id, a screen of retries and tracebacks instead of one line each."""
+    env, _ = hub
+    if trouble == "no network":
+        env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = python(env, "-c", REFUSED, write_rows(rows), str(tmp_path / "run"))
+    lines = done.stderr.splitlines()
+    assert done.stdout.split() == ["2", "2"] and len(lines) == 2, done.stderr
+    assert lines[0].startswith("error: model: ") and "acme/none" in lines[0] and "directory" in lines[0]
+    assert lines[1].startswith("error: data: ") and "acme/None" in lines[1] and "local" in lines[1]
+    assert not (tmp_path / "run").exists()

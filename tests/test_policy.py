@@ -1,0 +1,351 @@
+"""The policy: DoRA against PEFT and the plain formula, sample against generate, token_logps against full logits."""
+
+import copy
+import re
+from collections import Counter
+
+import conftest
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+import grpo
+import recode
+from conftest import FAMILIES
+
+FEW = "q_proj,v_proj"
+ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22, 23], [12, 13, 14, 15, 16]]
+
+
+def random_model(family, vocab_size=97, **overrides):
+    """conftest's, with random biases and norms in place of its zeros and ones."""
+    model = conftest.random_model(family, vocab_size, **overrides)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p) if p.dim() == 1 else 0)
+    return model
+
+
+def config(targets=FEW):
+    return grpo.Config(r=4, alpha=8.0, dropout=0.0, targets=targets)
+
+
+def dora(model, r=4, alpha=8.0, dropout=0.0, targets=FEW):
+    return recode.add_dora(model, r, alpha, dropout, targets)
+
+
+def adapt(model, **settings):
+    """A DoRA over `model`, with random A, B and magnitudes as if it had been trained."""
+    dora(model, **settings)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in recode.dora_layers(model).values():
+            layer.lora_A.normal_(std=0.1)
+            layer.lora_B.normal_(std=0.1)
+            layer.magnitude.mul_(1 + 0.2 * torch.randn_like(layer.magnitude))
+    return model
+
+
+def logits(model, ids=PROMPTS[0]):
+    return model(torch.tensor([ids])).logits
+
+
+def naive_logps(model, prompt, completion, temperature=1.0):
+    """log-probabilities of one completion from the full logits, (T,)."""
+    rows = (logits(model, prompt + completion)[0].float() / temperature).log_softmax(-1)
+    return torch.stack([rows[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
+
+
+class Fresh(TorchDispatchMode):
+    """Records the shape of every tensor made inside that does not share the memory of one of `known`."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.shapes = {x.untyped_storage().data_ptr() for x in known}, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.shapes[tuple(x.shape)] += 1
+        return out
+
+
+# ------------------------------------------------------------------------- DoRA
+
+
+@pytest.mark.parametrize("targets", [FEW, ALL], ids=["q_v", "all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_path):
+    """Stops a forward or gradient that is not DoRA's, and an adapter directory that PEFT or we cannot read."""
+    peft = pytest.importorskip("peft")
+    ours = adapt(random_model(family), targets=targets)
+    recode.save_adapter(ours, config(targets=targets), tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(random_model(family), tmp_path / "ours", is_trainable=True)
+    expected = logits(theirs)
+    assert (expected - logits(random_model(family))).abs().max() > 0.01
+    torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
+    for model in (ours, theirs):
+        logits(model).log_softmax(-1)[0, :-1].gather(-1, torch.tensor([PROMPTS[0][1:]]).T).sum().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    layers = recode.dora_layers(ours)
+    assert len(gradients) == 3 * len(layers)
+    for name, layer in layers.items():
+        pairs = {"A": layer.lora_A, "B": layer.lora_B, "magnitude_vector": layer.magnitude}
+        for key, p in pairs.items():
+            expected_grad = gradients[f"base_model.model.{name}.lora_{key}.default.weight"]
+            torch.testing.assert_close(p.grad, expected_grad, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    back = recode.load_adapter(random_model(family), str(tmp_path / "theirs"))
+    torch.testing.assert_close(logits(back), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_formula_with_the_norm_held_constant():
+    """Stops a norm that takes part in the gradient; the plain formula, with BA formed, is the oracle."""
+    torch.manual_seed(0)
+    layer = recode.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=6.0, dropout=0.0)
+    nn.init.normal_(layer.lora_B)
+    x, W, bias = torch.randn(7, 24, requires_grad=True), layer.base.weight, layer.base.bias
+    A, B, m = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
+    V = W + 6 / 4 * B @ A
+    expected = x @ (m / V.norm(dim=1).detach() * V.T) + bias
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *p]) for y, p in (
+        (expected, (A, B, m)), (layer(x), (layer.lora_A, layer.lora_B, layer.magnitude)))]  # fmt: skip
+    for wanted, got in zip(*gradients):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
+    """Stops an export that loads as another model, and a merge in bf16 that hides what its rounding loses."""
+    for family, path in checkpoints.items():
+        adapted = adapt(AutoModelForCausalLM.from_pretrained(path), targets=ALL)
+        recode.save_adapter(adapted, config(targets=ALL), tmp_path / family)
+        recode.export(path, tmp_path / family, tmp_path / f"{family}-merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-merged")
+        torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
+        assert "loses 0.00%" in capsys.readouterr().out
+    half = AutoModelForCausalLM.from_pretrained(checkpoints["qwen2"], dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    adapted = adapt(half.float(), targets=ALL)
+    recode.save_adapter(adapted, config(targets=ALL), tmp_path / "adapter")
+    recode.export(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
+    printed = float(re.search(r"loses ([\d.]+)%", capsys.readouterr().out)[1])
+    lost = wanted = 0.0
+    for layer in recode.dora_layers(adapted).values():
+        V = layer.base.weight + 2.0 * layer.lora_B @ layer.lora_A
+        exact = layer.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)
+        lost += (exact.bfloat16().float() - exact).square().sum().item()
+        wanted += (exact - layer.base.weight).square().sum().item()
+    assert printed > 0 and printed == pytest.approx(100 * (lost / wanted) ** 0.5, abs=0.02)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half-merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_norm_is_computed_once_per_rollout(monkeypatch):
+    """Stops the norm of W + BA being computed anew at every decoding step (peft#2651)."""
+    model, norms, norm = adapt(random_model("qwen2")), [], recode.DoRALinear.norm
+    monkeypatch.setattr(recode.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1])
+    recode.sample(model, PROMPTS, 3, 10, [-1])
+    layers = len(recode.dora_layers(model))
+    assert len(norms) >= 10 * layers and len({id(x) for x in norms}) == layers
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_norm_follows_the_weights(options):
+    """Stops a cached norm that outlives an optimizer step or a loaded checkpoint."""
+    torch.manual_seed(0)
+    layer = recode.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=4.0, dropout=0.0)
+    start = copy.deepcopy(layer.state_dict())
+    exact = lambda: (layer.base.weight + layer.lora_B @ layer.lora_A).norm(dim=1)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
+    for _ in range(3):
+        before = layer.norm()
+        layer(torch.randn(5, 24)).square().sum().backward()
+        optimizer.step()
+        assert not torch.allclose(layer.norm(), before)
+        torch.testing.assert_close(layer.norm(), exact())
+    layer.load_state_dict(start)
+    torch.testing.assert_close(layer.norm(), exact())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ba_is_never_formed(dtype):
+    """Stops a forward or backward pass that makes an (out, in) tensor besides W itself."""
+    base = nn.Linear(24, 40).to(dtype).requires_grad_(False)
+    layer = recode.DoRALinear(base, r=4, alpha=4.0, dropout=0.1)
+    nn.init.normal_(layer.lora_B)
+    layer.norm()
+    x = torch.randn(7, 24, dtype=dtype)
+    with Fresh(base.weight) as fresh:
+        layer(x).square().sum().backward()
+    assert fresh.shapes[7, 40] and not fresh.shapes[40, 24] and not fresh.shapes[24, 40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_the_start_and_when_off_the_model_is_the_base(family, dtype):
+    """Stops a reference policy that is not the first policy: its KL would not start at 0."""
+    base = random_model(family).to(dtype)
+    expected = logits(base)
+    model = dora(copy.deepcopy(base), targets=ALL)
+    assert torch.equal(logits(model), expected)
+    model = adapt(base, targets=ALL)
+    adapted = logits(model)
+    with recode.reference(model):
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, expected)
+
+
+# ------------------------------------------------------------------------- sample
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family):
+    """Stops wrong positions, masks or cache slots in ragged batches, and stopping elsewhere than generate."""
+    model, T = adapt(random_model(family), targets=ALL), 24
+    model.generation_config.eos_token_id = None
+    settings = {"do_sample": False, "max_new_tokens": T, "pad_token_id": 0}
+    ask = lambda p, **more: model.generate(torch.tensor([p]), **settings, **more)[0, len(p) :].tolist()
+    free = [ask(prompt) for prompt in PROMPTS]
+    eos = sorted({free[0][4], free[1][10]})
+    tokens, mask, _ = recode.sample(model, PROMPTS, 2, T, eos, temperature=0)
+    expected = [ask(prompt, eos_token_id=eos) for prompt in PROMPTS for _ in range(2)]
+    assert [row[keep].tolist() for row, keep in zip(tokens, mask)] == expected
+    assert len({len(row) for row in expected}) > 1 and len({tuple(row) for row in free}) == len(free)
+    tokens, mask, _ = recode.sample(model, PROMPTS, 1, T, [-1], temperature=0)
+    assert tokens.tolist() == free and mask.all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree(family, temperature):
+    """Stops a sampler off the distribution that is trained, rows in a wrong group, equal prompts that merge."""
+    model, asked = adapt(random_model(family), dropout=0.5).train(), [*PROMPTS, PROMPTS[0]]
+    tokens, mask, logps = recode.sample(model, asked, 3, 16, [3, 7, 11], temperature, seed=5)
+    prompts = [prompt for prompt in asked for _ in range(3)]
+    assert len(tokens) == 15 == len({tuple(row) for row in tokens.tolist()})
+    with torch.no_grad():
+        trained = recode.token_logps(model.eval(), prompts, tokens, mask, temperature)
+        torch.testing.assert_close(logps, trained, atol=1e-4, rtol=0)
+        for prompt, row, keep, got in zip(prompts, tokens, mask, logps):
+            expected = naive_logps(model, prompt, row[keep].tolist(), temperature)
+            torch.testing.assert_close(got[keep], expected, atol=1e-4, rtol=0)
+
+
+def test_seed_decides():
+    """Stops samples that hang on hidden state, or groups that are the same in every step."""
+    model = random_model("qwen2")
+    draw = lambda seed: recode.sample(model, PROMPTS, 4, 12, [3], seed=seed)
+    first, other = draw(1), draw(2)
+    torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(first, draw(1)))
+    assert not torch.equal(first[0][:, :5], other[0][:, :5])
+
+
+def test_eos_is_kept_and_leaving_rows_change_nothing(monkeypatch):
+    """Stops a mask without the EOS, text after it, and rows whose luck hangs on who has left the batch."""
+    model, eos, T, kept = random_model("qwen2"), [3, 7, 11, 20, 31, 44, 60], 30, []
+    real = recode.KVCache.keep
+    monkeypatch.setattr(recode.KVCache, "keep", lambda cache, rows: kept.append(int(rows.sum())) or real(cache, rows))
+    tokens, mask, logps = recode.sample(model, PROMPTS, 6, T, eos, seed=3)
+    assert len(kept) > 3 and kept[-1] < 10
+    free, full, free_logps = recode.sample(model, PROMPTS, 6, T, [-1], seed=3)
+    assert full.all() and free.shape == (24, T)
+    lengths = []
+    for row, keep, lp, free_row, free_lp in zip(tokens, mask, logps, free, free_logps):
+        ends = [t for t, token in enumerate(free_row.tolist()) if token in eos]
+        lengths.append(ends[0] + 1 if ends else T)
+        n = lengths[-1]
+        assert keep[:n].all() and not keep[n:].any()
+        assert row[:n].tolist() == free_row[:n].tolist() and not row[n:].any() and not lp[n:].any()
+        torch.testing.assert_close(lp[:n], free_lp[:n], atol=1e-5, rtol=0)
+    assert tokens.shape == (24, max(lengths)) and min(lengths) < max(lengths)
+    cut, mask, _ = recode.sample(model, PROMPTS, 6, 4, eos, seed=3)
+    assert mask.sum(1).tolist() == [min(n, 4) for n in lengths] and torch.equal(cut, (free[:, :4] * mask))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_token_frequencies(temperature):
+    """Stops a sampler that is off the softmax (top-k, an off-by-one in the search); chi-square over 20,000 draws."""
+    model, N = random_model("qwen2", 96), 20_000
+    tokens, _, _ = recode.sample(model, PROMPTS[:1], N, 1, [3], temperature, seed=7)
+    expected = N * (logits(model)[0, -1].double() / temperature).softmax(-1)
+    seen = torch.bincount(tokens[:, 0], minlength=96).double()
+    expected, seen = expected.view(24, 4).sum(1), seen.view(24, 4).sum(1)
+    chi2 = ((seen - expected) ** 2 / expected).sum().item()
+    assert expected.min() > 5 and chi2 < 23 + 4 * 46**0.5
+
+
+def test_sampling_from_a_checkpointed_model_in_training_mode():
+    """Stops the cache being dropped when gradient checkpointing is on in training mode (trl#3683)."""
+    model = adapt(random_model("qwen3"), dropout=0.5)
+    expected = recode.sample(model, PROMPTS, 2, 12, [3], seed=1)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(expected, recode.sample(model, PROMPTS, 2, 12, [3], seed=1)))
+
+
+# ------------------------------------------------------------------------- token_logps
+
+
+def completions(V=97, seed=0):
+    """Four ragged completions for PROMPTS: tokens and mask, (4, 8)."""
+    torch.manual_seed(seed)
+    mask = torch.arange(8) < torch.tensor([8, 1, 5, 3])[:, None]
+    return torch.randint(4, V, (4, 8)) * mask, mask
+
+
+@pytest.mark.parametrize("logits_at_once", [2**23, 97 * 3, 1], ids=["whole", "three", "one"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_logps_equal_full_logits(family, logits_at_once, monkeypatch):
+    """Stops an off-by-one, a chunk lost, or a gradient that recomputation changes; values and all gradients."""
+    monkeypatch.setattr(recode, "LOGITS", logits_at_once)
+    model = adapt(random_model(family)).requires_grad_(True)
+    tokens, mask = completions()
+    weights, parameters = torch.randn(4, 8), [p for p in model.parameters()]
+    rows = [naive_logps(model, p, row[keep].tolist(), 0.8) for p, row, keep in zip(PROMPTS, tokens, mask)]
+    expected = torch.stack([torch.cat([row, torch.zeros(8 - len(row))]) for row in rows])
+    logps = recode.token_logps(model, PROMPTS, tokens, mask, temperature=0.8)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
+    got = torch.autograd.grad((logps * weights).sum(), parameters, allow_unused=True)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_token_logps_leave_their_inputs_and_ignore_padding():
+    """Stops labels changed in place through a view, and a row that feels its neighbours' padding."""
+    model = random_model("qwen2")
+    tokens, mask = completions()
+    inputs = copy.deepcopy((PROMPTS, tokens, mask))
+    logps = recode.token_logps(model, PROMPTS, tokens, mask).detach()
+    assert inputs[0] == PROMPTS and torch.equal(inputs[1], tokens) and torch.equal(inputs[2], mask)
+    wide = torch.cat([mask, torch.zeros(4, 5, dtype=torch.bool)], 1)
+    garbage = torch.where(wide, torch.cat([tokens, tokens[:, :5]], 1), 55)
+    prompts = [*PROMPTS, list(range(4, 44))]
+    garbage, wide = torch.cat([garbage, garbage[:1]]), torch.cat([wide, wide[:1]])
+    padded = recode.token_logps(model, prompts, garbage, wide).detach()
+    torch.testing.assert_close(padded[:4, :8], logps, atol=1e-6, rtol=1e-6)
+    assert not padded[:4, 8:].any() and not logps[~mask].any()
+
+
+def test_logits_are_never_whole(monkeypatch):
+    """Stops (B, T, V) logits, and chunks that are kept for the backward pass: both bound no memory."""
+    V = 5000
+    monkeypatch.setattr(recode, "LOGITS", 4 * V)
+    model = adapt(random_model("qwen2", V, hidden_size=16, intermediate_size=24))
+    tokens, mask = completions(V)
+    tokens, mask, prompts, saved = tokens.repeat(3, 1), mask.repeat(3, 1), PROMPTS * 3, Counter()
+    note = lambda x: saved.update([tuple(x.shape)]) or x
+    with Fresh(*model.parameters()) as fresh:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            logps = recode.token_logps(model, prompts, tokens, mask)
+        logps.sum().backward()
+    assert 4 * V <= max(torch.Size(shape).numel() for shape in fresh.shapes) <= 8 * V < mask.sum() * V / 6
+    assert not any(V in shape for shape in saved)

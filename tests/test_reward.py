@@ -1,0 +1,264 @@
+"""The reward, against the defects of the released one, figures worked out by hand and independent oracles.
+
+golden_rewards.json holds what the released code itself gives. It was made once, by calling its es_star,
+em_star and format_reward (with rapidfuzz) on completion(kind, i, row) for every sixth row i of the real
+data set that has old code and for every kind in KINDS; a case in which it raises is null. The figures
+are rounded to 11 digits and stand as {"row": [[es_star, em_star, format] of each kind]}.
+"""
+
+import ast
+import io
+import json
+import random
+import time
+import tokenize
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+import reward
+from conftest import SHARED
+
+REAL = SHARED / "data" / "recode-train-data.jsonl"
+needs_data = pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
+
+
+def answer(code, thought="so."):
+    """A well-formed completion whose code is `code`."""
+    return f" {thought}\n</think>\n<answer>\n```python\n{code}\n```\n</answer>"
+
+
+def test_more_than_ten_strings():
+    """Placeholder 1 is replaced inside placeholder 10, so a perfect answer with 12 strings earns -2."""
+    code = "\n".join(f"x{i} = 'text {i}'" for i in range(12))
+    assert reward.strip_comments(code) == code and reward.score(answer(code), code) == 3.0
+
+
+def test_apostrophe_in_comment():
+    """An apostrophe in a comment opens a string for the released code, which swallows what follows."""
+    target = "x = 1\ny = 'a'"
+    assert reward.strip_comments("x = 1  # don't\ny = 'a'") == target
+    assert reward.score(answer("x = 1  # don't\ny = 'a'"), target) == 3.0
+    assert reward.em_star(answer("x = 1  # it's\nwrong()  # isn't it"), "x = 1") == -1.5
+
+
+def test_blanks_before_comment():
+    """A line that is perfect but for its comment loses reward by the blanks that stood before it."""
+    assert reward.strip_comments("x = 1  # one\n\ty = 2 \t # two") == "x = 1\n\ty = 2"
+    assert reward.score(answer("x = 1  # one\ny = 2"), "x = 1\ny = 2") == 3.0
+    assert reward.em_star(answer("x = 1\ny = 2"), "x = 1   # one\ny = 2") == 2.0
+
+
+def test_nothing_to_compare_and_unparsable():
+    """Two empty programs divide by zero; a NUL, deep nesting or a huge literal ends the training run."""
+    assert reward.es(answer("# todo"), "# nothing") == reward.em(answer("# todo"), "# nothing") == 1.0
+    assert reward.score(answer("# todo"), "# nothing") == 3.0
+    for code in ("x = '\0'", "-" * 40_000 + "1", "lambda:" * 6_000 + "1", "x = '\ud800'", "(" * 100_000, "9" * 10**6):
+        assert reward.es_star(answer(code), "x = 1") == reward.em_star(answer(code), "x = 1") == -2.0
+
+
+def test_code_smuggled_through_the_think_block():
+    """The first fence anywhere counts, so the right code in the thoughts pays for an empty answer."""
+    assert reward.score("```python\nx = 1\n```\n</think>\n<answer>\n</answer>", "x = 1") == 1.0 - 2.0
+    assert reward.score(answer("y = 2", thought="```python\nx = 1\n```"), "x = 1") == 1.0 + 3.5 * 3 / 5 - 1.5
+    assert reward.em_star(answer("x = 1", thought="```python\ny = 2\n```"), "x = 1") == 2.0
+    assert reward.em(answer("y = 2\n```\nor rather\n```python\nx = 1"), "x = 1") == 1.0
+
+
+def test_total_is_a_number():
+    """The released DAPO glue adds two lists and hands over [1.0, 2.0] where 3.0 is meant."""
+    for correctness, total in {"es_star": 3, "em_star": 3, "es": 2, "em": 2, "none": 1}.items():
+        value = reward.score(answer("x = 1"), "x = 1", correctness)
+        assert isinstance(value, float) and value == total
+
+
+def test_second_answer_block():
+    """Answering twice is well-formed for the released code, which pays a model that repeats itself."""
+    twice = answer("x = 1") + "\n<answer>\n```python\nx = 2\n```\n</answer>"
+    assert reward.format_reward(twice) == -1.0
+    assert reward.em(twice, "x = 1") == 1.0 and reward.em(twice, "x = 2") == 0.0
+
+
+def brute_force(a, b):
+    """Edit distance by the textbook's dynamic programme."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, above = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+def test_levenshtein_brute_force():
+    """A wrong carry or a lost bit gives wrong rewards on some pair: empty, repeated, unicode or long."""
+    chance = random.Random(0)
+    alphabets = ["a", "ab", "abc \n", "äß中\U0001f600\U0001f601x", "\0\ud800e\u0301é", "def foo(x): return"]
+    lengths = [[0, 1, 2, 3, 8, 15, 16, 17, 31, 33]] * 3000 + [[0, 60, 63, 64, 65]] * 150 + [[290, 300, 310]] * 20
+    for choice in lengths:
+        letters = chance.choice(alphabets)
+        a, b = ("".join(chance.choices(letters, k=chance.choice(choice))) for _ in "ab")
+        assert reward.levenshtein(a, b) == reward.levenshtein(b, a) == brute_force(a, b), (a, b)
+
+
+def test_levenshtein_rapidfuzz():
+    """An error that shows only beyond the lengths which brute force can check."""
+    oracle = pytest.importorskip("rapidfuzz.distance.Levenshtein").distance
+    chance = random.Random(1)
+    for _ in range(60):
+        a = "".join(chance.choices("abcdefgh_ =()\n中\U0001f600", k=chance.randrange(1400, 1600)))
+        letters = [chance.choice(["", char, char, char, char + "z", "y"]) for char in a]
+        b = "".join(letters[chance.randrange(40) :])
+        assert reward.levenshtein(a, b) == oracle(a, b)
+
+
+def test_format_reward():
+    """A malformed completion that passes, or a good one that fails, is a reward for nothing."""
+    good = ["a</think>\n<answer>b</answer>", "</think><answer></answer>", "a < b</think> \n <answer>\nb\n</answer> \n"]
+    bad = [
+        "", "a", "a</think>", "a</think>b", "<answer>b</answer>", "a<answer>b</answer></think>", "a</think><answer>b",
+        "a</think>b</answer>", "a</think>so<answer>b</answer>", "a</think><answer>b</answer>so",
+        "a</THINK><answer>b</answer>", "<think>a</think><answer>b</answer>", "a</think></think><answer>b</answer>",
+        "a</think><answer><answer>b</answer>", "a</think><answer>b</answer></answer>", "a</think></answer><answer>",
+        "a</think><answer>b</answer><answer>c</answer>",
+    ]  # fmt: skip
+    figures = {text: reward.format_reward(text) for text in good + bad}
+    assert figures == dict.fromkeys(good, 1.0) | dict.fromkeys(bad, -1.0)
+
+
+@pytest.mark.parametrize(
+    "completion, es, em, es_star, em_star, form",
+    [
+        (answer("x = 12"), 1, 1, 2, 2, 1),
+        (answer("x = 1"), 5 / 6, 0, 3.5 * 5 / 6 - 1.5, -1.5, 1),  # one insertion
+        (answer("x = ("), 4 / 6, 0, -2, -2, 1),  # similar, but no Python
+        (answer("print()"), 0, 0, -1.5, -1.5, 1),
+        (answer("# so\n\nx = 12\n\n"), 1, 1, 2, 2, 1),
+        ("so</think><answer>x = 12</answer>", 0, 0, -2, -2, 1),  # no fence
+        ("so</think>\n```python\nx = 12\n```", 1, 1, 2, 2, -1),  # no answer tags
+        ("so\n```python\nx = 12\n```", 0, 0, -2, -2, -1),  # never stopped thinking
+        (answer("x = 12\n" + "#" * reward.MAX_CODE), 0, 0, -2, -2, 1),  # too long to be an answer
+    ],
+)
+def test_figures_by_hand(completion, es, em, es_star, em_star, form):
+    """A slip in eq. 1 to 4, or a rate that pays for code that does not parse."""
+    correctness = {"es": es, "em": em, "es_star": es_star, "em_star": em_star, "none": 0}
+    assert correctness.keys() == reward.CORRECTNESS.keys()
+    for name, value in correctness.items():
+        assert reward.CORRECTNESS[name](completion, "x = 12") == pytest.approx(value, abs=1e-12)
+        assert reward.score(completion, "x = 12", name) == pytest.approx(form + value, abs=1e-12)
+    assert reward.score(completion, "x = 12") == pytest.approx(form + es_star, abs=1e-12)
+
+
+def test_stale():
+    """An unchanged task would count as stale although its old code is the right answer."""
+    assert reward.stale(answer("old()  # as ever"), "old()", "new()") == 1.0
+    assert reward.stale(answer("new()"), "old()", "new()") == reward.stale("old()", "old()", "new()") == 0.0
+    assert reward.stale(answer("same()"), "same()", "same()  # still") == 0.0
+
+
+def test_strip_comments_keeps_strings():
+    """A "#" or quote inside a string is taken for a comment or an end, and code disappears."""
+    doc = ['x = "# no"', "x = '''a\n# b'''", "x = 'it\\'s # no'", 'f"{x} # {y}"', 'r"\\d" + "#"', '"""doc # s"""', "''"]
+    for code in doc:
+        assert reward.strip_comments(code) == code
+        assert reward.strip_comments(f"\n# '\n\n  {code} \t# \"\"\"\n\n") == code
+
+
+KINDS = ("exact", "old", "mutated", "comment lines", "truncated", "unfenced", "broken")
+
+
+def real_rows():
+    return [json.loads(line) for line in REAL.read_text().splitlines()]
+
+
+def completion(kind, i, row):
+    """The completion of a kind for row i of the data set."""
+    code, place = row["old_code" if kind == "old" else "new_code"], i * 7919
+    if kind == "mutated":
+        place %= len(code)
+        code = code[:place] + "abc_1"[i % 5] + code[place + 1 :]
+    if kind == "comment lines":
+        code = "\n\n".join(line if line.startswith(" ") else f"# note {i}\n{line}" for line in code.split("\n"))
+    if kind == "broken":
+        code += "\n)("
+    if kind == "unfenced":
+        return f"so</think><answer>{code}</answer>"
+    text = answer(code)
+    return text[: place % len(text)] if kind == "truncated" else text
+
+
+@needs_data
+def test_agreement_with_released_figures():
+    """A reward that differs from the paper's elsewhere than in its defects is another method."""
+    golden = json.loads(Path(__file__).with_name("golden_rewards.json").read_text())
+    rows, pairs = real_rows(), []
+    for i, cases in golden.items():
+        for kind, figures in zip(KINDS, cases, strict=True):
+            text, target = completion(kind, int(i), rows[int(i)]), rows[int(i)]["new_code"]
+            ours = reward.es_star(text, target), reward.em_star(text, target), reward.format_reward(text)
+            pairs += [(ours, figures)] if figures else []
+    agree = [sum(abs(a[k] - b[k]) < 1e-9 for a, b in pairs) / len(pairs) for k in range(3)]
+    assert len(pairs) > 2000 and agree[0] >= 0.985 and agree[1] >= 0.985 and agree[2] == 1.0, agree
+
+
+@needs_data
+def test_strip_comments_agrees_with_tokenize():
+    """A comment that stays, or code that goes, by the judgement of Python's own tokenizer on real code."""
+    for code in (row[name] for row in real_rows() for name in ("old_code", "new_code") if row[name]):
+        if not reward.parses(code):
+            continue
+        lines = code.split("\n")
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            if token.type == tokenize.COMMENT:
+                line, column = token.start
+                lines[line - 1] = lines[line - 1][:column].rstrip(" \t")
+        assert reward.strip_comments(code) == "\n".join(line for line in lines if line.strip()).strip()
+
+
+@needs_data
+def test_exact_copies_of_real_targets():
+    """A real target whose perfect copy earns less than all teaches the model to avoid it."""
+    parsed = 0
+    for target in (row["new_code"] for row in real_rows()):
+        try:
+            ast.parse(target)
+        except SyntaxError:
+            continue
+        parsed += 1
+        assert reward.es_star(answer(target), target) == reward.em_star(answer(target), target) == 2.0
+        assert reward.score(answer(target), target) == 3.0
+    assert parsed == 1731
+
+
+HOSTILE = {
+    "NUL": "x = '\0'", "surrogates": "\ud800 = '\udfff\ud800'", "brackets": "(" * 100_000,
+    "closed brackets": "[" * 100_000 + "]" * 100_000, "brackets below the limit": "[" * 24_000 + "]" * 24_000,
+    "integer": "9" * 10**6, "integer below the limit": "9" * 49_000, "megabyte": "x" * 10**6,
+    "triple quotes": "'''\\" * 250_000, "backslashes": '"""' + "\\" * 49_000, "quotes": "' \" \\" * 9_000,
+    "blanks": " " * 49_000, "blanks, comments": " #" * 24_000, "tabs": "\t " * 10**6, "newlines": "\n" * 10**6,
+    "unary": "-" * 49_000 + "1", "not": "not " * 12_000 + "1", "lambdas": "lambda:" * 7_000 + "1",
+    "sum": "a+" * 24_000 + "a", "attributes": "a" + ".a" * 24_000, "conditions": "x if y else " * 4_000 + "z",
+    "indents": "".join(" " * i + "if x:\n" for i in range(300)), "f-strings": "f'{" * 16_000,
+    "lines": "x = 1\n" * 8_000, "powers": "2**" * 16_000 + "2", "answers": "<answer>" * 130_000,
+    "ends": "</answer>" * 120_000, "thoughts": "</think>" * 130_000, "ticks": "`" * 10**6,
+    "fences": "```python\n" * 100_000, "open fences": "```python\nx" * 9_000,
+    "distinct letters": f"x = '{''.join(map(chr, range(65536, 114000)))}'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_completions(code):
+    """A completion that raises, hangs or eats the memory ends a training run; a model writes any text."""
+    target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
+    for text in (answer(code), code, "so</think><answer>" + code, answer(target) + code):
+        started = time.perf_counter()
+        total, stale = reward.score(text, target), reward.stale(text, "old()", target)
+        stripped = reward.strip_comments(text)
+        assert time.perf_counter() - started < 1.0
+        assert -3.0 <= total <= 3.0 and stale == 0.0 and isinstance(stripped, str)
+    tracemalloc.start()
+    reward.score(answer(code), target)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
