@@ -118,11 +118,11 @@ def collect(model, tokenizer, tasks, position, config, seed):
     scores = [reward.score(text, ex.new_code, config.correctness) for text, ex in zip(texts, examples)]
     rewards = torch.tensor(scores).view(-1, config.num_samples)  # (groups, num_samples)
     batch = recode.Batch([prompt for prompt, _ in rows], tokens, mask, advantages(rewards).flatten().to(model.device))
-    ended = torch.isin(tokens * mask, torch.tensor(eos, device=model.device)).any(1)  # (B,)
+    ended = (torch.isin(tokens, torch.tensor(eos, device=model.device)) & mask).any(1)  # (B,)
     figures = {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),
-        "no_spread": (rewards.std(1) == 0).float().mean().item(),
+        "no_spread": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         **recode.judge(texts, examples),
         "completion_length": mask.sum().item() / len(mask),
         "truncated": 1 - ended.float().mean().item(),

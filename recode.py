@@ -543,7 +543,9 @@ def set_up(config):
     defaults = Path(config.model) / "defaults.json"
     if defaults.is_file():
         print(f"defaults  {', '.join(f'{name} {value}' for name, value in read_settings(defaults).items())}")
-    print(f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions")
+    print(
+        f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions"
+    )
     run.begin()
     return run, model, tokenizer, train, heldout
 
@@ -575,7 +577,9 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
     save(run, model, optimizer, state)
     if state["step"] < run.config.steps:
         again = "" if run.config.resume else " --resume"
-        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(sys.argv)}{again}")
+        print(
+            f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(sys.argv)}{again}"
+        )
         return 130
     if heldout:
         figures = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, run.config)}
