@@ -24,6 +24,7 @@ What to know before reading:
 """
 
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -35,13 +36,11 @@ import data
 import recode
 import reward
 
-HERE = Path(__file__).parent
-
 
 @dataclass
 class Config:
     # what is trained, and where the run is kept
-    model: str = str(HERE / "tiny")  # checkpoint directory or hub id
+    model: str = os.path.relpath(Path(__file__).parent / "tiny")  # checkpoint directory or hub id
     data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
     heldout: str = ""  # JSONL file or share of the rows measured before and after, "" for none
     output: str = f"runs/{Path(__file__).stem}"  # run directory

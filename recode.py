@@ -26,6 +26,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -296,9 +297,8 @@ def export(model, adapter, output):
         setattr(merged.get_submodule(parent), leaf, layer.base)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    print(
-        f"merged into {output} as {merged.dtype}: rounding loses {math.sqrt(lost / max(wanted, 1e-30)):.2%} of the update"
-    )
+    share = math.sqrt(lost / max(wanted, 1e-30))
+    print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
 
 
 # ------------------------------------------------------------------------- 4. sampling
@@ -542,7 +542,8 @@ def set_up(config):
     print(f"          {trained:,} trained: DoRA, r {config.r}, on {config.targets}")
     defaults = Path(config.model) / "defaults.json"
     if defaults.is_file():
-        print(f"defaults  {', '.join(f'{name} {value}' for name, value in read_settings(defaults).items())}")
+        listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
+        print(textwrap.fill(f"defaults  {listed}", 100, subsequent_indent=" " * 10))
     print(
         f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions"
     )

@@ -78,42 +78,46 @@ def show(step, sample):
     return "\n" + "\n".join(f"    | {line[:92]}" for line in lines[:20]) + "\n"
 
 
+LEFT, RIGHT, TOP, BOTTOM = 60, 700, 40, 370  # of the plot, in an SVG of 760 x 420
+SERIES = (("reward", -3, 3, "#1f5fbf"), ("em", 0, 1, "#2a8a3e"), ("stale", 0, 1, "#c2452d"))  # figure, axis, colour
+
+
+def text(x, y, content, more=""):
+    return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{content}</text>'
+
+
+def frame(first, last):
+    """Axes and grid: reward on the left, shares on the right, steps `first` to `last` below."""
+    parts = ['<rect width="760" height="420" fill="white"/>']
+    for tick in range(-3, 4):
+        y = BOTTOM - (BOTTOM - TOP) * (tick + 3) / 6
+        parts.append(f'<path d="M{LEFT} {y:.0f}H{RIGHT}" stroke="#ddd"/>')
+        parts.append(text(LEFT - 8, y + 4, tick, 'text-anchor="end"'))
+    for tick in range(0, 101, 25):
+        parts.append(text(RIGHT + 8, BOTTOM - (BOTTOM - TOP) * tick / 100 + 4, f"{tick}%"))
+    for fifth in range(6):
+        x = LEFT + (RIGHT - LEFT) * fifth / 5
+        parts.append(text(x, BOTTOM + 20, first + (last - first) * fifth // 5, 'text-anchor="middle"'))
+    return [*parts, text((LEFT + RIGHT) / 2, BOTTOM + 40, "step", 'text-anchor="middle"')]
+
+
 def curve(rows):
-    """An SVG picture of metrics rows: reward (left axis), exact match and stale rate (right axis) by step."""
-    width, height, left, right, top, bottom = 760, 420, 60, 700, 40, 370
+    """An SVG picture of metrics rows: thin lines are the steps, thick ones the mean of nine around each."""
     steps = [row["step"] for row in rows] or [0]
-    x = lambda step: left + (right - left) * (step - steps[0]) / max(1, steps[-1] - steps[0])
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for i in range(7):  # one grid line for each unit of reward
-        y = bottom - (bottom - top) * i / 6
-        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{i - 3}</text>')
-        parts.append(f'<text x="{right + 8}" y="{y + 4:.1f}">{i / 6:.0%}</text>')
-    for i in range(6):
-        step = steps[0] + (steps[-1] - steps[0]) * i // 5
-        parts.append(f'<text x="{x(step):.1f}" y="{bottom + 20}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 40}" text-anchor="middle">step</text>')
-    series = (
-        ("reward", -3, 3, "#1f5fbf", "reward (left)"),
-        ("em", 0, 1, "#2a8a3e", "exact match"),
-        ("stale", 0, 1, "#c2452d", "stale"),
-    )
-    for place, (name, low, high, colour, label) in enumerate(series):
-        y = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
+    parts = frame(steps[0], steps[-1])
+    for place, (name, low, high, colour) in enumerate(SERIES):
         values = [row[name] for row in rows]
-        smooth = [sum(values[max(0, i - 4) : i + 5]) / len(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
-        for line, opacity, stroke in ((values, 0.3, 1), (smooth, 1, 2.5)):  # every step, and the mean of nine
-            points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in zip(steps, line))
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{stroke}" opacity="{opacity}"/>'
-            )
-        parts.append(
-            f'<text x="{left + 20 + 150 * place}" y="{top - 15}" fill="{colour}" font-weight="bold">{label}</text>'
-        )
-    return "\n".join([*parts, "</svg>"])
+        near = [values[max(0, i - 4) : i + 5] for i in range(len(values))]
+        for line, style in ((values, 'opacity="0.3"'), ([sum(n) / len(n) for n in near], 'stroke-width="2.5"')):
+            points = []
+            for step, value in zip(steps, line):
+                x = LEFT + (RIGHT - LEFT) * (step - steps[0]) / max(1, steps[-1] - steps[0])
+                points.append(f"{x:.1f},{BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low):.1f}")
+            parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" {style}/>')
+        label = {"reward": "reward (left)", "em": "exact match", "stale": "stale"}[name]
+        parts.append(text(LEFT + 20 + 150 * place, TOP - 15, label, f'fill="{colour}" font-weight="bold"'))
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" font-family="sans-serif" font-size="13">'
+    return "\n".join([head, *parts, "</svg>"])
 
 
 class Run:
