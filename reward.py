@@ -74,17 +74,14 @@ def levenshtein(a, b):
     positions = {}  # character -> the bits of its places in a
     for i, char in enumerate(a):
         positions[char] = positions.get(char, 0) | 1 << i
-    ones, last = (1 << len(a)) - 1, 1 << len(a) - 1
-    up, down, distance = ones, 0, len(a)  # vertical differences +1 / -1; value of the last row
+    ones = (1 << len(a)) - 1
+    up, down = ones, 0  # where a step down the column adds 1, where it takes 1 away
     for char in b:
         match = positions.get(char, 0)
-        diagonal = (((match & up) + up) ^ up) | match | down  # places where the diagonal step is free
-        right_up, right_down = down | ~(diagonal | up) & ones, up & diagonal
-        distance += bool(right_up & last) - bool(right_down & last)
-        right_up = right_up << 1 | 1
-        up = (right_down << 1 | ~(diagonal | right_up)) & ones
-        down = right_up & diagonal & ones
-    return distance
+        diagonal = ((((match & up) + up) ^ up) | match | down) & ones  # where the diagonal step is free
+        right_up = ((down | (ones ^ (diagonal | up))) << 1 | 1) & ones  # steps to the right that add 1
+        up, down = (up & diagonal) << 1 & ones | (ones ^ (diagonal | right_up)), right_up & diagonal
+    return len(b) + up.bit_count() - down.bit_count()  # along the top row, then down the last column
 
 
 def extract_code(completion):
