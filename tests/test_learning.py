@@ -16,7 +16,7 @@ import grpo
 import reward
 
 TINY = ROOT / "tiny"
-SHORT = ["--heldout", str(TINY / "dev.jsonl"), "--save-every", "1000", "--show-every", "1000"]
+QUIET = ["--heldout", str(TINY / "dev.jsonl"), "--save-every", "1000", "--show-every", "1000"]
 
 
 def heldout(output):
@@ -25,12 +25,11 @@ def heldout(output):
 
 
 def test_grpo_unlearns_the_stale_habit(tmp_path):
-    """An update that goes nowhere or the wrong way: a third of the full run must already show the cure."""
-    assert grpo.main([*SHORT, "--steps", "50", "--output", str(tmp_path / "run")]) == 0
+    """An update that goes nowhere or the wrong way; settings or a checkpoint with which the lesson fails."""
+    assert grpo.main([*QUIET, "--output", str(tmp_path / "run")]) == 0
     before, after = heldout(tmp_path / "run")
-    assert before["em"] <= 0.30 and before["stale"] >= 0.40
-    assert after["em"] >= before["em"] + 0.30
-    assert after["stale"] <= 0.10
+    assert before["em"] <= 0.30 and after["em"] >= 0.70
+    assert before["stale"] >= 0.40 and after["stale"] <= 0.10
     assert after["reward"] >= before["reward"] + 0.80
 
 
@@ -38,7 +37,7 @@ def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
     """A gain that comes from elsewhere than the reward (leaked targets, evaluation that differs from before)."""
     rng = random.Random(0)
     monkeypatch.setattr(reward, "score", lambda *_: rng.uniform(-3, 3))
-    assert grpo.main([*SHORT, "--steps", "25", "--output", str(tmp_path / "run")]) == 0
+    assert grpo.main([*QUIET, "--steps", "25", "--output", str(tmp_path / "run")]) == 0
     before, after = heldout(tmp_path / "run")
     assert after["em"] <= before["em"] + 0.10
     assert after["es"] <= before["es"] + 0.03
@@ -73,6 +72,7 @@ def test_tiny_is_small_and_regenerates(tmp_path, tokenizer):
     make.write_tasks(tmp_path)
     for split in ("train", "dev", "heldout"):
         assert (tmp_path / f"{split}.jsonl").read_text() == (TINY / f"{split}.jsonl").read_text()
+    assert make.DEFAULTS == json.loads((TINY / "defaults.json").read_text())
     fresh = make.make_tokenizer()
     for example in data.load_examples(str(TINY / "dev.jsonl"))[:50]:
         ids = data.encode_prompt(example, tokenizer)

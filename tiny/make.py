@@ -2,9 +2,9 @@
 
     python tiny/make.py [DIRECTORY]        about 10 minutes on 2 cores; the directory is tiny/ itself
 
-Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer) and three
-files of tasks: train.jsonl for RL, dev.jsonl, on which the settings in defaults.json were chosen,
-and heldout.jsonl for the figures that are reported.
+Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer), the settings
+that suit it (defaults.json), and three files of tasks: train.jsonl for RL, dev.jsonl, on which these
+settings were chosen, and heldout.jsonl for the figures that are reported.
 
 A task is two or three lines that call a made-up library, and a note that one thing in it changed
 (CHANGES). Every name is two words, nova_grid say. All words occur in training, but the word pairs
@@ -76,6 +76,23 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BATCH = 32
+
+DEFAULTS = {  # what differs from the paper's run, for a small model and three minutes
+    "data": "train.jsonl",
+    "heldout": "heldout.jsonl",
+    "steps": 130,
+    "prompts_per_step": 8,
+    "max_prompt_tokens": 128,
+    "max_new_tokens": 64,
+    "r": 16,
+    "alpha": 16.0,
+    "dropout": 0.0,
+    "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    "lr": 0.001,
+    "micro_batch": 16,
+    "save_every": 50,
+    "show_every": 25,
+}
 
 
 def names(words, split):
@@ -183,6 +200,7 @@ def write_tasks(directory):
 def main(directory):
     directory.mkdir(exist_ok=True)
     write_tasks(directory)
+    (directory / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
