@@ -577,10 +577,8 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
         return 1
     save(run, model, optimizer, state)
     if state["step"] < run.config.steps:
-        again = "" if run.config.resume else " --resume"
-        print(
-            f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(sys.argv)}{again}"
-        )
+        again = sys.argv if run.config.resume else [*sys.argv, "--resume"]
+        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(again)}")
         return 130
     if heldout:
         figures = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, run.config)}

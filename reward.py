@@ -24,7 +24,7 @@ Where this differs from the released code, each with a test in tests/test_reward
   6. The total is a number, never two lists added up.
   7. A second answer block is a format error: repeating oneself is not an answer.
 
-No model, no torch: python -c "import reward; help(reward)" is all there is to set up.
+    python -c "import reward; print(reward.es_star('</think><answer>\\n```python\\nx = 1\\n```\\n</answer>', 'x = 2'))"
 """
 
 import ast
