@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 import data
+import dora
 import recode
 import reward
 
@@ -164,7 +165,7 @@ def update(model, optimizer, batch, config):
     if config.updates > 1:  # else the policy has not moved since it sampled, and accumulate() knows
         batch.old_logps = recode.batch_logps(model, batch, config)
     if config.beta:
-        with recode.reference(model):
+        with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for rows in torch.arange(len(batch.mask), device=model.device).chunk(config.updates):  # whole groups

@@ -2,24 +2,17 @@
 
   1. the command line    every field of a script's Config is a flag
   2. loading             a checkpoint directory or a hub id, through transformers
-  3. DoRA                a small trainable part beside frozen weights (arXiv 2402.09353):
-                             y = m * (W x + s B A x) / ||W + s B A||,  s = alpha / r        (eq. 1)
-                         with m, A, B trained, the norm of each row held constant in the
-                         gradient, and the part switched off as the reference policy
+  3. export              a trained adapter (dora.py) merged into an ordinary checkpoint
   4. sampling            one forward pass for a prompt, then its keys and values serve the group
   5. log-probabilities   log pi(token | what came before), the only thing that training asks for
   6. figures             format, ES, exact match, stale rate; the table of held-out tasks
   7. set-up              model, tokenizer, tasks, run directory and the header that tells of them
 
-Differences from the usual way (PEFT, Hugging Face generate), each measured or tested:
-  a. BA is never formed. ||W + sBA||^2 = ||W||^2 + 2s <W, BA> + s^2 ||BA||^2 needs small products only,
-     and is computed once for every change of A and B, not once a token.
-  b. Dropout acts on the input of A alone; PEFT also drops inputs of W where m differs from the norm.
-  c. Nothing is merged for sampling: in bf16 a merge would round half of a small update away.
+Nothing is merged for sampling: in bf16 a merge would round half of a small update away, and the
+probabilities that are trained would not be those that were sampled from.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -35,15 +28,15 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import data
+import dora
 import reward
 from data import BadInput
-from run import Run, write
+from run import Run, read_settings, write
 
 # ------------------------------------------------------------------------- 1. the command line
 
@@ -81,14 +74,6 @@ def parse_config(Config, argv, doc):
         beside = path.parent / value if name in ("data", "heldout") else None
         given.setdefault(name, str(beside) if beside and beside.is_file() else value)
     return check(Config(**given))
-
-
-def read_settings(path):
-    """The JSON object in a file, as a dict."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
 
 
 def check(config):
@@ -169,113 +154,7 @@ def first_line(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# ------------------------------------------------------------------------- 3. DoRA
-
-
-class DoRALinear(nn.Module):
-    """A frozen nn.Linear W and its trained direction and magnitude (eq. 1). Equals PEFT's use_dora.
-
-    lora_A (r, in), lora_B (out, r) and magnitude (out,) are fp32 whatever the dtype of W.
-    """
-
-    def __init__(self, base, r, alpha, dropout):
-        super().__init__()
-        self.base, self.scale, self.dropout, self.enabled = base, alpha / r, nn.Dropout(dropout), True
-        kwargs = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **kwargs))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **kwargs))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_buffer("squares", base.weight.detach().float().square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(self.squares.sqrt())  # with B = 0 the layer is exactly W
-        self.cached = None, None  # versions of A and B, and the norm that belongs to them
-
-    @torch.no_grad()
-    def norm(self):
-        """||W + sBA|| of every row, (out,), computed anew only when A or B have changed."""
-        versions = self.lora_A._version, self.lora_B._version
-        if self.cached[0] != versions:
-            A, B, s = self.lora_A, self.lora_B, self.scale
-            cross = (B * (self.base.weight.float() @ A.T)).sum(1)  # <W, BA> of every row
-            gram = (B @ (A @ A.T) * B).sum(1)  # ||BA||^2 of every row
-            self.cached = versions, (self.squares + 2 * s * cross + s * s * gram).sqrt()
-        return self.cached[1]
-
-    def forward(self, x):
-        y, bias = self.base(x), self.base.bias
-        if not self.enabled:
-            return y
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        gain = self.magnitude / self.norm()
-        update = gain.to(x.dtype) * self.scale * F.linear(F.linear(self.dropout(x), A), B)
-        return y + (gain - 1).to(x.dtype) * (y if bias is None else y - bias) + update  # eq. 1, W x kept as it is
-
-
-def add_dora(model, r, alpha, dropout, targets):
-    """Freeze `model` and put a DoRALinear over each linear layer named in `targets`, "q_proj,v_proj" say."""
-    model.requires_grad_(False)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    known = {name.rpartition(".")[2] for name in linear}
-    if missing := set(targets.split(",")) - known:
-        raise BadInput(f"--targets: no linear layer {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
-    for name, module in linear.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf in targets.split(","):
-            setattr(model.get_submodule(parent), leaf, DoRALinear(module, r, alpha, dropout))
-    return model
-
-
-def dora_layers(model):
-    """{name: DoRALinear}, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DoRALinear)}
-
-
-@contextlib.contextmanager
-def reference(model):
-    """Inside, the adapter is off: `model` is the policy that training started from."""
-    layers = dora_layers(model).values()
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield model
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
-def save_adapter(model, config, directory):
-    """Write the adapter as PEFT does, so that PeftModel.from_pretrained(base, directory) loads it."""
-    tensors = {}
-    for name, layer in dora_layers(model).items():
-        prefix = f"base_model.model.{name}.lora_"
-        tensors[prefix + "A.weight"], tensors[prefix + "B.weight"] = layer.lora_A, layer.lora_B
-        tensors[prefix + "magnitude_vector"] = layer.magnitude
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "use_dora": True, "bias": "none", "inference_mode": True,
-        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "target_modules": config.targets.split(","), "base_model_name_or_path": config.model,
-    }  # fmt: skip
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write(Path(directory) / "adapter_model.safetensors", safetensors.torch.save(tensors))
-    write(Path(directory) / "adapter_config.json", json.dumps(settings, indent=2).encode())
-
-
-def load_adapter(model, directory):
-    """Put the DoRA adapter of `directory` (ours or PEFT's) over `model`, dropout off, and return it."""
-    settings = read_settings(Path(directory) / "adapter_config.json")
-    try:
-        tensors = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
-    except OSError as error:
-        raise BadInput(f"adapter: no weights in {directory!r}: {first_line(error)}")
-    if not settings.get("use_dora"):
-        raise BadInput(f"adapter: {directory!r} is not a DoRA adapter")
-    add_dora(model, settings["r"], settings["lora_alpha"], 0.0, ",".join(settings["target_modules"]))
-    with torch.no_grad():
-        for name, layer in dora_layers(model).items():
-            prefix = f"base_model.model.{name}.lora_"
-            layer.lora_A.copy_(tensors[prefix + "A.weight"])
-            layer.lora_B.copy_(tensors[prefix + "B.weight"])
-            layer.magnitude.copy_(tensors[prefix + "magnitude_vector"])
-    return model
+# ------------------------------------------------------------------------- 3. export
 
 
 @torch.no_grad()
@@ -285,9 +164,9 @@ def export(model, adapter, output):
     Prints how much of the update survives the rounding to that dtype. vLLM and others load the result.
     """
     tokenizer = load_tokenizer(model)
-    merged = load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
+    merged = dora.load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
     wanted = lost = 0.0
-    for name, layer in dora_layers(merged).items():
+    for name, layer in dora.dora_layers(merged).items():
         W = layer.base.weight.float()
         exact = (W + layer.scale * layer.lora_B @ layer.lora_A) * (layer.magnitude / layer.norm())[:, None]  # eq. 1
         layer.base.weight.copy_(exact)
@@ -536,7 +415,7 @@ def set_up(config):
         print("warning   the tokenizer has no chat template; prompts are plain text")
     print(f"model     {config.model}", flush=True)
     torch.manual_seed(config.seed)
-    model = add_dora(load_model(config.model), config.r, config.alpha, config.dropout, config.targets)
+    model = dora.add_dora(load_model(config.model), config.r, config.alpha, config.dropout, config.targets)
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
     print(f"          {trained:,} trained: DoRA, r {config.r}, on {config.targets}")
@@ -566,7 +445,7 @@ def save(run, model, optimizer, state):
     """A checkpoint to go on from, and the adapter as it is now."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     run.save(trained, optimizer, state)
-    save_adapter(model, run.config, run.path / "adapter")
+    dora.save_adapter(model, run.config, run.path / "adapter")
 
 
 def finish(run, model, tokenizer, optimizer, heldout, state):

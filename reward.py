@@ -19,12 +19,10 @@ Where this differs from the released code, each with a test in tests/test_reward
   3. The blanks before a removed comment go with it.
   4. Two empty programs are equal (no division by zero); NUL bytes, deep nesting and huge literals
      count as code that does not parse instead of ending the training run.
-  5. Only code inside the answer block counts (of several fences the last), so nothing can be
-     smuggled in through the think block.
+  5. Only the answer's code counts (of several fences the last, see extract_code), so nothing can
+     be smuggled in through the think block.
   6. The total is a number, never two lists added up.
   7. A second answer block is a format error: repeating oneself is not an answer.
-
-    python -c "import reward; print(reward.es_star('</think><answer>\\n```python\\nx = 1\\n```\\n</answer>', 'x = 2'))"
 """
 
 import ast

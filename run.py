@@ -46,6 +46,14 @@ def write(path, content):
         raise BadInput(f"cannot write {path}: {error.strerror}; nothing that was there is harmed")
 
 
+def read_settings(path):
+    """The JSON object in a file, as a dict."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
+
+
 # figure, heading, format of a step's row on the screen
 COLUMNS = (
     ("step", "step", "5d"), ("reward", "reward", "7.3f"), ("reward_std", "std", "6.3f"), ("format", "format", "7.2f"),
@@ -132,7 +140,7 @@ class Run:
         if config.resume and not self.checkpoint.is_file():
             raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
         if config.resume:
-            before = json.loads((self.path / "config.json").read_text())
+            before = read_settings(self.path / "config.json")
             for name in settings:
                 if name not in MAY_CHANGE and before.get(name) != settings[name]:
                     raise BadInput(f"--resume: {name} was {before.get(name)!r} in {self.path}, now {settings[name]!r}")

@@ -95,10 +95,11 @@ def log_probabilities(kind):
     import torch
     from conftest import random_model
 
+    import dora
     import recode
 
     torch.set_num_threads(1)
-    model = recode.add_dora(random_model("qwen2", VOCAB, tie_word_embeddings=True), 8, 8.0, 0.0, "q_proj,v_proj")
+    model = dora.add_dora(random_model("qwen2", VOCAB, tie_word_embeddings=True), 8, 8.0, 0.0, "q_proj,v_proj")
 
     def naive(prompts, tokens, mask):
         ids = torch.cat([torch.tensor(prompts), tokens], 1)

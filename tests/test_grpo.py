@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 import data
 import grpo
+import dora
 import recode
 import reward
 import run
@@ -95,9 +96,9 @@ def test_token_weights_by_hand():
 
 def policy(dropout=0.0):
     """A small model with a DoRA that has moved."""
-    model = recode.add_dora(random_model("qwen2"), 4, 4.0, dropout, "q_proj,v_proj,down_proj")
+    model = dora.add_dora(random_model("qwen2"), 4, 4.0, dropout, "q_proj,v_proj,down_proj")
     with torch.no_grad():
-        for layer in recode.dora_layers(model).values():
+        for layer in dora.dora_layers(model).values():
             layer.lora_B.normal_(std=0.1)
     return model
 
@@ -190,7 +191,7 @@ def test_second_update_compares_with_the_policy_that_sampled(monkeypatch):
     model, seen, real = policy(), [], grpo.accumulate
     batch, config = ragged(model, off_policy=False), grpo.Config(beta=0.1, updates=2, prompts_per_step=4, micro_batch=3)
     before = recode.batch_logps(model, batch, config)
-    with recode.reference(model):
+    with dora.reference(model):
         reference = recode.batch_logps(model, batch, config)
     monkeypatch.setattr(grpo, "accumulate", lambda *args: seen.append((args[1], real(*args))) or seen[-1][1])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import grpo
+import dora
 import recode
 from conftest import FAMILIES
 
@@ -34,16 +35,16 @@ def config(targets=FEW):
     return grpo.Config(r=4, alpha=8.0, dropout=0.0, targets=targets)
 
 
-def dora(model, r=4, alpha=8.0, dropout=0.0, targets=FEW):
-    return recode.add_dora(model, r, alpha, dropout, targets)
+def fresh(model, r=4, alpha=8.0, dropout=0.0, targets=FEW):
+    return dora.add_dora(model, r, alpha, dropout, targets)
 
 
 def adapt(model, **settings):
     """A DoRA over `model`, with random A, B and magnitudes as if it had been trained."""
-    dora(model, **settings)
+    fresh(model, **settings)
     torch.manual_seed(1)
     with torch.no_grad():
-        for layer in recode.dora_layers(model).values():
+        for layer in dora.dora_layers(model).values():
             layer.lora_A.normal_(std=0.1)
             layer.lora_B.normal_(std=0.1)
             layer.magnitude.mul_(1 + 0.2 * torch.randn_like(layer.magnitude))
@@ -84,7 +85,7 @@ def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_pat
     """Stops a forward or gradient that is not DoRA's, and an adapter directory that PEFT or we cannot read."""
     peft = pytest.importorskip("peft")
     ours = adapt(random_model(family), targets=targets)
-    recode.save_adapter(ours, config(targets=targets), tmp_path / "ours")
+    dora.save_adapter(ours, config(targets=targets), tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(random_model(family), tmp_path / "ours", is_trainable=True)
     expected = logits(theirs)
     assert (expected - logits(random_model(family))).abs().max() > 0.01
@@ -92,7 +93,7 @@ def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_pat
     for model in (ours, theirs):
         logits(model).log_softmax(-1)[0, :-1].gather(-1, torch.tensor([PROMPTS[0][1:]]).T).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    layers = recode.dora_layers(ours)
+    layers = dora.dora_layers(ours)
     assert len(gradients) == 3 * len(layers)
     for name, layer in layers.items():
         pairs = {"A": layer.lora_A, "B": layer.lora_B, "magnitude_vector": layer.magnitude}
@@ -100,14 +101,14 @@ def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_pat
             expected_grad = gradients[f"base_model.model.{name}.lora_{key}.default.weight"]
             torch.testing.assert_close(p.grad, expected_grad, atol=1e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    back = recode.load_adapter(random_model(family), str(tmp_path / "theirs"))
+    back = dora.load_adapter(random_model(family), str(tmp_path / "theirs"))
     torch.testing.assert_close(logits(back), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dora_formula_with_the_norm_held_constant():
     """Stops a norm that takes part in the gradient; the plain formula, with BA formed, is the oracle."""
     torch.manual_seed(0)
-    layer = recode.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=6.0, dropout=0.0)
+    layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=6.0, dropout=0.0)
     nn.init.normal_(layer.lora_B)
     x, W, bias = torch.randn(7, 24, requires_grad=True), layer.base.weight, layer.base.bias
     A, B, m = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
@@ -124,7 +125,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     """Stops an export that loads as another model, and a merge in bf16 that hides what its rounding loses."""
     for family, path in checkpoints.items():
         adapted = adapt(AutoModelForCausalLM.from_pretrained(path), targets=ALL)
-        recode.save_adapter(adapted, config(targets=ALL), tmp_path / family)
+        dora.save_adapter(adapted, config(targets=ALL), tmp_path / family)
         recode.export(path, tmp_path / family, tmp_path / f"{family}-merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-merged")
         torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
@@ -133,11 +134,11 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     half.save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
     adapted = adapt(half.float(), targets=ALL)
-    recode.save_adapter(adapted, config(targets=ALL), tmp_path / "adapter")
+    dora.save_adapter(adapted, config(targets=ALL), tmp_path / "adapter")
     recode.export(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
     printed = float(re.search(r"loses ([\d.]+)%", capsys.readouterr().out)[1])
     lost = wanted = 0.0
-    for layer in recode.dora_layers(adapted).values():
+    for layer in dora.dora_layers(adapted).values():
         V = layer.base.weight + 2.0 * layer.lora_B @ layer.lora_A
         exact = layer.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)
         lost += (exact.bfloat16().float() - exact).square().sum().item()
@@ -148,10 +149,10 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
 
 def test_norm_is_computed_once_per_rollout(monkeypatch):
     """Stops the norm of W + BA being computed anew at every decoding step (peft#2651)."""
-    model, norms, norm = adapt(random_model("qwen2")), [], recode.DoRALinear.norm
-    monkeypatch.setattr(recode.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1])
+    model, norms, norm = adapt(random_model("qwen2")), [], dora.DoRALinear.norm
+    monkeypatch.setattr(dora.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1])
     recode.sample(model, PROMPTS, 3, 10, [-1])
-    layers = len(recode.dora_layers(model))
+    layers = len(dora.dora_layers(model))
     assert len(norms) >= 10 * layers and len({id(x) for x in norms}) == layers
 
 
@@ -159,7 +160,7 @@ def test_norm_is_computed_once_per_rollout(monkeypatch):
 def test_norm_follows_the_weights(options):
     """Stops a cached norm that outlives an optimizer step or a loaded checkpoint."""
     torch.manual_seed(0)
-    layer = recode.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=4.0, dropout=0.0)
+    layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=4.0, dropout=0.0)
     start = copy.deepcopy(layer.state_dict())
     exact = lambda: (layer.base.weight + layer.lora_B @ layer.lora_A).norm(dim=1)
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
@@ -177,7 +178,7 @@ def test_norm_follows_the_weights(options):
 def test_ba_is_never_formed(dtype):
     """Stops a forward or backward pass that makes an (out, in) tensor besides W itself."""
     base = nn.Linear(24, 40).to(dtype).requires_grad_(False)
-    layer = recode.DoRALinear(base, r=4, alpha=4.0, dropout=0.1)
+    layer = dora.DoRALinear(base, r=4, alpha=4.0, dropout=0.1)
     nn.init.normal_(layer.lora_B)
     layer.norm()
     x = torch.randn(7, 24, dtype=dtype)
@@ -192,11 +193,11 @@ def test_at_the_start_and_when_off_the_model_is_the_base(family, dtype):
     """Stops a reference policy that is not the first policy: its KL would not start at 0."""
     base = random_model(family).to(dtype)
     expected = logits(base)
-    model = dora(copy.deepcopy(base), targets=ALL)
+    model = fresh(copy.deepcopy(base), targets=ALL)
     assert torch.equal(logits(model), expected)
     model = adapt(base, targets=ALL)
     adapted = logits(model)
-    with recode.reference(model):
+    with dora.reference(model):
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), adapted) and not torch.equal(adapted, expected)
 
