@@ -40,6 +40,7 @@ This code was written for an older version:
 Rewrite it for version {new_version}. Reason inside <think> </think>, then give the complete new code \
 inside <answer> </answer>, in a ```python fence."""
 OPENING = "Let me solve this step by step.\n<think>"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name
 
 
 class BadInput(ValueError):
@@ -63,7 +64,7 @@ def locate(source):
     path = Path(source)
     if path.is_file():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in (".json", ".jsonl"):
+    if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
         raise BadInput(f"data: no file {source!r}; give a JSONL file or a hub id like zjunlp/ReCode-Train-Data")
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import HfHubHTTPError

@@ -140,7 +140,7 @@ def accumulate(model, batch, config):
 
     One micro-batch at a time; the weights are those of the whole batch, so the sum is exact.
     """
-    weights, sums = token_weights(batch.mask), Counter()  # (B, T)
+    weights, count, sums = token_weights(batch.mask), batch.mask.sum().item(), Counter()  # (B, T)
     model.train()
     for rows in batch.micro(config.micro_batch):
         part = batch.select(rows)
@@ -152,9 +152,9 @@ def accumulate(model, batch, config):
         with torch.no_grad():
             far = torch.where(part.advantages.view(-1, 1) > 0, config.clip_high, config.clip_low)  # (b, 1)
             drift = torch.exp(logps - old_logps).sub(1) * part.advantages.sign().view(-1, 1)  # > 0 where A pushes on
-            sums["clip_fraction"] += ((drift > far) & part.mask).sum().item() / batch.mask.sum().item()
+            sums["clip_fraction"] += ((drift > far) & part.mask).sum().item() / count
             if config.beta:
-                sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / batch.mask.sum().item()
+                sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
             sums["loss"] += loss.item()
     return sums
 
@@ -167,7 +167,7 @@ def update(model, optimizer, batch, config):
     if config.beta:
         with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = optimizer.param_groups[0]["params"]
     for rows in torch.arange(len(batch.mask), device=model.device).chunk(config.updates):  # whole groups
         part = accumulate(model, batch.select(rows), config)
         sums.update(part)

@@ -118,7 +118,7 @@ def load_tokenizer(model):
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):
         raise BadInput(f"model: no tokenizer in {model!r}; save one there with tokenizer.save_pretrained")
-    if not path.is_dir() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
+    if not path.is_dir() and (path.exists() or not data.HUB_ID.fullmatch(model)):
         raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
     huggingface_hub.logging.set_verbosity_error()  # its retries are no news; their outcome is
     try:
