@@ -10,7 +10,8 @@ A source is a path to such a JSONL file, or the id of a data set on the Hugging 
 (owner/Name, which must hold name.jsonl): zjunlp/ReCode-Train-Data is the paper's.
 
 The prompt is a system message, a user message, and the beginning of the assistant's turn, which
-stays open: the model goes on inside the think block. Training and evaluation share it.
+stays open: the model goes on inside the think block. Training and evaluation share it. A target is
+the completion that supervised training copies: the reference, with the note quoted as the thought.
 
     python -c "import data; print(data.load_examples('tiny/train.jsonl')[0])"
 """
@@ -40,6 +41,7 @@ This code was written for an older version:
 Rewrite it for version {new_version}. Reason inside <think> </think>, then give the complete new code \
 inside <answer> </answer>, in a ```python fence."""
 OPENING = "Let me solve this step by step.\n<think>"
+TARGET = "\n{thought}\n</think>\n<answer>\n```python\n{new_code}\n```\n</answer>"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name
 
 
@@ -154,6 +156,16 @@ def encode_prompt(example, tokenizer):
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text + OPENING, add_special_tokens=False)
+
+
+def encode_target(example, tokenizer):
+    """The token ids of a completion that earns the full reward, with its EOS, list[int].
+
+    The data holds no reasoning, so the thought is a choice: it quotes the update note, which is true,
+    short (89 characters in the median of the paper's data) and what the answer has to follow from.
+    """
+    text = TARGET.format(thought=example.update_info, new_code=example.new_code)
+    return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
 
 
 def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):

@@ -1,26 +1,32 @@
-"""GRPO: teach a code model to obey an API update, by comparing its own answers with each other.
+"""GRPO (arXiv 2402.03300): all groups (eq. 1), one clip both ways (eq. 5), KL (eq. 7), completions alike (eq. 8).
 
-For every prompt the policy writes a group of G completions; reward.py scores each one. A completion
-better than its group's mean is made more likely, a worse one less (arXiv 2402.03300):
+A code model learns to obey an API update by comparing its own answers with each other. For every
+prompt it writes a group of completions, and reward.py scores them; those better than their group's
+mean are made more likely, the others less. Completion i, token t:
 
-    A_i     = (r_i - mean(r)) / (std(r) + 1e-4)             advantage within the group      (eq. 1)
-    rho_it  = exp(logp_it - old_it)                         now against when it was sampled (eq. 2)
-    S_it    = min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A)     no reward for going too far     (eq. 3)
-    k3_it   = exp(ref - logp) - (ref - logp) - 1            distance from the first policy  (eq. 4)
-    J_it    = S_it - beta k3_it                             per token                       (eq. 5)
-    w_it    = mask_it / |o_i| / N                           mean over tokens, then rows     (eq. 6)
-    loss    = - sum w_it J_it                                                               (eq. 7)
+    D      = the next P = 1 prompts' groups, whatever they earned                 (eq. 1)
+    R_i    = r_i                                                                  (eq. 2)
+    A_i    = (R_i - mean(R)) / (std(R) + 1e-4)      advantage within the group    (eq. 3)
+    rho_it = exp(logp_it - old_it)                  now against when sampled      (eq. 4)
+    S_it   = min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A)                            (eq. 5)
+    k3_it  = exp(ref - logp) - (ref - logp) - 1     distance from where it began  (eq. 6)
+    J_it   = S_it - beta k3_it,  beta = 0.001                                     (eq. 7)
+    w_it   = mask_it / |o_i| / N                    mean over tokens, then rows   (eq. 8)
+    loss   = - sum w_it J_it,  on each of U = 1 shares of D                       (eq. 9)
 
-    python grpo.py                                             the embedded toy model, minutes on a CPU
-    python grpo.py --model Qwen/Qwen2.5-Coder-7B-Instruct      the paper's run, on a GPU
-    python grpo.py --help                                      every setting
+Three files, one text; what differs carries the number of its equation:
+
+    python grpo.py, python dapo.py, python sft.py         the embedded toy model, minutes on a CPU
+    ... --model Qwen/Qwen2.5-Coder-7B-Instruct            a real one, on a GPU
+    ... --help                                            every setting
+    diff grpo.py dapo.py                                  the lesson
 
 What to know before reading:
-  1. With one update per rollout rho is exactly 1, the clip never acts, and the loss is near 0: its
-     value is an accident of the normalised advantages, its gradient is what trains.
-  2. eq. 6 is computed over the whole update batch, before it is cut into micro-batches, so loss and
+  1. In the first update after a rollout rho is exactly 1, the clip does nothing, and the loss is an
+     accident of the normalised advantages, often about 0. Its gradient is what trains.
+  2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
      gradient do not depend on --micro-batch.
-  3. A group whose rewards are all equal has no advantage; only the KL term still moves it.
+  3. A group whose rewards are all equal has the advantage 0 throughout: at most the KL term moves it.
 """
 
 import math
@@ -35,7 +41,6 @@ import torch
 import data
 import dora
 import recode
-import reward
 
 
 @dataclass
@@ -49,17 +54,17 @@ class Config:
     seed: int = 42  # of the data order, the adapter, the samples
     # rollout
     steps: int = 5000  # rollouts, each followed by --updates updates
-    prompts_per_step: int = 1  # prompts in a rollout
+    prompts_per_step: int = 1  # eq. 1, P
     num_samples: int = 8  # completions per prompt, the group G
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling, and of the probabilities that are trained
     correctness: str = "es_star"  # second half of the reward: es_star, em_star, es, em or none
     # objective
-    clip_low: float = 0.2  # eq. 3, below 1
-    clip_high: float = 0.2  # eq. 3, above 1
-    beta: float = 0.001  # eq. 5, weight of the KL term
-    updates: int = 1  # optimizer steps per rollout, each on its share of the prompts
+    clip_low: float = 0.2  # eq. 5, how far rho may fall below 1
+    clip_high: float = 0.2  # eq. 5, how far it may rise above 1
+    beta: float = 0.001  # eq. 7, weight of the KL term
+    updates: int = 1  # eq. 9, U optimizer steps, each on its share of the prompts
     # adapter
     r: int = 64  # rank of the DoRA
     alpha: float = 64.0  # its scale is alpha / r
@@ -78,61 +83,44 @@ class Config:
 
 def advantages(rewards):
     """How much better each completion is than its group. rewards and result (groups, num_samples)."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)  # eq. 1
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)  # eq. 3
 
 
 def k3(logps, ref_logps):
     """The KL estimator of every token, never negative, (B, T)."""
-    return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # eq. 4
+    return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # eq. 6
 
 
-def objective(logps, old_logps, ref_logps, advantages, clip_low=0.2, clip_high=0.2, beta=0.001):
+def objective(logps, old_logps, ref_logps, advantages, clip_low=0.2, clip_high=0.2, beta=0.001):  # eq. 5, 7
     """What to maximise, per token, (B, T).
 
     logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
     sampled, and under the first policy (None if beta is 0). advantages: (B,), one a completion.
     """
     advantages = advantages.view(-1, 1)  # (B, 1)
-    ratio = torch.exp(logps - old_logps)  # eq. 2
-    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # eq. 3
-    return surrogate - beta * k3(logps, ref_logps) if beta else surrogate  # eq. 5
+    ratio = torch.exp(logps - old_logps)  # eq. 4
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # eq. 5
+    return surrogate - beta * k3(logps, ref_logps) if beta else surrogate  # eq. 7
 
 
 def token_weights(mask):
     """The weight of every token in the loss, (B, T), from the mask of a whole update batch."""
-    return mask.double() / mask.sum(1, keepdim=True) / len(mask)  # eq. 6
+    return mask.double() / mask.sum(1, keepdim=True) / len(mask)  # eq. 8
 
 
-def collect(model, tokenizer, tasks, position, config, seed):
-    """Sample and score one rollout from `position` of the stream: (batch, figures, samples, position)."""
-    eos, started = recode.eos_ids(model, tokenizer), time.perf_counter()
-    drawn = data.draw(tasks, position, config.prompts_per_step, config.seed)
-    prompts = [prompt for prompt, _ in drawn]
-    tokens, mask, _ = recode.sample(
-        model, prompts, config.num_samples, config.max_new_tokens, eos, config.temperature, seed
-    )
-    sampled = time.perf_counter()
-    texts = recode.completions(tokenizer, tokens, mask, eos)
-    rows = [task for task in drawn for _ in range(config.num_samples)]  # groups by position, never by content
-    examples = [example for _, example in rows]
-    scores = [reward.score(text, ex.new_code, config.correctness) for text, ex in zip(texts, examples)]
-    rewards = torch.tensor(scores).view(-1, config.num_samples)  # (groups, num_samples)
-    batch = recode.Batch([prompt for prompt, _ in rows], tokens, mask, advantages(rewards).flatten().to(model.device))
-    ended = (torch.isin(tokens, torch.tensor(eos, device=model.device)) & mask).any(1)  # (B,)
-    figures = {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(1).mean().item(),
-        "no_spread": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        **recode.judge(texts, examples),
-        "completion_length": mask.sum().item() / len(mask),
-        "truncated": 1 - ended.float().mean().item(),
-        "seconds_sample": sampled - started,
-        "seconds_score": time.perf_counter() - sampled,
-    }
-    samples = [
-        {"update_info": ex.update_info, "completion": t, "reward": r} for t, ex, r in zip(texts, examples, scores)
-    ]
-    return batch, figures, samples, position + len(drawn)
+def collect(model, tokenizer, tasks, position, config):
+    """Sample and score a rollout from `position` of the stream: (batch, figures, all groups, new position)."""
+    groups, sampled, seconds, tries = [], [], Counter(), 0
+    while len(groups) < config.prompts_per_step:  # eq. 1
+        drawn = data.draw(tasks, position, config.prompts_per_step - len(groups), config.seed)
+        seed = config.seed * 1_000_003 + position
+        fresh, spent = recode.rollout(model, tokenizer, drawn, config, config.num_samples, config.temperature, seed)
+        groups += fresh  # eq. 1
+        sampled, position, tries = sampled + fresh, position + len(drawn), tries + 1
+        seconds.update(spent)
+    rewards = torch.tensor([group.rewards for group in groups])  # eq. 2, (groups, num_samples)
+    batch = recode.make_batch(groups, advantages(rewards), model.device)
+    return batch, recode.describe(sampled) | {"tries": tries, "groups": len(groups), **seconds}, sampled, position
 
 
 def accumulate(model, batch, config):
@@ -146,13 +134,13 @@ def accumulate(model, batch, config):
         part = batch.select(rows)
         logps = recode.token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
         old_logps = logps.detach() if part.old_logps is None else part.old_logps
-        J = objective(logps, old_logps, part.ref_logps, part.advantages, config.clip_low, config.clip_high, config.beta)
-        loss = -(weights[rows] * J).sum()  # eq. 7
+        clip, A = (config.clip_low, config.clip_high), part.advantages
+        J = objective(logps, old_logps, part.ref_logps, A, *clip, config.beta)
+        loss = -(weights[rows] * J).sum()  # eq. 9
         loss.backward()
         with torch.no_grad():
-            far = torch.where(part.advantages.view(-1, 1) > 0, config.clip_high, config.clip_low)  # (b, 1)
-            drift = torch.exp(logps - old_logps).sub(1) * part.advantages.sign().view(-1, 1)  # > 0 where A pushes on
-            sums["clip_fraction"] += ((drift > far) & part.mask).sum().item() / count
+            bounded = objective(logps, old_logps, None, A, *clip, beta=0) != torch.exp(logps - old_logps) * A[:, None]
+            sums["clip_fraction"] += (bounded & part.mask).sum().item() / count
             if config.beta:
                 sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
             sums["loss"] += loss.item()
@@ -168,7 +156,8 @@ def update(model, optimizer, batch, config):
         with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
     parameters = optimizer.param_groups[0]["params"]
-    for rows in torch.arange(len(batch.mask), device=model.device).chunk(config.updates):  # whole groups
+    shares = batch.shares(config.prompts_per_step // config.updates * config.num_samples)
+    for rows in shares:  # eq. 9
         part = accumulate(model, batch.select(rows), config)
         sums.update(part)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
@@ -178,7 +167,8 @@ def update(model, optimizer, batch, config):
         else:
             sums["skipped"] += 1
         optimizer.zero_grad()
-    figures = {name: sums[name] / config.updates for name in ("loss", "kl", "clip_fraction", "grad_norm", "skipped")}
+    names = ("loss", "kl", "clip_fraction", "grad_norm", "skipped")
+    figures = {name: sums[name] / max(1, len(shares)) for name in names}
     return figures | {"seconds_update": time.perf_counter() - started}
 
 
@@ -196,16 +186,13 @@ def main(argv=None):
         recode.save(run, model, optimizer, state)  # from here on there is always something to go on from
     with run.progress(state["step"]) as stop:
         while state["step"] < config.steps and state["lost"] < recode.LOST and not stop.asked:
-            seed = config.seed * 1_000_003 + state["step"]  # all chance in a step hangs on this alone
-            torch.manual_seed(seed)
-            batch, figures, samples, state["position"] = collect(
-                model, tokenizer, tasks, state["position"], config, seed
-            )
+            torch.manual_seed(config.seed * 1_000_003 + state["step"])  # dropout; samples hang on the position
+            batch, figures, groups, state["position"] = collect(model, tokenizer, tasks, state["position"], config)
             figures["lr"] = optimizer.param_groups[0]["lr"] = recode.learning_rate(state["step"], config)
             figures |= update(model, optimizer, batch, config)
             state["step"] += 1
             state["lost"] = state["lost"] + 1 if figures["skipped"] else 0
-            run.log({"step": state["step"], **figures}, samples)
+            run.log({"step": state["step"], **figures}, groups)
             if state["step"] % config.save_every == 0 and not state["lost"]:
                 recode.save(run, model, optimizer, state)
     return recode.finish(run, model, tokenizer, optimizer, heldout, state)

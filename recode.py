@@ -4,8 +4,8 @@
   2. loading             a checkpoint directory or a hub id, through transformers
   3. export              a trained adapter (dora.py) merged into an ordinary checkpoint
   4. sampling            one forward pass for a prompt, then its keys and values serve the group
-  5. log-probabilities   log pi(token | what came before), the only thing that training asks for
-  6. figures             format, ES, exact match, stale rate; the table of held-out tasks
+  5. rollouts            completions and their rewards, the figures that describe them, held-out tasks
+  6. log-probabilities   log pi(token | what came before), the only thing that training asks for
   7. set-up              model, tokenizer, tasks, run directory and the header that tells of them
 
 Nothing is merged for sampling: in bf16 a merge would round half of a small update away, and the
@@ -20,8 +20,10 @@ import math
 import re
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean as mean
 
 import huggingface_hub
 import safetensors.torch
@@ -40,7 +42,7 @@ from run import Run, read_settings, write
 
 # ------------------------------------------------------------------------- 1. the command line
 
-MAY_BE_ZERO = ("seed", "dropout", "beta", "warmup", "weight_decay")  # every other number is above 0
+MAY_BE_ZERO = ("seed", "dropout", "beta", "warmup", "weight_decay", "overlong_cache")  # every other number is above 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,12 +87,14 @@ def check(config):
                 raise BadInput(f"{flag} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
     if config.seed >= 2**32:
         raise BadInput(f"--seed {config.seed}: must be below 2**32")
-    if config.num_samples == 1:
+    if config.num_samples == 1 < type(config).num_samples:
         raise BadInput("--num-samples 1: advantages compare the samples of a group; give at least 2")
     if config.prompts_per_step % config.updates:
         raise BadInput(f"--updates {config.updates}: must divide --prompts-per-step {config.prompts_per_step}")
     if config.dropout >= 1 or config.warmup > 1:
         raise BadInput("--dropout must be below 1 and --warmup at most 1: both are shares")
+    if vars(config).get("overlong_cache", 0) > config.max_new_tokens:
+        raise BadInput(f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens {config.max_new_tokens}")
     if config.correctness not in reward.CORRECTNESS:
         raise BadInput(f"--correctness {config.correctness!r}: give one of {', '.join(reward.CORRECTNESS)}")
     return config
@@ -207,8 +211,8 @@ class KVCache:
 
 def pad(rows, device):
     """Lists of ids, padded on the right with 0 to (rows, longest), and their lengths (rows,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.as_tensor(row)
     return ids.to(device), lengths.to(device)
@@ -287,7 +291,86 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
 
-# ------------------------------------------------------------------------- 5. log-probabilities
+# ------------------------------------------------------------------------- 5. rollouts and their figures
+
+
+@dataclasses.dataclass
+class Group:
+    """One task and its completions, lists of ids with their EOS. Those that were sampled also have
+    their texts, their rewards, and whether they were cut at max_new_tokens."""
+
+    prompt: list
+    example: data.Example
+    completions: list
+    texts: list = ()
+    rewards: list = ()
+    cut: list = ()
+
+
+def rollout(model, tokenizer, tasks, config, num_samples, temperature, seed):
+    """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took."""
+    eos, started = eos_ids(model, tokenizer), time.perf_counter()
+    prompts = [prompt for prompt, _ in tasks]
+    tokens, mask, logps = sample(model, prompts, num_samples, config.max_new_tokens, eos, temperature, seed)
+    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
+    lost = not logps.isfinite().all()  # weights that overflowed: no rewards, so that the run sees it and ends
+    sampled, groups = time.perf_counter(), []
+    for i, (prompt, example) in enumerate(tasks):  # groups by position, never by content
+        completions = rows[i * num_samples : (i + 1) * num_samples]
+        texts = [decode(tokenizer, ids, eos) for ids in completions]
+        rewards = [math.nan if lost else reward.score(text, example.new_code, config.correctness) for text in texts]
+        cut = [ids[-1] not in eos for ids in completions]
+        groups.append(Group(prompt, example, completions, texts, rewards, cut))
+    return groups, {"seconds_sample": sampled - started, "seconds_score": time.perf_counter() - sampled}
+
+
+def decode(tokenizer, ids, eos):
+    """The text of a completion without its EOS."""
+    return tokenizer.decode([i for i in ids if i not in eos], clean_up_tokenization_spaces=False)
+
+
+def judge(groups):
+    """Means over all completions: format (a share), es, em, stale (each in [0, 1]) and reward."""
+    pairs = [(text, group.example) for group in groups for text in group.texts]
+    return {
+        "format": mean(reward.format_reward(text) > 0 for text, _ in pairs),
+        "es": mean(reward.es(text, example.new_code) for text, example in pairs),
+        "em": mean(reward.em(text, example.new_code) for text, example in pairs),
+        "stale": mean(reward.stale(text, example.old_code, example.new_code) for text, example in pairs),
+        "reward": mean(r for group in groups for r in group.rewards),
+    }
+
+
+def describe(groups):
+    """The figures of a rollout: those of judge(), the spread within groups, lengths; plain floats."""
+    several = len(groups[0].rewards) > 1  # one answer has no spread
+    return judge(groups) | {
+        "reward_std": mean(torch.tensor(group.rewards).std().item() if several else 0.0 for group in groups),
+        "no_spread": mean(max(group.rewards) == min(group.rewards) for group in groups),
+        "completion_length": mean(len(ids) for group in groups for ids in group.completions),
+        "truncated": mean(cut for group in groups for cut in group.cut),
+    }
+
+
+def evaluate(model, tokenizer, tasks, config):
+    """Figures over held-out `tasks`: those of judge() for greedy answers, but the reward of sampled ones."""
+    size, greedy, sampled = config.prompts_per_step * config.num_samples, [], []
+    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=None):
+        part = tasks[start : start + size]
+        greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
+        sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
+    return judge(greedy) | {"reward": judge(sampled)["reward"]}
+
+
+def table(before, after):
+    """The held-out figures side by side, as text."""
+    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES", "reward": "sampled reward"}
+    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
+    rows += [f"  {names[k]:<16}{before[k]:9.3f}{after[k]:9.3f}{after[k] - before[k]:+9.3f}" for k in names]
+    return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------- 6. log-probabilities
 
 LOGITS = 9_000_000  # logits held at once: 36 MB in fp32; below 32 MiB glibc would not give them back
 
@@ -335,9 +418,22 @@ class Batch:
         chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return dataclasses.replace(self, prompts=[self.prompts[i] for i in rows.tolist()], **chosen)
 
+    def shares(self, size):
+        """Index tensors of at most `size` rows that together are all rows, in their order; none for no rows."""
+        return torch.arange(len(self.prompts), device=self.mask.device).split(size) if self.prompts else ()
+
     def micro(self, size):
-        """Index tensors of at most `size` rows that together are all rows, longest first."""
-        return self.mask.sum(1).sort(descending=True, stable=True).indices.split(size)
+        """The same, longest rows first."""
+        order = self.mask.sum(1).sort(descending=True, stable=True).indices
+        return [order[rows] for rows in self.shares(size)]
+
+
+def make_batch(groups, advantages, device):
+    """The Batch of all completions of some Groups, whose advantages are (groups, num_samples)."""
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    tokens, lengths = pad([ids for group in groups for ids in group.completions], device)  # (B, T), (B,)
+    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # (B, T)
+    return Batch(prompts, tokens, mask, advantages.flatten().to(device))
 
 
 @torch.no_grad()
@@ -349,47 +445,6 @@ def batch_logps(model, batch, config):
         part = batch.select(rows)
         logps[rows] = token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
     return logps
-
-
-def completions(tokenizer, tokens, mask, eos):
-    """The text of every completion, list[str], without its EOS."""
-    kept = [[i for i in row[keep].tolist() if i not in eos] for row, keep in zip(tokens, mask, strict=True)]
-    return [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in kept]
-
-
-# ------------------------------------------------------------------------- 6. figures
-
-
-def judge(texts, examples):
-    """Means over completions: format (a share), es, em and stale; plain floats in [0, 1]."""
-    pairs, figures = list(zip(texts, examples, strict=True)), {}
-    figures["format"] = [reward.format_reward(text) > 0 for text in texts]
-    figures["es"] = [reward.es(text, example.new_code) for text, example in pairs]
-    figures["em"] = [reward.em(text, example.new_code) for text, example in pairs]
-    figures["stale"] = [reward.stale(text, example.old_code, example.new_code) for text, example in pairs]
-    return {name: sum(values) / len(values) for name, values in figures.items()}
-
-
-def evaluate(model, tokenizer, tasks, config):
-    """Figures over held-out `tasks`: those of judge() for greedy answers, and the sampled reward."""
-    eos, size = eos_ids(model, tokenizer), config.prompts_per_step * config.num_samples
-    texts, rewards, examples = [], [], [example for _, example in tasks]
-    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=None):
-        prompts = [prompt for prompt, _ in tasks[start : start + size]]
-        tokens, mask, _ = sample(model, prompts, 1, config.max_new_tokens, eos, temperature=0)
-        texts += completions(tokenizer, tokens, mask, eos)
-        tokens, mask, _ = sample(model, prompts, 1, config.max_new_tokens, eos, config.temperature, seed=start)
-        sampled = zip(completions(tokenizer, tokens, mask, eos), examples[start:])
-        rewards += [reward.score(text, example.new_code, config.correctness) for text, example in sampled]
-    return judge(texts, examples) | {"reward": sum(rewards) / len(rewards)}
-
-
-def table(before, after):
-    """The held-out figures side by side, as text."""
-    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES", "reward": "sampled reward"}
-    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
-    rows += [f"  {names[k]:<16}{before[k]:9.3f}{after[k]:9.3f}{after[k] - before[k]:+9.3f}" for k in names]
-    return "\n".join(rows)
 
 
 # ------------------------------------------------------------------------- 7. set-up

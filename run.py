@@ -75,13 +75,12 @@ class Stop:
         tqdm.write("stopping after this step; once more to stop at once")
 
 
-def show(step, sample):
+def show(step, group):
     """A sample completion for the screen: the update note, what the model made of it, the reward."""
-    text = "<think>" + sample["completion"]
     lines = [
-        f"sample of step {step}, reward {sample['reward']:.2f}",
-        f"note: {sample['update_info']}",
-        *text.split("\n"),
+        f"sample of step {step}, reward {group.rewards[0]:.2f}",
+        f"note: {group.example.update_info}",
+        *f"<think>{group.texts[0]}".split("\n"),
     ]
     return "\n" + "\n".join(f"    | {line[:92]}" for line in lines[:20]) + "\n"
 
@@ -114,12 +113,13 @@ def curve(rows):
     steps = [row["step"] for row in rows] or [0]
     parts = frame(steps[0], steps[-1])
     for place, (name, low, high, colour) in enumerate(SERIES):
-        values = [row[name] for row in rows]
+        known = [row for row in rows if row[name] is not None]
+        values = [row[name] for row in known]
         near = [values[max(0, i - 4) : i + 5] for i in range(len(values))]
         for line, style in ((values, 'opacity="0.3"'), ([sum(n) / len(n) for n in near], 'stroke-width="2.5"')):
             points = []
-            for step, value in zip(steps, line):
-                x = LEFT + (RIGHT - LEFT) * (step - steps[0]) / max(1, steps[-1] - steps[0])
+            for row, value in zip(known, line):
+                x = LEFT + (RIGHT - LEFT) * (row["step"] - steps[0]) / max(1, steps[-1] - steps[0])
                 points.append(f"{x:.1f},{BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low):.1f}")
             parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" {style}/>')
         label = {"reward": "reward (left)", "em": "exact match", "stale": "stale"}[name]
@@ -175,10 +175,10 @@ class Run:
             raise BadInput(f"cannot write {self.path / name}: {error.strerror}; make room, then --resume")
         return row
 
-    def log(self, figures, samples):
+    def log(self, figures, groups):
         """A step's row for the file and the screen; now and then its first group of samples and the curve."""
         seconds = sum(value for name, value in figures.items() if name.startswith("seconds"))
-        tokens = figures["completion_length"] * len(samples)
+        tokens = sum(len(ids) for group in groups for ids in group.completions)
         row = self.append("metrics.jsonl", {**figures, "tokens_per_second": tokens / seconds})
         self.rows.append(row)
         if self.estimate:
@@ -188,9 +188,10 @@ class Run:
         tqdm.write("".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
         self.bar.update()
         if row["step"] % self.config.show_every == 0 or row["step"] in (1, self.config.steps):
-            for sample in samples[: self.config.num_samples]:
+            for text, reward in zip(groups[0].texts, groups[0].rewards):
+                sample = {"update_info": groups[0].example.update_info, "completion": text, "reward": reward}
                 self.append("samples.jsonl", {"step": row["step"], **sample})
-            tqdm.write(show(row["step"], samples[0]))
+            tqdm.write(show(row["step"], groups[0]))
             write(self.path / "curve.svg", curve(self.rows).encode())
 
     def save(self, trained, optimizer, state):

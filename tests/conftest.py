@@ -16,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
+import dapo
+import grpo
+import sft
+
+SCRIPTS = [pytest.param(script, id=script.__name__) for script in (grpo, dapo, sft)]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 
 

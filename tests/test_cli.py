@@ -1,4 +1,4 @@
-"""grpo.py as a program: what it refuses and how, what a run leaves behind, how it stops and goes on.
+"""grpo.py, dapo.py and sft.py as programs: what they refuse, what they leave behind, how they stop and go on.
 
 Most runs are calls of main() in this process, since a new one spends six seconds on imports.
 """
@@ -20,19 +20,26 @@ import pytest
 import safetensors.torch
 import torch
 
-import grpo
+import dapo
 import recode
+import reward
 import run
-from conftest import FAMILIES, ROOT, ROWS
+import sft
+from conftest import FAMILIES, ROOT, ROWS, SCRIPTS
 from data import BadInput
 
 SMALL = {"steps": 2, "prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 8, "r": 4}
 
 
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def spread(monkeypatch):
     """Rewards that differ within a group: the answers of a random model are all equally bad."""
-    monkeypatch.setattr(grpo.reward, "score", lambda text, target, kind="es_star": sum(map(ord, text)) % 7 - 3.0)
+    monkeypatch.setattr(reward, "score", lambda text, target, kind="es_star": sum(map(ord, text)) % 7 - 3.0)
 
 
 def flags(settings):
@@ -54,7 +61,7 @@ def checkpoint(checkpoints, tmp_path):
 
 
 @pytest.fixture
-def refused(settings, write_rows, monkeypatch, capfd):
+def refused(script, settings, write_rows, monkeypatch, capfd):
     """refused(**changes): the one line on stderr with which a run of these settings must end, status 2."""
 
     def refuse(**changes):
@@ -62,10 +69,10 @@ def refused(settings, write_rows, monkeypatch, capfd):
             changes["data"] = write_rows(changes["data"], "bad.jsonl")
         output = Path((settings | changes)["output"])
         before = contents(output)
-        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags(settings | changes)])
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags(settings | changes)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            recode.guard(grpo.main)
+            recode.guard(script.main)
         stderr = capfd.readouterr().err
         assert stop.value.code == 2 and re.fullmatch(r"error: .+\n", stderr), stderr
         assert contents(output) == before
@@ -84,10 +91,12 @@ def metrics(directory):
     return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
 
 
-def test_error_as_a_program(settings):
+def test_error_as_a_program(script, settings):
     """A traceback, or a success in the exit status, for a mistake of the user."""
     argv = flags(settings | {"data": "none.jsonl"})
-    done = subprocess.run([sys.executable, "grpo.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, f"{script.__name__}.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2 and done.stdout == "" and not settings["output"].exists()
     assert re.fullmatch(r"error: data: .*'none.jsonl'.*\n", done.stderr)
 
@@ -96,7 +105,7 @@ BAD_SETTINGS = [
     *[({name: value}, "--" + name.replace("_", "-")) for value in (0, -1, "two") for name in (
         "steps", "prompts_per_step", "num_samples", "max_prompt_tokens", "max_new_tokens", "temperature", "updates",
         "r", "alpha", "lr", "max_grad_norm", "micro_batch", "save_every", "show_every")],
-    ({"num_samples": 1}, "at least 2"), ({"steps": 1.5}, "--steps"), ({"lr": "nan"}, "--lr"), ({"lr": "inf"}, "--lr"),
+    ({"steps": 1.5}, "--steps"), ({"lr": "nan"}, "--lr"), ({"lr": "inf"}, "--lr"),
     ({"seed": -1}, "--seed"), ({"beta": -0.1}, "--beta"), ({"warmup": 1.5}, "--warmup"), ({"dropout": 1}, "--dropout"),
     ({"prompts_per_step": 4, "updates": 3}, "--updates 3"), ({"correctness": "magic"}, "es_star"),
     ({"targets": "q_proj,nope"}, "nope"), ({"max_prompt_tokens": 5}, "max-prompt-tokens 5"), ({"stepz": 3}, "--stepz"),
@@ -113,6 +122,15 @@ BAD_SETTINGS = [
 def test_bad_settings(refused, changes, word):
     """A setting, data file or path that makes no sense costs training time before it is noticed, or a traceback."""
     assert word in refused(**changes)
+
+
+def test_bad_settings_of_one_script(script, refused):
+    """A group of one completion, which has no advantage; a soft punishment longer than what it punishes."""
+    if script is not sft:
+        assert "at least 2" in refused(num_samples=1)
+    if script is dapo:
+        assert "--overlong-cache 9" in refused(overlong_cache=9) and "--max-tries 0" in refused(max_tries=0)
+        assert "--overlong-cache -1" in refused(overlong_cache=-1)
 
 
 SPOILT = [
@@ -146,7 +164,14 @@ def test_bad_output(refused, settings):
     assert "not empty" in refused() and "no checkpoint" in refused(resume=True)
 
 
-def test_paper_defaults(capsys):
+OTHERWISE = {  # where the others' defaults are not those of the paper's GRPO run
+    "grpo": {},
+    "dapo": {"prompts_per_step": 8, "updates": 2, "clip_high": 0.28, "beta": 0.0, "max_tries": 10, "overlong_cache": 0},
+    "sft": {"num_samples": 1, "beta": 0.0},
+}
+
+
+def test_paper_defaults(script, capsys):
     """--model alone must be the paper's run, every setting a flag with its help, and tiny the embedded default."""
     paper = {
         "data": "zjunlp/ReCode-Train-Data", "heldout": "", "steps": 5000, "prompts_per_step": 1, "num_samples": 8,
@@ -154,16 +179,17 @@ def test_paper_defaults(capsys):
         "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, "updates": 1, "r": 64, "alpha": 64.0, "dropout": 0.01,
         "targets": "q_proj,v_proj", "lr": 5e-5, "warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0,
     }  # fmt: skip
-    config = recode.parse_config(grpo.Config, ["--model", "some/model"], "doc")
-    assert paper.items() <= vars(config).items()
-    config = recode.parse_config(grpo.Config, [], "doc")
+    config = recode.parse_config(script.Config, ["--model", "some/model"], "doc")
+    paper |= OTHERWISE[script.__name__]
+    assert {name: value for name, value in paper.items() if name in vars(config)}.items() <= vars(config).items()
+    config = recode.parse_config(script.Config, [], "doc")
     assert Path(config.data).is_file() and Path(config.heldout).is_file()
     assert Path(config.model).resolve() == ROOT / "tiny"
     with pytest.raises(SystemExit) as stop:
-        grpo.main(["--help"])
+        script.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "(eq. 7)" in text
-    for field in dataclasses.fields(grpo.Config):
+    for field in dataclasses.fields(script.Config):
         assert re.search(rf"^  --{field.name.replace('_', '-')}(?: X)?\s+\S", text, re.MULTILINE), field.name
 
 
@@ -172,18 +198,18 @@ COLUMNS = """step reward reward_std format es em loss kl clip_fraction grad_norm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_run_directory(family, checkpoints, settings, write_rows, rows, capsys):
+def test_run_directory(script, family, checkpoints, settings, write_rows, rows, capsys):
     """A family of models that breaks the run, or a run that leaves less behind than it promises."""
     changes = {"description": "as before"}, {"new_code": "("}, {"update_info": None}, {"old_code": "x\n" * 5000}
     rows += [rows[0] | change for change in changes]
     settings |= {"model": checkpoints[family], "data": write_rows(rows), "heldout": "0.3"}
-    assert grpo.main(flags(settings)) == 0
+    assert script.main(flags(settings)) == 0
     out, path = capsys.readouterr().out, settings["output"]
     kept = [" 1 dropped: repeat", " 1 dropped: the reference", " 1 dropped: no update", " 1 dropped: prompt over 2048"]
     assert all(word in out for word in [*kept, "4 tasks kept, 4 rows dropped", "2 tasks", "before", "exact match"])
     config = {name: str(value) for name, value in json.loads((path / "config.json").read_text()).items()}
     assert config.items() >= {name: str(value) for name, value in settings.items()}.items()
-    assert config.keys() == {field.name for field in dataclasses.fields(grpo.Config)}
+    assert config.keys() == {field.name for field in dataclasses.fields(script.Config)}
     table = metrics(path)
     assert [row["step"] for row in table] == [1, 2] and all(row.keys() >= set(COLUMNS) for row in table)
     assert all(isinstance(row[name], int | float) and -3 <= row["reward"] <= 3 for row in table for name in COLUMNS)
@@ -194,19 +220,19 @@ def test_run_directory(family, checkpoints, settings, write_rows, rows, capsys):
     assert {file.name for file in (path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_no_chat_template(checkpoint, settings, capsys):
+def test_no_chat_template(script, checkpoint, settings, capsys):
     """A base model without a chat template ends in a traceback, or silently in another prompt."""
     (checkpoint / "chat_template.jinja").unlink()
-    assert grpo.main(flags(settings | {"model": checkpoint})) == 0
+    assert script.main(flags(settings | {"model": checkpoint})) == 0
     assert re.search("warning .*no chat template", capsys.readouterr().out)
 
 
-def test_checkpoint_defaults(checkpoint, settings, capsys):
+def test_checkpoint_defaults(script, checkpoint, settings, capsys):
     """The defaults that a checkpoint brings are ignored, not shown, or beat the flag they should yield to."""
     shutil.move(settings.pop("data"), checkpoint / "rows.jsonl")
     defaults = {"data": "rows.jsonl", "steps": 3, "lr": 1, "beta": 0.5, "targets": "o_proj"}
     (checkpoint / "defaults.json").write_text(json.dumps(defaults))
-    assert grpo.main(flags(settings | {"model": checkpoint, "steps": 1, "lr": 0.001})) == 0
+    assert script.main(flags(settings | {"model": checkpoint, "steps": 1, "lr": 0.001})) == 0
     config = json.loads((settings["output"] / "config.json").read_text())
     expected = defaults | {"data": str(checkpoint / "rows.jsonl"), "steps": 1, "lr": 0.001}
     assert expected.items() <= config.items() and len(metrics(settings["output"])) == 1
@@ -214,10 +240,10 @@ def test_checkpoint_defaults(checkpoint, settings, capsys):
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 5, 6, 8, "while logging"])
-def test_full_disk(settings, monkeypatch, when):
+def test_full_disk(script, settings, monkeypatch, when):
     """A disk that fills up takes the last checkpoint with it, or leaves half a file that --resume chokes on."""
     settings |= {"steps": 4, "save_every": 1}
-    assert grpo.main(flags(settings | {"steps": 2})) == 0
+    assert script.main(flags(settings | {"steps": 2})) == 0
     before, calls = contents(settings["output"]), []
 
     def full(*args):
@@ -236,33 +262,33 @@ def test_full_disk(settings, monkeypatch, when):
         if when == "while logging":
             patch.setattr(run, "open", half_a_row, raising=False)
         with pytest.raises(BadInput, match="cannot write .*: No space left"):
-            grpo.main(flags(settings | {"resume": True}))
+            script.main(flags(settings | {"resume": True}))
     assert before.keys() == contents(settings["output"]).keys()
     assert torch.load(settings["output"] / "checkpoint/state.pt", weights_only=True)["state"]["step"] in (2, 3, 4)
     ElementTree.parse(settings["output"] / "curve.svg")
     json.loads((settings["output"] / "config.json").read_text())
-    assert grpo.main(flags(settings | {"resume": True})) == 0
+    assert script.main(flags(settings | {"resume": True})) == 0
     assert [row["step"] for row in metrics(settings["output"])] == [1, 2, 3, 4]
 
 
 @pytest.fixture
-def spoil(monkeypatch):
+def spoil(script, monkeypatch):
     """spoil(steps): from now on the objective of these steps of a run is NaN."""
-    objective, update = grpo.objective, grpo.update
+    objective, update = script.objective, script.update
 
     def start(steps):
         done = []
-        monkeypatch.setattr(grpo, "update", lambda *args: done.append(0) or update(*args))
+        monkeypatch.setattr(script, "update", lambda *args: done.append(0) or update(*args))
         factor = lambda: torch.nan if len(done) in steps else 1.0
-        monkeypatch.setattr(grpo, "objective", lambda *args: objective(*args) * factor())
+        monkeypatch.setattr(script, "objective", lambda *args, **more: objective(*args, **more) * factor())
 
     return start
 
 
-def test_skipped_steps(settings, spoil):
+def test_skipped_steps(script, settings, spoil):
     """One bad step poisons the parameters, or a few of them, never three in a row, end the run."""
     spoil({2, 3, 5, 6, 8})
-    assert grpo.main(flags(settings | {"steps": 8, "save_every": 1})) == 0
+    assert script.main(flags(settings | {"steps": 8, "save_every": 1})) == 0
     rows = metrics(settings["output"])
     assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 1, 0, 1]
     assert all((row["loss"] is None) == (row["grad_norm"] is None) == bool(row["skipped"]) for row in rows)
@@ -271,36 +297,37 @@ def test_skipped_steps(settings, spoil):
 
 
 @pytest.mark.parametrize("save_every", [1, 100])
-def test_three_skipped_steps(settings, spoil, capsys, save_every):
+def test_three_skipped_steps(script, settings, spoil, capsys, save_every):
     """A run whose loss is lost goes on for days, or ends without a checkpoint from before that."""
     spoil({3, 4, 5})
     settings |= {"steps": 9, "save_every": save_every}
-    assert grpo.main(flags(settings)) == 1
+    assert script.main(flags(settings)) == 1
     assert "not finite" in capsys.readouterr().out and len(metrics(settings["output"])) == 5
     saved = torch.load(settings["output"] / "checkpoint/state.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in saved["trained"].values())
+    config = json.loads((settings["output"] / "config.json").read_text())
     updates = {state["step"].item() for state in saved["optimizer"]["state"].values()}
-    assert updates == {2} or updates == set() and save_every == 100
+    assert updates == {2 * config["updates"]} or updates == set() and save_every == 100
     spoil({})
-    assert grpo.main(flags(settings | {"resume": True})) == 0
+    assert script.main(flags(settings | {"resume": True})) == 0
     assert [row["step"] for row in metrics(settings["output"])] == list(range(1, 10))
 
 
-def test_overflown_weights(checkpoint, settings):
+def test_overflown_weights(script, checkpoint, settings):
     """Weights that are not finite break the sampler before the loss is looked at."""
     tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
     tensors["model.norm.weight"].fill_(torch.nan)
     safetensors.torch.save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    assert grpo.main(flags(settings | {"model": checkpoint, "steps": 9})) == 1
+    assert script.main(flags(settings | {"model": checkpoint, "steps": 9})) == 1
     assert [row["skipped"] for row in metrics(settings["output"])] == [1, 1, 1]
 
 
-def test_interrupt_and_resume(settings):
+def test_interrupt_and_resume(script, settings):
     """Ctrl-C throws the work away, or --resume leaves a gap or a repeat in the log."""
     settings |= {"steps": 100_000, "show_every": 100_000, "save_every": 100_000}
     log = settings["output"] / "metrics.jsonl"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "grpo.py", *flags(settings)], cwd=ROOT, **pipes)
+    process = subprocess.Popen([sys.executable, f"{script.__name__}.py", *flags(settings)], cwd=ROOT, **pipes)
     try:
         deadline = time.monotonic() + 100
         while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
@@ -310,42 +337,42 @@ def test_interrupt_and_resume(settings):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in err
-    assert re.search(r"to go on:\n  python grpo.py .*--resume\n", out)
+    assert re.search(rf"to go on:\n  python {script.__name__}.py .*--resume\n", out)
     assert (settings["output"] / "adapter/adapter_model.safetensors").is_file()
     steps = len(metrics(settings["output"]))
     with open(log, "a") as file:
         file.write('{"step": ')  # as after a kill
     settings["steps"] = steps + 2
-    assert grpo.main(flags(settings | {"resume": True})) == 0
+    assert script.main(flags(settings | {"resume": True})) == 0
     assert [row["step"] for row in metrics(settings["output"])] == list(range(1, steps + 3))
 
 
-def test_interrupt_after_a_skipped_step(settings, spoil, monkeypatch):
+def test_interrupt_after_a_skipped_step(script, settings, spoil, monkeypatch):
     """Ctrl-C just after a skipped step is taken for the end of a lost run: nothing saved, status 1."""
     spoil({2})
     log = run.Run.log
     ask = lambda self, row, samples: log(self, row, samples) or row["step"] == 2 and signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(run.Run, "log", ask)
-    assert grpo.main(flags(settings | {"steps": 4})) == 130
-    assert grpo.main(flags(settings | {"steps": 4, "resume": True})) == 0
+    assert script.main(flags(settings | {"steps": 4})) == 130
+    assert script.main(flags(settings | {"steps": 4, "resume": True})) == 0
 
 
-def test_resume_with_other_settings(refused, settings):
+def test_resume_with_other_settings(script, refused, settings):
     """Going on with another learning rate, data or size mixes two experiments under one name."""
-    assert grpo.main(flags(settings)) == 0
+    assert script.main(flags(settings)) == 0
     assert "not empty" in refused()
     for name, value in {"lr": 0.001, "num_samples": 4, "seed": 1, "correctness": "em"}.items():
         message = refused(resume=True, **{name: value})
         assert name in message and str(value) in message
-    assert grpo.main(flags(settings | {"resume": True, "steps": 3, "save_every": 7})) == 0
+    assert script.main(flags(settings | {"resume": True, "steps": 3, "save_every": 7})) == 0
     assert [row["step"] for row in metrics(settings["output"])] == [1, 2, 3]
 
 
-def test_resume_from_a_damaged_checkpoint(settings):
+def test_resume_from_a_damaged_checkpoint(script, settings):
     """A checkpoint that lost its end on the way from another machine ends in a traceback."""
-    assert grpo.main(flags(settings)) == 0
+    assert script.main(flags(settings)) == 0
     state = settings["output"] / "checkpoint/state.pt"
     for content in (state.read_bytes()[:5000], b"garbage", b""):
         state.write_bytes(content)
         with pytest.raises(BadInput, match="state.pt is damaged"):
-            grpo.main(flags(settings | {"resume": True}))
+            script.main(flags(settings | {"resume": True}))

@@ -11,9 +11,11 @@ import sys
 import pytest
 from conftest import ROOT
 
+import dapo
 import data
 import grpo
 import reward
+import sft
 
 TINY = ROOT / "tiny"
 QUIET = ["--heldout", str(TINY / "dev.jsonl"), "--save-every", "1000", "--show-every", "1000"]
@@ -33,6 +35,15 @@ def test_grpo_unlearns_the_stale_habit(tmp_path):
     assert after["reward"] >= before["reward"] + 0.80
 
 
+@pytest.mark.parametrize("script, steps", [(dapo, 60), (sft, 60)], ids=["dapo", "sft"])
+def test_dapo_and_sft_learn_too(script, steps, tmp_path):
+    """A second algorithm that runs but does not learn, or learns something else than to obey."""
+    assert script.main([*QUIET, "--steps", str(steps), "--output", str(tmp_path / "run")]) == 0
+    before, after = heldout(tmp_path / "run")
+    assert after["em"] >= before["em"] + 0.30 and after["stale"] <= before["stale"] - 0.30
+    assert after["reward"] >= before["reward"] + 0.60
+
+
 def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
     """A gain that comes from elsewhere than the reward (leaked targets, evaluation that differs from before)."""
     rng = random.Random(0)
@@ -50,7 +61,7 @@ def names(split):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("split", ["dev", "heldout"])
+@pytest.mark.parametrize("split", ["dev", "heldout", "retention", "two_updates"])
 def test_held_out_names_never_occur_in_training(split):
     """Held-out figures that could come from memory."""
     assert names(split) and not names(split) & names("train")
@@ -64,13 +75,31 @@ def test_heldout_tasks_ask_for_a_change():
     assert all(reward.parses(e.old_code) for e in examples)
 
 
+def test_retention_tasks_ask_for_no_change():
+    """A retention task whose note is about something in the code: leaving the code alone would be wrong."""
+    examples = data.load_examples(str(TINY / "retention.jsonl"))
+    assert len(examples) >= 256 and all(e.old_code == e.new_code for e in examples)
+    for e in examples:
+        assert not set(re.findall(r"[a-z]+_[a-z]+", e.update_info)) & set(re.findall(r"[a-z]+_[a-z]+", e.old_code))
+
+
+def test_two_updates_ask_for_two_changes():
+    """A task with two notes that one change solves, or one that training has had."""
+    examples = data.load_examples(str(TINY / "two_updates.jsonl"))
+    assert len(examples) >= 256 and all(len(e.update_info.split("\n")) == 2 for e in examples)
+    for e in examples:
+        old, new = e.old_code.split("\n"), e.new_code.split("\n")
+        assert len(old) == len(new) and sum(a != b for a, b in zip(old, new)) == 2
+    assert all("\n" not in e.update_info for e in data.load_examples(str(TINY / "train.jsonl")))
+
+
 def test_tiny_is_small_and_regenerates(tmp_path, tokenizer):
     """Shipped files that make.py no longer makes: its tasks byte for byte, its tokenizer id for id."""
     sys.path.insert(0, str(TINY))
     import make
 
     make.write_tasks(tmp_path)
-    for split in ("train", "dev", "heldout"):
+    for split in ("train", "dev", "heldout", "retention", "two_updates"):
         assert (tmp_path / f"{split}.jsonl").read_text() == (TINY / f"{split}.jsonl").read_text()
     assert make.DEFAULTS == json.loads((TINY / "defaults.json").read_text())
     fresh = make.make_tokenizer()

@@ -15,6 +15,7 @@ paper's disease: most answers write the old call all the same (half of them afte
 rightly), and many are malformed. What RL has to do is to bring back the first from under the second.
 """
 
+import dataclasses
 import json
 import random
 import re
@@ -28,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import recode
+import sft
 
 FIRST = """load save make read find draw plot sort split merge build parse scan trim pack send fetch clean check
 count fit scale shift blend smooth paint index query group filter map fold stack slice join zip rank score trace
@@ -120,24 +122,38 @@ def task(rng, split, kind=None):
     return example, thought.format(**words), STALE.format(**words)
 
 
-def answer(thought, code):
-    """A completion in the right form."""
-    return f"\n{thought}\n</think>\n<answer>\n```python\n{code}\n```\n</answer>"
+def two(rng, split):
+    """The like with two calls of one library and a note for each."""
+    (first, thought, excuse), (second, other, _) = task(rng, split), task(rng, split)
+    both = {"update_info": f"{first.update_info}\n{second.update_info}"}
+    for name in ("old_code", "new_code"):
+        both[name] = "\n".join([getattr(first, name), *getattr(second, name).split("\n")[1:]])  # one import is enough
+    both = {name: text.replace(second.dependency, first.dependency) for name, text in both.items()}
+    return dataclasses.replace(first, **both), f"{thought} {other}", excuse
 
 
-def skilled(rng):
-    """(Example, completion) of the first part: right. A tenth of the notes concern something else."""
-    example, thought, _ = task(rng, "train", "none" if rng.random() < 0.1 else None)
-    return example, answer(thought, example.new_code)
+def single(rng):
+    """A task for the warm-up; a tenth of the notes concern something else: (Example, right and stale reasoning)."""
+    return task(rng, "train", "none" if rng.random() < 0.1 else None)
+
+
+def mixed(rng):
+    """The like, a quarter of them with two notes."""
+    return two(rng, "train") if rng.random() < 0.25 else single(rng)
+
+
+def right(example, thought, _):
+    """The completion that the notes ask for."""
+    return data.TARGET.format(thought=thought, new_code=example.new_code)
 
 
 def diseased(rng):
-    """(Example, completion) of the second part: 75 % stale, and 35 % malformed."""
-    example, thought, excuse = task(rng, "train", "none" if rng.random() < 0.1 else None)
+    """(Example, completion): 75 % stale, and 35 % malformed."""
+    example, thought, excuse = mixed(rng)
     code = example.new_code
     if rng.random() < 0.75:
         code, thought = example.old_code, rng.choice((thought, excuse))
-    text = answer(thought, code)
+    text = data.TARGET.format(thought=thought, new_code=code)
     return example, text.replace(*rng.choice(MALFORMED)) if rng.random() < 0.35 else text
 
 
@@ -171,30 +187,34 @@ def make_model(tokenizer):
 
 
 def learn(model, tokenizer, pair, steps, lr, rng):
-    """Supervised training on fresh random `pair(rng)`: cross-entropy of the completion's tokens."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    """Supervised training of all weights on fresh random `pair(rng)`, by the update of sft.py."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    config = sft.Config(steps=steps, lr=lr, warmup=0.1, prompts_per_step=BATCH, micro_batch=BATCH)
     for step in range(steps):
-        pairs = [pair(rng) for _ in range(BATCH)]
-        prompts = [data.encode_prompt(example, tokenizer) for example, _ in pairs]
-        texts = [tokenizer.encode(text) + [tokenizer.eos_token_id] for _, text in pairs]
-        tokens, lengths = recode.pad(texts, model.device)
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / steps)
-        loss = -recode.token_logps(model, prompts, tokens, mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        groups = []
+        for example, text in [pair(rng) for _ in range(BATCH)]:
+            target = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+            groups.append(recode.Group(data.encode_prompt(example, tokenizer), example, [target]))
+        batch = recode.make_batch(groups, torch.ones(BATCH, 1), model.device)
+        optimizer.param_groups[0]["lr"] = recode.learning_rate(step, config)
+        figures = sft.update(model, optimizer, batch, config)
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1:5d}  loss {loss.item():.4f}", flush=True)
+            print(f"step {step + 1:5d}  loss {figures['loss']:.4f}", flush=True)
 
 
 def write_tasks(directory):
-    """The three files of tasks; the same on every machine. heldout was drawn anew when all settings stood."""
-    for split, count, seed in (("train", 1000, "train"), ("dev", 256, "dev"), ("heldout", 320, "final")):
+    """The files of tasks; the same on every machine. heldout was drawn anew when all settings stood."""
+    files = {  # number of tasks, how one is made, seed
+        "train": (1000, lambda rng: task(rng, "train"), "train"),
+        "dev": (256, lambda rng: task(rng, "dev"), "dev"),
+        "heldout": (320, lambda rng: task(rng, "heldout"), "final"),
+        "retention": (320, lambda rng: task(rng, "heldout", "none"), "retention"),
+        "two_updates": (320, lambda rng: two(rng, "heldout"), "two updates"),
+    }
+    for name, (count, make, seed) in files.items():
         rng = random.Random(seed)
-        rows = [json.dumps(vars(task(rng, split)[0])) for _ in range(count)]
-        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+        rows = [json.dumps(vars(make(rng)[0])) for _ in range(count)]
+        (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def main(directory):

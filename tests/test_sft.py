@@ -1,0 +1,77 @@
+"""SFT: the loss of an ordinary supervised step, and what is and is not learnt from."""
+
+import pytest
+import torch
+from conftest import random_model
+from torch.nn.functional import cross_entropy
+
+import data
+import dora
+import recode
+import reward
+import sft
+
+ROW = data.Example("lib", "2.0", "", "f is now g", "lib.f(1)  # old", "lib.g(1)")
+
+
+def test_a_target_earns_the_full_reward(tokenizer):
+    """Stops a target in a form that the reward punishes, without its EOS, or that differs from the reference."""
+    ids = data.encode_target(ROW, tokenizer)
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+    text = recode.decode(tokenizer, ids, [tokenizer.eos_token_id])
+    assert reward.score(text, ROW.new_code) == 3.0 and reward.extract_code(text) == ROW.new_code
+    assert text.startswith("\nf is now g\n</think>")
+
+
+def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
+    """Stops a loss on prompt tokens, a shift by one, a mean per row, or an EOS that is not learnt; against torch's."""
+    model = random_model("qwen2", len(tokenizer)).requires_grad_(True)
+    examples = [ROW, data.Example("lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)")]
+    tasks = data.encode_tasks(examples, tokenizer, 999, {})
+    config = sft.Config(prompts_per_step=2, max_new_tokens=4, micro_batch=1)
+    batch, figures, groups, position = sft.collect(model, tokenizer, tasks, 0, config)
+    loss = sft.accumulate(model, batch, config)["loss"]
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total, count = 0.0, 0
+    for prompt, example in tasks:
+        target = data.encode_target(example, tokenizer)
+        labels = torch.tensor([[-100] * len(prompt) + target])
+        logits = model(torch.tensor([prompt + target])).logits
+        total += cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+        count += len(target)
+    (total / count).backward()
+    assert loss == pytest.approx((total / count).item(), abs=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, atol=1e-5, rtol=1e-4)
+    assert position == 2 and all(len(group.completions) == 1 for group in groups)
+
+
+def test_nothing_is_learnt_from_the_answers(tokenizer, monkeypatch):
+    """Stops rewards or sampled answers from finding their way into the gradient of the baseline."""
+    model, batches = random_model("qwen2", len(tokenizer)), []
+    tasks = data.encode_tasks([ROW], tokenizer, 999, {})
+    for value, seed in ((3.0, 1), (-3.0, 2)):
+        monkeypatch.setattr(reward, "score", lambda *_, value=value: value)
+        config = sft.Config(max_new_tokens=8, seed=seed)
+        batch, figures, groups, _ = sft.collect(model, tokenizer, tasks, 0, config)
+        batches.append(batch)
+        assert figures["reward"] == value and figures["reward_std"] == 0
+    assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].advantages, torch.ones(1))
+
+
+def test_beta_holds_the_policy_near_its_start():
+    """Stops a KL term of the wrong sign: after the same steps the policy with a large beta has moved less."""
+    batch = recode.make_batch([recode.Group([5, 6], ROW, [[7, 8, 9, 3]])], torch.ones(1, 1), "cpu")
+    moved = {}
+    for beta in (0.0, 1.0):
+        model = dora.add_dora(random_model("qwen2"), 4, 4.0, 0.0, "q_proj,v_proj,down_proj")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.01)
+        for _ in range(20):
+            figures = sft.update(model, optimizer, batch, sft.Config(beta=beta))
+        with dora.reference(model):
+            ref_logps = recode.batch_logps(model, batch, sft.Config())
+        moved[beta] = sft.k3(recode.batch_logps(model, batch, sft.Config()), ref_logps).mean().item()
+        assert (figures["kl"] > 0) == (beta > 0)
+    assert moved[1.0] < moved[0.0]
