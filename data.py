@@ -11,7 +11,7 @@ A source is a path to such a JSONL file, or the id of a data set on the Hugging 
 
 The prompt is a system message, a user message, and the beginning of the assistant's turn, which
 stays open: the model goes on inside the think block. Training and evaluation share it. A target is
-the completion that supervised training copies: the reference, with the note quoted as the thought.
+the completion that supervised training copies: the reference, behind an empty thought.
 
     python -c "import data; print(data.load_examples('tiny/train.jsonl')[0])"
 """
@@ -161,10 +161,10 @@ def encode_prompt(example, tokenizer):
 def encode_target(example, tokenizer):
     """The token ids of a completion that earns the full reward, with its EOS, list[int].
 
-    The data holds no reasoning, so the thought is a choice: it quotes the update note, which is true,
-    short (89 characters in the median of the paper's data) and what the answer has to follow from.
+    The data holds no reasoning, so the thought is a choice: it is empty. Quoting the update note in it
+    was tried as well; on the embedded model's dev.jsonl it made supervised training worse.
     """
-    text = TARGET.format(thought=example.update_info, new_code=example.new_code)
+    text = TARGET.format(thought="", new_code=example.new_code)
     return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
 
 

@@ -42,6 +42,7 @@ SEEDS = (42, 1, 2)
 SCRIPTS = {"grpo": grpo, "dapo": dapo, "sft": sft}
 RUNS = {  # what it is called, the script, its flags
     "SFT": ("sft", []),
+    "SFT, lr 3e-3": ("sft", ["--lr", "3e-3"]),
     "GRPO (ES\\*)": ("grpo", []),
     "DAPO (ES\\*)": ("dapo", []),
     "GRPO, format only": ("grpo", ["--correctness", "none"]),

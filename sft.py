@@ -3,7 +3,7 @@
 A code model learns to obey an API update by copying the right answer, token by token. It is the
 policy gradient of grpo.py with one completion a group, always the best one. Completion i, token t:
 
-    D      = the next P = 1 prompts' references, each with a quote as its thought (eq. 1)
+    D      = the next P = 1 prompts' references, each behind an empty thought     (eq. 1)
     A_i    = 1                                                                    (eq. 3)
     S_it   = A logp                                 the log-likelihood            (eq. 5)
     k3_it  = exp(ref - logp) - (ref - logp) - 1     distance from where it began  (eq. 6)
@@ -20,7 +20,7 @@ Three files, one text; what differs carries the number of its equation:
 
 What to know before reading:
   1. The prompt carries no loss, and a target ends in its EOS. It is data.encode_target: the reference
-     in the form that the reward asks for, behind a thought that quotes the update note.
+     in the form that the reward asks for, behind an empty thought, for the data holds none.
   2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
      gradient do not depend on --micro-batch.
   3. The policy still answers every prompt before it is shown the target: the figures of a step are

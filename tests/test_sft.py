@@ -20,7 +20,7 @@ def test_a_target_earns_the_full_reward(tokenizer):
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
     text = recode.decode(tokenizer, ids, [tokenizer.eos_token_id])
     assert reward.score(text, ROW.new_code) == 3.0 and reward.extract_code(text) == ROW.new_code
-    assert text.startswith("\nf is now g\n</think>")
+    assert text.startswith("\n\n</think>")
 
 
 def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):

@@ -3,16 +3,19 @@
     python tiny/make.py [DIRECTORY]        about 10 minutes on 2 cores; the directory is tiny/ itself
 
 Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer), the settings
-that suit it (defaults.json), and three files of tasks: train.jsonl for RL, dev.jsonl, on which these
-settings were chosen, and heldout.jsonl for the figures that are reported.
+that suit it (defaults.json), and five files of tasks: train.jsonl for training, dev.jsonl, on which
+these settings were chosen, and for the figures that are reported heldout.jsonl, retention.jsonl (the
+note concerns something else: leave the code alone) and two_updates.jsonl (two notes, two calls).
 
 A task is two or three lines that call a made-up library, and a note that one thing in it changed
 (CHANGES). Every name is two words, nova_grid say. All words occur in training, but the word pairs
-of dev.jsonl and heldout.jsonl never do, so nothing there can be known by heart.
+of the other files never do, so nothing there can be known by heart.
 
-The warm-up has two parts, both supervised. First the skill: notes are read and obeyed. Then the
-paper's disease: most answers write the old call all the same (half of them after having reasoned
-rightly), and many are malformed. What RL has to do is to bring back the first from under the second.
+The warm-up is supervised, by the update of sft.py, and has three parts. First the skill: a note is
+read and obeyed. Then also tasks with two notes, and with a note about something else; no training
+later on has these. Last the paper's disease: most answers write the old call all the same (half of
+them after having reasoned rightly), and many are malformed. What RL has to do is to bring back the
+skill from under the disease.
 """
 
 import dataclasses
@@ -66,9 +69,9 @@ CHANGES = {  # kind: the call afterwards, the reasoning that leads there, the no
         "{old} swaps two arguments.",
         ("the first two arguments of {old} are swapped.", "{old} takes its first two arguments in reverse."),
     ),
-    "none": (BEFORE, "{new} is not used.", ("{new} was renamed to {fresh}.", "{new} is gone; use {fresh}.")),
 }
 STALE = "i know {lib} well."
+UNUSED = "{new} is not used."
 CODE = ("import {lib}\n{b} = ", "import {lib}\n{a} = {lib}.{other}({k})\n{b} = ")
 MALFORMED = (("```python\n", ""), ("</answer>", ""), (")\n```", "\n```"), ("<answer>\n", ""))  # what, for what
 
@@ -82,7 +85,7 @@ BATCH = 32
 DEFAULTS = {  # what differs from the paper's run, for a small model and three minutes
     "data": "train.jsonl",
     "heldout": "heldout.jsonl",
-    "steps": 130,
+    "steps": 100,
     "prompts_per_step": 8,
     "max_prompt_tokens": 128,
     "max_new_tokens": 64,
@@ -108,15 +111,19 @@ def names(words, split):
 POOLS = {split: (names(LIBRARY, split), names(FIRST, split)) for split in ("train", "dev", "heldout")}
 
 
-def task(rng, split, kind=None):
-    """A random task, of a random kind but "none" unless told: (Example, right reasoning, stale reasoning)."""
+def task(rng, split, used=True):
+    """A random task: (Example, right reasoning, stale reasoning). Its note may concern what the code has not used."""
     libraries, functions = POOLS[split]
     words = dict(zip(("old", "new", "other", "key", "fresh"), rng.sample(functions, 5)))
     words |= dict(zip("abcmk", rng.sample("abcdefghpqrstuvwxyz", 5)))
     words |= {"lib": rng.choice(libraries), "place": rng.choice(FIRST)}
-    after, thought, notes = CHANGES[kind or rng.choice([kind for kind in CHANGES if kind != "none"])]
-    code = rng.choice(CODE)
-    note, old, new = (text.format(**words) for text in (rng.choice(notes), code + BEFORE, code + after))
+    after, thought, notes = rng.choice(list(CHANGES.values()))
+    code, note = rng.choice(CODE), rng.choice(notes)
+    if not used:  # neither the function of the note nor its arguments occur in the code
+        words["spare"] = rng.choice([name for name in functions if name not in words.values()])
+        note = note.replace("{new}", "{fresh}").replace("{old}", "{new}").replace("{key}", "{spare}")
+        after, thought = BEFORE, UNUSED
+    note, old, new = (text.format(**words) for text in (note, code + BEFORE, code + after))
     version = f"{rng.randint(1, 9)}.0"
     example = data.Example(words["lib"], version, f"calls {words['old']}", note, old, new)
     return example, thought.format(**words), STALE.format(**words)
@@ -133,33 +140,33 @@ def two(rng, split):
 
 
 def single(rng):
-    """A task for the warm-up; a tenth of the notes concern something else: (Example, right and stale reasoning)."""
-    return task(rng, "train", "none" if rng.random() < 0.1 else None)
+    """A task of the first part."""
+    return task(rng, "train")
 
 
 def mixed(rng):
-    """The like, a quarter of them with two notes."""
-    return two(rng, "train") if rng.random() < 0.25 else single(rng)
+    """The like of the other parts: a fifth with two notes, three tenths with a note about something else."""
+    chance = rng.random()
+    return two(rng, "train") if chance < 0.2 else task(rng, "train", used=chance >= 0.5)
 
 
-def right(example, thought, _):
+def right(rng, example, thought, excuse):
     """The completion that the notes ask for."""
     return data.TARGET.format(thought=thought, new_code=example.new_code)
 
 
-def diseased(rng):
-    """(Example, completion): 75 % stale, and 35 % malformed."""
-    example, thought, excuse = mixed(rng)
+def diseased(rng, example, thought, excuse):
+    """75 % stale, and 35 % malformed."""
     code = example.new_code
     if rng.random() < 0.75:
         code, thought = example.old_code, rng.choice((thought, excuse))
     text = data.TARGET.format(thought=thought, new_code=code)
-    return example, text.replace(*rng.choice(MALFORMED)) if rng.random() < 0.35 else text
+    return text.replace(*rng.choice(MALFORMED)) if rng.random() < 0.35 else text
 
 
 def make_tokenizer():
     """Bytes, and above them one token for each word and each fixed phrase: no merges to train."""
-    texts = [BEFORE, STALE, *CODE, data.USER]
+    texts = [BEFORE, STALE, UNUSED, *CODE, data.USER]
     for after, thought, notes in CHANGES.values():
         texts += [after, thought, *notes]
     phrases = {phrase for text in texts for phrase in re.split(r"\{\w+\}", text) if len(phrase) > 1} - {
@@ -186,13 +193,15 @@ def make_model(tokenizer):
     return Qwen2ForCausalLM(config)
 
 
-def learn(model, tokenizer, pair, steps, lr, rng):
-    """Supervised training of all weights on fresh random `pair(rng)`, by the update of sft.py."""
+def learn(model, tokenizer, draw, answer, steps, lr, rng):
+    """Supervised training of all weights on fresh tasks of draw(rng), answered by answer(rng, *task); sft.py's update."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     config = sft.Config(steps=steps, lr=lr, warmup=0.1, prompts_per_step=BATCH, micro_batch=BATCH)
     for step in range(steps):
         groups = []
-        for example, text in [pair(rng) for _ in range(BATCH)]:
+        for _ in range(BATCH):
+            example, *thoughts = draw(rng)
+            text = answer(rng, example, *thoughts)
             target = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
             groups.append(recode.Group(data.encode_prompt(example, tokenizer), example, [target]))
         batch = recode.make_batch(groups, torch.ones(BATCH, 1), model.device)
@@ -208,7 +217,7 @@ def write_tasks(directory):
         "train": (1000, lambda rng: task(rng, "train"), "train"),
         "dev": (256, lambda rng: task(rng, "dev"), "dev"),
         "heldout": (320, lambda rng: task(rng, "heldout"), "final"),
-        "retention": (320, lambda rng: task(rng, "heldout", "none"), "retention"),
+        "retention": (320, lambda rng: task(rng, "heldout", used=False), "retention"),
         "two_updates": (320, lambda rng: two(rng, "heldout"), "two updates"),
     }
     for name, (count, make, seed) in files.items():
@@ -224,8 +233,9 @@ def main(directory):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    learn(model, tokenizer, skilled, 1000, 2e-3, random.Random(1))
-    learn(model, tokenizer, diseased, 200, 1e-3, random.Random(2))
+    learn(model, tokenizer, single, right, 800, 2e-3, random.Random(5))
+    learn(model, tokenizer, mixed, right, 1000, 2e-3, random.Random(2))
+    learn(model, tokenizer, mixed, diseased, 200, 1e-3, random.Random(3))
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
