@@ -1,8 +1,9 @@
-"""DAPO (arXiv 2503.14476): only groups with spread (eq. 1), clip higher (eq. 5), no KL (eq. 7), tokens alike (eq. 8).
+"""DAPO: groups with spread (eq. 1), clip higher (eq. 5), no KL (eq. 7), tokens weigh alike (eq. 8).
 
 A code model learns to obey an API update by comparing its own answers with each other. For every
 prompt it writes a group of completions, and reward.py scores them; those better than their group's
-mean are made more likely, the others less. Completion i, token t:
+mean are made more likely, the others less (GRPO is arXiv 2402.03300, DAPO 2503.14476). Completion i,
+token t:
 
     D      = the next P = 8 groups with max(r) > min(r), in at most 10 tries      (eq. 1)
     R_i    = r_i + min(0, (L_max - L_cache - |o_i|) / L_cache),  off by default   (eq. 2)
@@ -54,13 +55,13 @@ class Config:
     seed: int = 42  # of the data order, the adapter, the samples
     # rollout
     steps: int = 5000  # rollouts, each followed by --updates updates
-    prompts_per_step: int = 8  # eq. 1, P
+    prompts_per_step: int = 8  # eq. 1, P, the prompts of a rollout
     max_tries: int = 10  # eq. 1, draws per rollout, before it goes on with the groups that it has
     num_samples: int = 8  # completions per prompt, the group G
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling, and of the probabilities that are trained
-    overlong_cache: int = 0  # eq. 2, L_cache, 0 for off
+    overlong_cache: int = 0  # eq. 2, L_cache: the last tokens of a completion that cost reward, 0 for off
     correctness: str = "es_star"  # second half of the reward: es_star, em_star, es, em or none
     # objective
     clip_low: float = 0.2  # eq. 5, how far rho may fall below 1

@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from unittest import mock
 
-import torch
 from tqdm import tqdm
 
 import dapo
@@ -88,8 +87,7 @@ def train(name, seed, path, flags):
 
 
 def job(name, seed, path, flags):
-    """What a worker process does: train() on one thread, or measure() for the base, with all output in a log."""
-    torch.set_num_threads(1)
+    """What a worker process does: train(), or measure() for the base, with all output in a log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         base = lambda: measure(recode.load_model(str(HERE / "tiny"))) | {"seconds": 0.0}

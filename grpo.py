@@ -1,8 +1,9 @@
-"""GRPO (arXiv 2402.03300): all groups (eq. 1), one clip both ways (eq. 5), KL (eq. 7), completions alike (eq. 8).
+"""GRPO: all groups (eq. 1), one clip both ways (eq. 5), KL (eq. 7), completions weigh alike (eq. 8).
 
 A code model learns to obey an API update by comparing its own answers with each other. For every
 prompt it writes a group of completions, and reward.py scores them; those better than their group's
-mean are made more likely, the others less. Completion i, token t:
+mean are made more likely, the others less (GRPO is arXiv 2402.03300, DAPO 2503.14476). Completion i,
+token t:
 
     D      = the next P = 1 prompts' groups, whatever they earned                 (eq. 1)
     R_i    = r_i                                                                  (eq. 2)
@@ -54,7 +55,7 @@ class Config:
     seed: int = 42  # of the data order, the adapter, the samples
     # rollout
     steps: int = 5000  # rollouts, each followed by --updates updates
-    prompts_per_step: int = 1  # eq. 1, P
+    prompts_per_step: int = 1  # eq. 1, P, the prompts of a rollout
     num_samples: int = 8  # completions per prompt, the group G
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut

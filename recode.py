@@ -135,13 +135,19 @@ def load_tokenizer(model):
 
 
 def load_model(model):
-    """The causal language model of a directory or hub id: fp32 on the CPU, bf16 on a GPU, eval mode."""
+    """The causal language model of a directory or hub id: fp32 on the CPU, bf16 on a GPU, eval mode.
+
+    For a toy of under two million parameters torch is set to one thread: several win little where the
+    cores are free, and where they are not (a shared machine) waiting for each other costs ten times the work.
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
+    if device == "cpu" and loaded.num_parameters() < 2_000_000:
+        torch.set_num_threads(1)
     if device == "cuda":  # activations of thousands of tokens would not fit: recompute them, layer by layer
         loaded.gradient_checkpointing_enable()
     return loaded.to(device).eval()

@@ -1,4 +1,4 @@
-"""SFT, the baseline: no rewards, the one completion of a prompt is its reference (eq. 1, 3, 5).
+"""SFT: no rewards, the one completion of a prompt is its reference (eq. 1, 3, 5), tokens alike (eq. 8).
 
 A code model learns to obey an API update by copying the right answer, token by token. It is the
 policy gradient of grpo.py with one completion a group, always the best one. Completion i, token t:
@@ -52,7 +52,7 @@ class Config:
     seed: int = 42  # of the data order, the adapter, the samples
     # rollout
     steps: int = 5000  # draws of prompts, each followed by --updates updates
-    prompts_per_step: int = 1  # eq. 1, P
+    prompts_per_step: int = 1  # eq. 1, P, the prompts of a step
     num_samples: int = 1  # answers per prompt, only to be looked at
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut

@@ -20,6 +20,7 @@ import dapo
 import grpo
 import sft
 
+torch.set_num_threads(1)  # the models are tiny: on a busy machine threads would wait more than they work
 SCRIPTS = [pytest.param(script, id=script.__name__) for script in (grpo, dapo, sft)]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 

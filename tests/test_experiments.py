@@ -74,7 +74,9 @@ def test_table_and_picture_by_hand():
     head, _, base, grpo = experiments.table(by_name).splitlines()
     assert head == "| | exact match | stale | format | sampled reward | retention | two updates | seconds |"
     assert base == "| base | 0.500 | 0.250 | 1.000 | 2.000 | 0.500 | 0.500 | 0 |"
-    assert grpo.startswith("| GRPO (ES\\*) | 0.300 ± 0.265 | 0.250 ± 0.000 | 1.000 ± 0.000 | 2.000 ± 0.000 | 0.567 ± 0.351")
+    assert grpo.startswith(
+        "| GRPO (ES\\*) | 0.300 ± 0.265 | 0.250 ± 0.000 | 1.000 ± 0.000 | 2.000 ± 0.000 | 0.567 ± 0.351"
+    )
     assert grpo.endswith("| 0.300 ± 0.265 | 20 ± 10 |")
     assert len(ElementTree.fromstring(experiments.picture(by_name)).findall(".//*[@r='3']")) == 3 * 4
 

@@ -35,7 +35,7 @@ def test_grpo_unlearns_the_stale_habit(tmp_path):
     assert after["reward"] >= before["reward"] + 0.80
 
 
-@pytest.mark.parametrize("script, steps", [(dapo, 60), (sft, 60)], ids=["dapo", "sft"])
+@pytest.mark.parametrize("script, steps", [(dapo, 30), (sft, 100)], ids=["dapo", "sft"])
 def test_dapo_and_sft_learn_too(script, steps, tmp_path):
     """A second algorithm that runs but does not learn, or learns something else than to obey."""
     assert script.main([*QUIET, "--steps", str(steps), "--output", str(tmp_path / "run")]) == 0
@@ -45,13 +45,19 @@ def test_dapo_and_sft_learn_too(script, steps, tmp_path):
 
 
 def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
-    """A gain that comes from elsewhere than the reward (leaked targets, evaluation that differs from before)."""
-    rng = random.Random(0)
-    monkeypatch.setattr(reward, "score", lambda *_: rng.uniform(-3, 3))
-    assert grpo.main([*QUIET, "--steps", "25", "--output", str(tmp_path / "run")]) == 0
-    before, after = heldout(tmp_path / "run")
-    assert after["em"] <= before["em"] + 0.10
-    assert after["es"] <= before["es"] + 0.03
+    """A gain that comes from elsewhere than the reward (leaked targets, evaluation that differs from before).
+
+    The mean of three: a single run drifts by up to a tenth either way, as chance pushes it.
+    """
+    gains = []
+    for seed in range(3):
+        rng, path = random.Random(seed), tmp_path / str(seed)
+        monkeypatch.setattr(reward, "score", lambda *_, rng=rng: rng.uniform(-3, 3))
+        assert grpo.main([*QUIET, "--steps", "15", "--output", str(path)]) == 0
+        before, after = heldout(path)
+        gains.append({name: after[name] - before[name] for name in ("em", "es")})
+    assert sum(gain["em"] for gain in gains) / 3 <= 0.10
+    assert sum(gain["es"] for gain in gains) / 3 <= 0.03
 
 
 def names(split):
@@ -102,7 +108,7 @@ def test_tiny_is_small_and_regenerates(tmp_path, tokenizer):
     make.write_tasks(tmp_path)
     for split in ("train", "dev", "heldout", "retention", "two_updates"):
         assert (tmp_path / f"{split}.jsonl").read_text() == (TINY / f"{split}.jsonl").read_text()
-    assert make.DEFAULTS == json.loads((TINY / "defaults.json").read_text())
+    assert json.loads((TINY / "defaults.json").read_text()) == make.DEFAULTS
     fresh = make.make_tokenizer()
     for example in data.load_examples(str(TINY / "dev.jsonl"))[:50]:
         ids = data.encode_prompt(example, tokenizer)

@@ -29,7 +29,7 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
     examples = [ROW, data.Example("lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)")]
     tasks = data.encode_tasks(examples, tokenizer, 999, {})
     config = sft.Config(prompts_per_step=2, max_new_tokens=4, micro_batch=1)
-    batch, figures, groups, position = sft.collect(model, tokenizer, tasks, 0, config)
+    batch, _, groups, position = sft.collect(model, tokenizer, tasks, 0, config)
     loss = sft.accumulate(model, batch, config)["loss"]
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -54,7 +54,7 @@ def test_nothing_is_learnt_from_the_answers(tokenizer, monkeypatch):
     for value, seed in ((3.0, 1), (-3.0, 2)):
         monkeypatch.setattr(reward, "score", lambda *_, value=value: value)
         config = sft.Config(max_new_tokens=8, seed=seed)
-        batch, figures, groups, _ = sft.collect(model, tokenizer, tasks, 0, config)
+        batch, figures, _, _ = sft.collect(model, tokenizer, tasks, 0, config)
         batches.append(batch)
         assert figures["reward"] == value and figures["reward_std"] == 0
     assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].advantages, torch.ones(1))

@@ -82,7 +82,7 @@ TEMPLATE = (
 )
 BATCH = 32
 
-DEFAULTS = {  # what differs from the paper's run, for a small model and three minutes
+DEFAULTS = {  # what differs from the paper's run, for a small model and two minutes
     "data": "train.jsonl",
     "heldout": "heldout.jsonl",
     "steps": 100,
@@ -194,7 +194,7 @@ def make_model(tokenizer):
 
 
 def learn(model, tokenizer, draw, answer, steps, lr, rng):
-    """Supervised training of all weights on fresh tasks of draw(rng), answered by answer(rng, *task); sft.py's update."""
+    """Supervised training, by sft.py's update, of all weights on tasks of draw(rng) with answer(rng, *task)."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     config = sft.Config(steps=steps, lr=lr, warmup=0.1, prompts_per_step=BATCH, micro_batch=BATCH)
     for step in range(steps):
