@@ -224,16 +224,24 @@ def pad(rows, device):
     return ids.to(device), lengths.to(device)
 
 
-def pick(logits, temperature, noise):
+def pick(logits, temperature, noise, top_p=1.0):
     """One token a row, (B,), and its log-probability, (B,): argmax at temperature 0, else by `noise`.
 
     noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulated probabilities.
+    With top_p < 1 only the likeliest tokens whose probabilities sum up to top_p can be picked; the
+    log-probability is that of the whole distribution all the same.
     """
     logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
         tokens = logps.argmax(-1, keepdim=True)
     else:
-        cumulated = logps.exp().double().cumsum(-1)
+        probs = logps.exp()  # (B, V)
+        if top_p < 1:
+            rising, order = probs.sort(-1)
+            rare = rising.cumsum(-1) <= 1 - top_p  # (B, V) cut where transformers cuts
+            rare[:, -1] = False  # the likeliest always stays
+            probs = probs.masked_fill(rare.scatter(-1, order, rare), 0)
+        cumulated = probs.double().cumsum(-1)
         tokens = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
@@ -257,14 +265,15 @@ def prefill(model, prompts, num_samples, room):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0):
+def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0):
     """Complete each prompt `num_samples` times.
 
     prompts: list of P lists of ids, of any lengths; eos: list of ids that end a completion.
     Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and
     T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask covers a
     completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
-    Temperature 0 is greedy and equals transformers' generate token for token.
+    Temperature 0 is greedy and equals transformers' generate token for token. top_p < 1 leaves the
+    unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
     """
     model.eval()  # in training mode a checkpointed model would drop its cache
     logits, lengths, visible, cache = prefill(model, prompts, num_samples, max_new_tokens)
@@ -276,7 +285,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
     for t in range(max_new_tokens):
         noise = torch.rand(len(tokens), 1, device=model.device, generator=generator)  # (B, 1), whoever has left
-        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows])
+        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows], top_p)
         mask[rows, t] = alive
         alive &= ~torch.isin(tokens[rows, t], eos)
         left = int(alive.sum())

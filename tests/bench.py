@@ -126,6 +126,25 @@ def bench_memory():
     yield name, theirs / mine, ">= 10", mine, theirs, "MiB"
 
 
+def bench_sandbox():
+    """One program with one test on one worker that has torch loaded, against a fresh interpreter with torch."""
+    import sandbox
+
+    code, test = "def successor(n):\n    return n + 1\n", "def test():\n    assert successor(1) == 2\n"
+    with sandbox.Sandbox(("torch",), workers=1) as box:
+        assert box.run(code, [test]).passed
+        command = [sys.executable, "-c", f"import torch\n{code}{test}test()"]
+        mine, theirs = alternate(9, seconds(box.run, code, [test]), seconds(subprocess.run, command))
+    yield (
+        "a program in the sandbox, torch loaded, against a fresh interpreter",
+        theirs / mine,
+        ">= 100",
+        mine,
+        theirs,
+        "s",
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object per figure")
@@ -134,7 +153,7 @@ def main():
     if arguments.memory:
         return log_probabilities(arguments.memory)
     names = ("name", "ratio", "goal", "ours", "theirs", "unit")
-    for bench in (bench_memory, bench_levenshtein, bench_sampling):
+    for bench in (bench_memory, bench_levenshtein, bench_sandbox, bench_sampling):
         for row in bench():
             name, ratio, goal, mine, theirs, unit = row
             text = f"{name:<90}{ratio:8.1f}x   goal {goal:<8}{mine:12.4g} {unit} against {theirs:.4g} {unit}"

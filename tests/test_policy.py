@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 import grpo
 import dora
@@ -280,6 +280,45 @@ def test_first_token_frequencies(temperature):
     expected, seen = expected.view(24, 4).sum(1), seen.view(24, 4).sum(1)
     chi2 = ((seen - expected) ** 2 / expected).sum().item()
     assert expected.min() > 5 and chi2 < 23 + 4 * 46**0.5
+
+
+def survivors(logits, top_p, draws=4000):
+    """(B, V) bool: which tokens pick() can choose, found by asking for evenly spread noise."""
+    noise = (torch.arange(draws) / draws)[:, None]
+    rows = [recode.pick(row.expand(draws, -1), 0.8, noise, top_p)[0] for row in logits]
+    return torch.stack([torch.bincount(tokens, minlength=logits.shape[1]) > 0 for tokens in rows])
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.7, 0.95])
+def test_top_p_keeps_the_tokens_that_transformers_keeps(top_p):
+    """Stops a nucleus that leaves out the token which crosses top_p, or lets one in that is too many."""
+    torch.manual_seed(0)
+    logits = torch.cat([3 * torch.randn(20, 12), torch.zeros(1, 12)])  # ties too
+    kept = TopPLogitsWarper(top_p)(None, logits / 0.8).isfinite()
+    assert torch.equal(survivors(logits, top_p).sum(1), kept.sum(1))
+    assert torch.equal(survivors(logits, top_p)[:20], kept[:20]) and kept[:20].sum(1).unique().numel() > (top_p > 0.1)
+
+
+def test_top_p_frequencies_and_log_probabilities():
+    """Stops shares that are not those of the softmax cut off and scaled up, and log-probabilities of the cut one."""
+    torch.manual_seed(1)
+    logits, N = 2 * torch.randn(1, 12), 20_000
+    tokens, logps = recode.pick(logits.expand(N, -1), 0.8, torch.rand(N, 1), 0.7)
+    probs = TopPLogitsWarper(0.7)(None, logits / 0.8).softmax(-1)[0]
+    torch.testing.assert_close(torch.bincount(tokens, minlength=12) / N, probs, atol=0.02, rtol=0)
+    torch.testing.assert_close(logps, (logits / 0.8).log_softmax(-1)[0, tokens])
+
+
+def test_without_top_p_nothing_changes():
+    """Stops samples of a training run that are other ones since evaluation has its top-p."""
+    torch.manual_seed(2)
+    logits, noise = torch.randn(50, 300), torch.rand(50, 1)
+    cumulated = logits.log_softmax(-1).exp().double().cumsum(-1)
+    expected = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)[:, 0]
+    assert torch.equal(recode.pick(logits, 1.0, noise)[0], expected)
+    model = random_model("qwen2")
+    draw = lambda **more: recode.sample(model, PROMPTS, 2, 8, [3], seed=1, **more)[0]
+    assert torch.equal(draw(), draw(top_p=1.0)) and not torch.equal(draw(), draw(top_p=0.3))
 
 
 def test_sampling_from_a_checkpointed_model_in_training_mode():
