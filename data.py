@@ -80,23 +80,30 @@ def locate(source):
         raise BadInput(f"data: cannot fetch {name} of {source!r} from the hub ({reason}); give a local JSONL file")
 
 
-def read_rows(path):
-    """Yield (line number, row) of a JSONL file; every row has the six fields, each a str or None."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+def json_rows(path, content):
+    """Yield ("PATH, line N", row) for every line of a JSONL file's `content`, bytes; each must be a JSON object."""
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise BadInput(f"{path}, line {number}: not JSON ({error}); each line must be one JSON object")
+            raise BadInput(f"{where}: not JSON ({error}); each line must be one JSON object")
         if not isinstance(row, dict):
-            raise BadInput(f"{path}, line {number}: not a JSON object but {type(row).__name__}")
+            raise BadInput(f"{where}: not a JSON object but {type(row).__name__}")
+        yield where, row
+
+
+def read_rows(path):
+    """Yield the rows of a JSONL file of migration tasks; every row has the six fields, each a str or None."""
+    for where, row in json_rows(path, path.read_bytes()):
         for field in fields(Example):
             if field.name not in row:
-                raise BadInput(f"{path}, line {number}: field {field.name!r} is missing; a row has six fields")
+                raise BadInput(f"{where}: field {field.name!r} is missing; a row has six fields")
             if not isinstance(row[field.name], str | None):
-                raise BadInput(f"{path}, line {number}: field {field.name!r} is not text but {row[field.name]!r:.40}")
-        yield number, {field.name: row[field.name] for field in fields(Example)}
+                raise BadInput(f"{where}: field {field.name!r} is not text but {row[field.name]!r:.40}")
+        yield {field.name: row[field.name] for field in fields(Example)}
 
 
 def load_examples(source, dropped=None):
@@ -108,7 +115,7 @@ def load_examples(source, dropped=None):
     """
     dropped = Counter() if dropped is None else dropped
     examples = {}  # what the model sees -> Example
-    for _, row in read_rows(locate(source)):
+    for row in read_rows(locate(source)):
         text = "".join(value or "" for value in row.values())
         if not row["dependency"] or not row["update_info"] or not row["old_code"] or not row["new_code"]:
             dropped["no update note or no code"] += 1
@@ -142,20 +149,24 @@ def split_heldout(heldout, examples, seed):
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
 
-def encode_prompt(example, tokenizer):
-    """The prompt's token ids, list[int], through the tokenizer's own chat template.
+def encode_messages(system, user, tokenizer):
+    """A prompt's token ids, list[int], through the tokenizer's own chat template.
 
     The template writes the two messages and the head of the assistant's turn; OPENING follows as it
     is, so the turn stays open whatever the template does to assistant text. Without a template the
     same three texts stand below each other, parted by blank lines.
     """
-    record = {field.name: getattr(example, field.name) for field in fields(Example)}
-    user = USER.format(**record)
     if tokenizer.chat_template is None:
-        return tokenizer.encode(f"{SYSTEM}\n\n{user}\n\n{OPENING}")
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+        return tokenizer.encode(f"{system}\n\n{user}\n\n{OPENING}")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text + OPENING, add_special_tokens=False)
+
+
+def encode_prompt(example, tokenizer):
+    """The token ids of a migration task's prompt, list[int]; see encode_messages."""
+    record = {field.name: getattr(example, field.name) for field in fields(Example)}
+    return encode_messages(SYSTEM, USER.format(**record), tokenizer)
 
 
 def encode_target(example, tokenizer):

@@ -34,7 +34,7 @@ import grpo
 import recode
 import reward
 import sft
-from run import read_settings, text, write
+from run import read_settings, svg, text, write
 
 HERE = Path(__file__).parent
 SEEDS = (42, 1, 2)
@@ -139,7 +139,7 @@ def picture(by_name):
     """An SVG: for every run a row, for every seed a dot, for their mean a bar; three figures side by side."""
     panels = (("exact match", "heldout"), ("retention", "retention"), ("two updates", "two_updates"))
     height, left, width = 60 + 28 * len(by_name), 170, 180
-    parts = [f'<rect width="760" height="{height}" fill="white"/>']
+    parts = []
     for row, name in enumerate(by_name):
         parts.append(text(left - 12, 58 + 28 * row, name.replace("\\", ""), 'text-anchor="end"'))
     for place, (heading, split) in enumerate(panels):
@@ -152,10 +152,7 @@ def picture(by_name):
             values, y = [run[split]["em"] for run in runs], 54 + 28 * row
             parts.append(f'<rect x="{x}" y="{y - 7}" width="{width * mean(values):.1f}" height="14" fill="#bcd4f0"/>')
             parts += [f'<circle cx="{x + width * v:.1f}" cy="{y}" r="3" fill="#1f5fbf"/>' for v in values]
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font-family="sans-serif" font-size="13">'
-    )
-    return "\n".join([head, *parts, "</svg>"])
+    return svg(height, parts)
 
 
 def main(argv=None):

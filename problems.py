@@ -100,17 +100,10 @@ def read_rows(source):
     path = locate(source)
     content = path.read_bytes()
     try:
-        lines = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).split(b"\n")
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, ValueError) as error:
         raise BadInput(f"{path}: cannot be unpacked ({error}); download it again")
-    for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where}: not JSON ({error}); each line must be one JSON object")
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: not a JSON object but {type(row).__name__}")
-        yield where, row
+    yield from data.json_rows(path, content)
 
 
 def broken(where, field, why):
@@ -239,9 +232,4 @@ def encode(problem, tokenizer, no_update=False):
     if problem.example:  # without its note, the doc element stays and is empty
         return data.encode_prompt(replace(problem.example, update_info="") if no_update else problem.example, tokenizer)
     note = "" if no_update else problem.note
-    system, user = SYSTEM.format(OBEY if note else ""), note + problem.question + REQUEST
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(f"{system}\n\n{user}\n\n{data.OPENING}")
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text + data.OPENING, add_special_tokens=False)
+    return data.encode_messages(SYSTEM.format(OBEY if note else ""), note + problem.question + REQUEST, tokenizer)

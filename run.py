@@ -93,9 +93,17 @@ def text(x, y, content, more=""):
     return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{content}</text>'
 
 
+def svg(height, parts):
+    """A picture, 760 wide, on white."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font-family="sans-serif" font-size="13">'
+    )
+    return "\n".join([head, f'<rect width="760" height="{height}" fill="white"/>', *parts, "</svg>"])
+
+
 def frame(first, last):
     """Axes and grid: reward on the left, shares on the right, steps `first` to `last` below."""
-    parts = ['<rect width="760" height="420" fill="white"/>']
+    parts = []
     for tick in range(-3, 4):
         y = BOTTOM - (BOTTOM - TOP) * (tick + 3) / 6
         parts.append(f'<path d="M{LEFT} {y:.0f}H{RIGHT}" stroke="#ddd"/>')
@@ -124,8 +132,7 @@ def curve(rows):
             parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" {style}/>')
         label = {"reward": "reward (left)", "em": "exact match", "stale": "stale"}[name]
         parts.append(text(LEFT + 20 + 150 * place, TOP - 15, label, f'fill="{colour}" font-weight="bold"'))
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" font-family="sans-serif" font-size="13">'
-    return "\n".join([head, *parts, "</svg>"])
+    return svg(420, parts)
 
 
 class Run:
