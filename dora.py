@@ -58,10 +58,11 @@ class DoRALinear(nn.Module):
         y, bias = self.base(x), self.base.bias
         if not self.enabled:
             return y
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        gain = self.magnitude / self.norm()
-        update = gain.to(x.dtype) * self.scale * F.linear(F.linear(self.dropout(x), A), B)
-        return y + (gain - 1).to(x.dtype) * (y if bias is None else y - bias) + update  # eq. 1, W x kept as it is
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        up = (self.scale * self.lora_B).to(x.dtype)
+        y = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.T).view_as(y)  # W x + s B A x
+        gain = (self.magnitude / self.norm() - 1).to(x.dtype)  # beyond 1, for in bf16 there is little room next to 1
+        return torch.addcmul(y, y if bias is None else y - bias, gain)  # eq. 1
 
 
 def add_dora(model, r, alpha, dropout, targets):
