@@ -67,7 +67,8 @@ class Config:
     beta: float = 0.001  # eq. 7, weight of the KL term
     updates: int = 1  # eq. 9, U optimizer steps, each on its share of the prompts
     # adapter
-    r: int = 64  # rank of the DoRA
+    adapter: str = "dora"  # what is trained: dora, lora, or none for all weights
+    r: int = 64  # rank of the adapter
     alpha: float = 64.0  # its scale is alpha / r
     dropout: float = 0.01  # on the input of A, in training
     targets: str = "q_proj,v_proj"  # names of the linear layers that get one
@@ -77,6 +78,8 @@ class Config:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
     micro_tokens: int = 8192  # tokens in one forward and backward pass, padding included
+    keep_activations: bool = False  # do not compute layers anew in the backward pass: faster, far more memory
+    dry_run: bool = False  # only try the largest step there can be: does it fit, how long will it all take
     # the log
     save_every: int = 100  # steps between checkpoints
     show_every: int = 10  # steps between sample completions

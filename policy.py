@@ -264,6 +264,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
 # ------------------------------------------------------------------------- 3. log-probabilities
 
 LOGITS = 9_000_000  # logits held at once: 36 MB in fp32; below 32 MiB glibc would not give them back
+ON_GPU = 16  # times as many there, or the output layer would be read more than used
 
 
 def token_logps(model, prompts, tokens, mask, temperature=1.0, group=None):
@@ -296,7 +297,7 @@ def token_logps(model, prompts, tokens, mask, temperature=1.0, group=None):
         logits = head(hidden).float() / temperature
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    parts = max(1, len(hidden) * head.weight.shape[0] // LOGITS)
+    parts = max(1, len(hidden) * head.weight.shape[0] // (LOGITS * (ON_GPU if on_gpu(model) else 1)))
     chunks = [
         checkpoint(logps_of, h, y, use_reentrant=False, preserve_rng_state=False)
         for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True)

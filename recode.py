@@ -175,7 +175,9 @@ def export(model, adapter, output):
     wanted = lost = 0.0
     for name, layer in dora.dora_layers(merged).items():
         W = layer.base.weight.float()
-        exact = (W + layer.scale * layer.lora_B @ layer.lora_A) * (layer.magnitude / layer.norm())[:, None]  # eq. 1
+        exact = W + layer.scale * layer.lora_B @ layer.lora_A
+        if layer.magnitude is not None:
+            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of dora.py
         layer.base.weight.copy_(exact)
         wanted += (exact - W).square().sum().item()
         lost += (exact - layer.base.weight.float()).square().sum().item()

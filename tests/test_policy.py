@@ -32,12 +32,12 @@ def random_model(family, vocab_size=97, **overrides):
     return model
 
 
-def config(targets=FEW):
-    return grpo.Config(r=4, alpha=8.0, dropout=0.0, targets=targets)
+def config(targets=FEW, adapter="dora"):
+    return grpo.Config(adapter=adapter, r=4, alpha=8.0, dropout=0.0, targets=targets)
 
 
-def fresh(model, r=4, alpha=8.0, dropout=0.0, targets=FEW):
-    return dora.add_dora(model, r, alpha, dropout, targets)
+def fresh(model, r=4, alpha=8.0, dropout=0.0, targets=FEW, magnitude=True):
+    return dora.add_dora(model, r, alpha, dropout, targets, magnitude)
 
 
 def adapt(model, **settings):
@@ -48,7 +48,8 @@ def adapt(model, **settings):
         for layer in dora.dora_layers(model).values():
             layer.lora_A.normal_(std=0.1)
             layer.lora_B.normal_(std=0.1)
-            layer.magnitude.mul_(1 + 0.2 * torch.randn_like(layer.magnitude))
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1 + 0.2 * torch.randn_like(layer.magnitude))
     return model
 
 
@@ -82,11 +83,12 @@ class Fresh(TorchDispatchMode):
 
 @pytest.mark.parametrize("targets", [FEW, ALL], ids=["q_v", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_path):
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_adapters_equal_peft_and_travel_both_ways(adapter, family, targets, tmp_path):
     """Stops a forward or gradient that is not DoRA's, and an adapter directory that PEFT or we cannot read."""
     peft = pytest.importorskip("peft")
-    ours = adapt(random_model(family), targets=targets)
-    dora.save_adapter(ours, config(targets=targets), tmp_path / "ours")
+    ours = adapt(random_model(family), targets=targets, magnitude=adapter == "dora")
+    dora.save_adapter(ours, config(targets, adapter), tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(random_model(family), tmp_path / "ours", is_trainable=True)
     expected = logits(theirs)
     assert (expected - logits(random_model(family))).abs().max() > 0.01
@@ -95,10 +97,10 @@ def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_pat
         logits(model).log_softmax(-1)[0, :-1].gather(-1, torch.tensor([PROMPTS[0][1:]]).T).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     layers = dora.dora_layers(ours)
-    assert len(gradients) == 3 * len(layers)
+    pairs = {"A": "lora_A", "B": "lora_B"} | ({"magnitude_vector": "magnitude"} if adapter == "dora" else {})
+    assert len(gradients) == len(pairs) * len(layers)
     for name, layer in layers.items():
-        pairs = {"A": layer.lora_A, "B": layer.lora_B, "magnitude_vector": layer.magnitude}
-        for key, p in pairs.items():
+        for key, p in ((key, getattr(layer, ours)) for key, ours in pairs.items()):
             expected_grad = gradients[f"base_model.model.{name}.lora_{key}.default.weight"]
             torch.testing.assert_close(p.grad, expected_grad, atol=1e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
