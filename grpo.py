@@ -41,6 +41,7 @@ import torch
 
 import data
 import dora
+import parallel
 import recode
 
 
@@ -67,6 +68,7 @@ class Config:
     beta: float = 0.001  # eq. 7, weight of the KL term
     updates: int = 1  # eq. 9, U optimizer steps, each on its share of the prompts
     # adapter
+    adapter: str = "dora"  # what is trained: dora, or none for all weights
     r: int = 64  # rank of the DoRA
     alpha: float = 64.0  # its scale is alpha / r
     dropout: float = 0.01  # on the input of A, in training
@@ -77,6 +79,7 @@ class Config:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
     micro_batch: int = 8  # completions in one forward and backward pass
+    offload: bool = False  # with --adapter none: AdamW and its fp32 weights in CPU memory
     # the log
     save_every: int = 100  # steps between checkpoints
     show_every: int = 10  # steps between sample completions
@@ -156,12 +159,11 @@ def update(model, optimizer, batch, config):
     if config.beta:
         with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
-    parameters = optimizer.param_groups[0]["params"]
     shares = batch.shares(config.prompts_per_step // config.updates * config.num_samples)
     for rows in shares:  # eq. 9
-        part = accumulate(model, batch.select(rows), config)
+        part = parallel.reduce(optimizer, accumulate(model, batch.select(rows), config))
         sums.update(part)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+        norm = parallel.clip(optimizer, config.max_grad_norm)
         sums["grad_norm"] += norm
         if math.isfinite(norm + part["loss"]):
             optimizer.step()
@@ -177,8 +179,7 @@ def main(argv=None):
     """Train. The exit status: 0 when done, 1 when the loss was lost, 130 when stopped by a signal."""
     config = recode.parse_config(Config, argv, __doc__)
     run, model, tokenizer, tasks, heldout = recode.set_up(config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = parallel.optimizer(model, config)
     if config.resume:
         state = run.load(model, optimizer)
     else:
@@ -186,8 +187,8 @@ def main(argv=None):
         state = {"step": 0, "position": 0, "lost": 0, "before": before}
         recode.save(run, model, optimizer, state)  # from here on there is always something to go on from
     with run.progress(state["step"]) as stop:
-        while state["step"] < config.steps and state["lost"] < recode.LOST and not stop.asked:
-            torch.manual_seed(config.seed * 1_000_003 + state["step"])  # dropout; samples hang on the position
+        while state["step"] < config.steps and state["lost"] < recode.LOST and not parallel.together(stop.asked):
+            torch.manual_seed((config.seed * 1_000_003 + state["step"]) * parallel.WORLD + parallel.RANK)  # dropout
             batch, figures, groups, state["position"] = collect(model, tokenizer, tasks, state["position"], config)
             figures["lr"] = optimizer.param_groups[0]["lr"] = recode.learning_rate(state["step"], config)
             figures |= update(model, optimizer, batch, config)

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import data
 import dora
+import parallel
 import reward
 from data import BadInput
 from run import Run, read_settings, write
@@ -95,6 +96,14 @@ def check(config):
         raise BadInput("--dropout must be below 1 and --warmup at most 1: both are shares")
     if vars(config).get("overlong_cache", 0) > config.max_new_tokens:
         raise BadInput(f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens {config.max_new_tokens}")
+    if config.prompts_per_step < parallel.WORLD:
+        raise BadInput(f"--prompts-per-step {config.prompts_per_step}: at least one for each of {parallel.WORLD} ranks")
+    if config.adapter not in ("dora", "none"):
+        raise BadInput(f"--adapter {config.adapter!r}: give dora or none")
+    if config.adapter == "none" and config.beta:
+        raise BadInput("--adapter none: without an adapter to switch off there is no reference policy; give --beta 0")
+    if config.offload and config.adapter != "none":
+        raise BadInput("--offload: there is nothing to move to the CPU but with --adapter none")
     if config.correctness not in reward.CORRECTNESS:
         raise BadInput(f"--correctness {config.correctness!r}: give one of {', '.join(reward.CORRECTNESS)}")
     return config
@@ -103,12 +112,19 @@ def check(config):
 def guard(main):
     """Run `main` as a program: its result is the exit status, bad input one line and status 2."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        parallel.end()
+        sys.exit(status)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        parallel.say(error)
+        sys.exit(2)
+    except RuntimeError:
+        if not parallel.failed():
+            raise
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        if parallel.RANK == 0:
+            print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -274,18 +290,21 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
     Temperature 0 is greedy and equals transformers' generate token for token. top_p < 1 leaves the
     unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
+    seed: one for each prompt, or one for the first, which counts up. What is drawn for a prompt hangs on it alone.
     """
     model.eval()  # in training mode a checkpointed model would drop its cache
     logits, lengths, visible, cache = prefill(model, prompts, num_samples, max_new_tokens)
     tokens = torch.zeros(len(lengths), max_new_tokens, dtype=torch.long, device=model.device)  # (B, T)
     mask, logps, L = tokens.bool(), tokens.float(), cache.end
-    generator = torch.Generator(model.device).manual_seed(seed)
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+    noise = [torch.rand(num_samples, max_new_tokens, device=model.device, generator=g) for g in generators]
+    noise = torch.cat(noise)  # (B, T)
     eos = torch.tensor(eos, device=model.device)
     rows = torch.arange(len(lengths), device=model.device)  # which completions are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
     for t in range(max_new_tokens):
-        noise = torch.rand(len(tokens), 1, device=model.device, generator=generator)  # (B, 1), whoever has left
-        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows], top_p)
+        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows, t, None], top_p)
         mask[rows, t] = alive
         alive &= ~torch.isin(tokens[rows, t], eos)
         left = int(alive.sum())
@@ -323,19 +342,25 @@ class Group:
 
 
 def rollout(model, tokenizer, tasks, config, num_samples, temperature, seed):
-    """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took."""
-    eos, started = eos_ids(model, tokenizer), time.perf_counter()
-    prompts = [prompt for prompt, _ in tasks]
-    tokens, mask, logps = sample(model, prompts, num_samples, config.max_new_tokens, eos, temperature, seed)
-    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
-    lost = not logps.isfinite().all()  # weights that overflowed: no rewards, so that the run sees it and ends
+    """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took.
+
+    Every rank does its share. What is drawn for task i hangs on seed + i, so it does not matter who draws it.
+    """
+    eos, started, rows, lost = eos_ids(model, tokenizer), time.perf_counter(), [], False
+    mine, seeds = parallel.share(tasks), parallel.share(range(seed, seed + len(tasks)))
+    if mine:  # else there are fewer tasks than ranks
+        prompts = [prompt for prompt, _ in mine]
+        tokens, mask, logps = sample(model, prompts, num_samples, config.max_new_tokens, eos, temperature, seeds)
+        rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
+        lost = not logps.isfinite().all()  # weights that overflowed: no rewards, so that the run sees it and ends
     sampled, groups = time.perf_counter(), []
-    for i, (prompt, example) in enumerate(tasks):  # groups by position, never by content
+    for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
         completions = rows[i * num_samples : (i + 1) * num_samples]
         texts = [decode(tokenizer, ids, eos) for ids in completions]
         rewards = [math.nan if lost else reward.score(text, example.new_code, config.correctness) for text in texts]
         cut = [ids[-1] not in eos for ids in completions]
         groups.append(Group(prompt, example, completions, texts, rewards, cut))
+    groups = parallel.gather(groups)
     return groups, {"seconds_sample": sampled - started, "seconds_score": time.perf_counter() - sampled}
 
 
@@ -370,7 +395,7 @@ def describe(groups):
 def evaluate(model, tokenizer, tasks, config):
     """Figures over held-out `tasks`: those of judge() for greedy answers, but the reward of sampled ones."""
     size, greedy, sampled = config.prompts_per_step * config.num_samples, [], []
-    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=None):
+    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=parallel.RANK > 0 or None):
         part = tasks[start : start + size]
         greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
         sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
@@ -438,9 +463,10 @@ class Batch:
         return torch.arange(len(self.prompts), device=self.mask.device).split(size) if self.prompts else ()
 
     def micro(self, size):
-        """The same, longest rows first."""
+        """This rank's rows, longest first, in index tensors of at most `size`."""
         order = self.mask.sum(1).sort(descending=True, stable=True).indices
-        return [order[rows] for rows in self.shares(size)]
+        order = order[parallel.own(self.prompts).to(order.device)[order]]
+        return order.split(size) if len(order) else ()
 
 
 def make_batch(groups, advantages, device):
@@ -453,13 +479,13 @@ def make_batch(groups, advantages, device):
 
 @torch.no_grad()
 def batch_logps(model, batch, config):
-    """token_logps of a whole Batch without gradient or dropout, micro-batch by micro-batch, (B, T)."""
+    """token_logps of a whole Batch without gradient or dropout, (B, T): every rank does its rows, all get them."""
     model.eval()
     logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
     for rows in batch.micro(config.micro_batch):
         part = batch.select(rows)
         logps[rows] = token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
-    return logps
+    return parallel.add(logps)
 
 
 # ------------------------------------------------------------------------- 7. set-up
@@ -471,6 +497,7 @@ def set_up(config):
     Checks what can be checked before anything slow is done, and prints the header. A task is
     (prompt ids, Example).
     """
+    parallel.start()
     run, dropped = Run(config), Counter()
     tokenizer = load_tokenizer(config.model)
     examples = data.load_examples(config.data, dropped)
@@ -485,10 +512,15 @@ def set_up(config):
         print("warning   the tokenizer has no chat template; prompts are plain text")
     print(f"model     {config.model}", flush=True)
     torch.manual_seed(config.seed)
-    model = dora.add_dora(load_model(config.model), config.r, config.alpha, config.dropout, config.targets)
+    model = load_model(config.model)
+    if config.adapter == "dora":
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets)
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
-    print(f"          {trained:,} trained: DoRA, r {config.r}, on {config.targets}")
+    what = f"DoRA, r {config.r}, on {config.targets}" if config.adapter == "dora" else "all weights, in fp32 slices"
+    print(f"          {trained:,} trained: {what}")
+    if parallel.WORLD > 1:
+        print(f"ranks     {parallel.WORLD}, each its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
     if defaults.is_file():
         listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
@@ -513,9 +545,20 @@ def learning_rate(step, config):
 
 def save(run, model, optimizer, state):
     """A checkpoint to go on from, and the adapter as it is now."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    run.save(trained, optimizer, state)
-    dora.save_adapter(model, run.config, run.path / "adapter")
+    run.save(parallel.full_state(model, optimizer), state)
+    if run.config.adapter != "none":
+        dora.save_adapter(model, run.config, run.path / "adapter")
+
+
+def save_model(model, tokenizer, directory):
+    """Write an ordinary checkpoint, which eval.py and others load."""
+    if parallel.RANK > 0:
+        return
+    try:
+        model.save_pretrained(directory, max_shard_size="5GB")
+        tokenizer.save_pretrained(directory)
+    except OSError as error:
+        raise BadInput(f"cannot write {directory}: {error.strerror}; make room, then --resume")
 
 
 def finish(run, model, tokenizer, optimizer, heldout, state):
@@ -525,13 +568,17 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
         print(f"the last checkpoint before is kept in {run.path}; lower --lr and start anew")
         return 1
     save(run, model, optimizer, state)
+    if run.config.adapter == "none":
+        save_model(model, tokenizer, run.path / "model")
     if state["step"] < run.config.steps:
         again = sys.argv if run.config.resume else [*sys.argv, "--resume"]
-        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(again)}")
+        start = f"torchrun --nproc-per-node {parallel.LOCAL_WORLD}" if parallel.WORLD > 1 else "python"
+        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {start} {' '.join(again)}")
         return 130
     if heldout:
         figures = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, run.config)}
         write(run.path / "heldout.json", json.dumps(figures, indent=2).encode())
         print(table(**figures))
-    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and adapter/")
+    kept = "model" if run.config.adapter == "none" else "adapter"
+    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and {kept}/")
     return 0
