@@ -135,7 +135,7 @@ def whole(mine, shape):
     """The tensor of which every rank holds the slice `mine`."""
     flat = mine if WORLD == 1 else mine.new_empty(WORLD * len(mine))
     if WORLD > 1:
-        dist.all_gather_into_tensor(flat, mine)
+        dist.all_gather_single(flat, mine)
     return flat[: shape.numel()].view(shape)
 
 
@@ -160,7 +160,7 @@ class ShardedAdamW(torch.optim.AdamW):
             p.grad, total = None, part(grad)
             if WORLD > 1:
                 total = torch.empty_like(total)
-                dist.reduce_scatter_tensor(total, F.pad(grad.flatten(), (0, -grad.numel() % WORLD)))
+                dist.reduce_scatter_single(total, F.pad(grad.flatten(), (0, -grad.numel() % WORLD)))
             mine.grad = total.to(mine.device)
 
     def step(self):
@@ -193,7 +193,8 @@ def reduce(optimizer, sums):
     parameters = [] if sharded else optimizer.param_groups[0]["params"]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    figures = torch.tensor([sums[name] for name in FIGURES], device=parameters[0].device if parameters else "cpu")
+    device = parameters[0].device if parameters else "cpu"
+    figures = torch.tensor([sums[name] for name in FIGURES], dtype=torch.float32, device=device)
     flat = add(torch.cat([*(p.grad.flatten() for p in parameters), figures]))
     *grads, figures = flat.split([*(p.numel() for p in parameters), len(FIGURES)])
     for p, grad in zip(parameters, grads, strict=True):

@@ -298,13 +298,13 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     mask, logps, L = tokens.bool(), tokens.float(), cache.end
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
-    noise = [torch.rand(num_samples, max_new_tokens, device=model.device, generator=g) for g in generators]
-    noise = torch.cat(noise)  # (B, T)
+    noise = [torch.rand(max_new_tokens, num_samples, device=model.device, generator=g) for g in generators]
+    noise = torch.cat(noise, 1)  # (T, B)
     eos = torch.tensor(eos, device=model.device)
     rows = torch.arange(len(lengths), device=model.device)  # which completions are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
     for t in range(max_new_tokens):
-        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows, t, None], top_p)
+        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[t, rows, None], top_p)
         mask[rows, t] = alive
         alive &= ~torch.isin(tokens[rows, t], eos)
         left = int(alive.sum())

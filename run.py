@@ -46,10 +46,11 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise BadInput(f"cannot write {path}: {error.strerror}; nothing that was there is harmed")
+        why = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise BadInput(f"cannot write {path}: {why}; nothing that was there is harmed")
 
 
 def read_settings(path):
