@@ -4,21 +4,26 @@
     torchrun --nproc-per-node 8 dapo.py --adapter none --lr 1e-6 ...    all weights
 
 A rank samples and scores every WORLD-th prompt; then all exchange their groups, so advantages and token
-weights are computed over all of them, on every rank alike. In the update a rank takes every WORLD-th group,
+weights are computed over all of them, on every rank alike. In an update a rank takes every WORLD-th group,
 and the gradients of all ranks are added up. Loss and gradient are therefore those of one process.
 
     --adapter dora    Every rank holds everything. One all-reduce adds gradients and figures, then every
                       rank takes the same step.
     --adapter none    Every rank holds the weights in bf16 and their gradient in fp32 (6 bytes a weight). The
-                      fp32 weights that are trained, and AdamW's two moments, are cut into WORLD slices (12
+                      fp32 weights that are trained and AdamW's two moments are cut into WORLD slices (12
                       bytes a weight / WORLD, in CPU memory with --offload). A step is a reduce-scatter of the
                       gradient, AdamW on one's own slice, and an all-gather of the new weights.
 
 Why not torch's fully_shard (FSDP2)? It gathers and frees weights in hooks around forward(). A pass in two
-parts (a prompt's keys and values, then its completions), the head called by itself and ranks with unequal
-numbers of micro-batches go past those hooks: where the prompt's last output is not in the graph, backward
-meets freed weights. What works is to keep all gathered from rollout to step, with hooks that do nothing.
-It then takes the memory of what is here, but the weights move in memory at every step.
+parts (a prompt's keys and values, then its completions), a head called by itself, and unequal numbers of
+micro-batches go past those hooks: backward meets freed weights. What works is to keep all gathered from
+rollout to step, with hooks that do nothing; that takes the memory of what is here, and more to understand.
+
+What to know before running it:
+  1. Ctrl-C ends all ranks together after the step. But torchrun kills a rank that takes longer than 30
+     seconds to end: --shutdown-timeout 600 where steps are long. It sends every Ctrl-C twice, so only one
+     that comes 2 seconds after the first or later counts as the second.
+  2. Rank 0 alone writes; with --resume all ranks read, on several machines from a disk that all see.
 """
 
 import functools
@@ -35,8 +40,8 @@ from torch import nn
 
 from data import BadInput
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets them
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 PATIENCE = timedelta(hours=1)  # of a rank that waits for others: they may still sample, or write a checkpoint
 FIGURES = ("loss", "kl", "clip_fraction")  # of an update, sums over rows
 
@@ -219,14 +224,15 @@ def full_state(model, optimizer):
     """What a checkpoint holds of both, whole, however many ranks there are. Of use on rank 0; all must call it."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
-    if isinstance(optimizer, ShardedAdamW):
-        for i, (name, (p, mine)) in enumerate(zip(trained, optimizer.pairs(), strict=True)):
-            moments = state["state"].get(i, {})
-            for key, x in {**moments, "": mine.detach()}.items():
-                x = whole(x.to(p.device), p.shape).cpu() if x.dim() else x
-                moments = {**moments, key: x if RANK == 0 else None}
-            trained[name] = moments.pop("")
-            state["state"][i] = moments
+    if not isinstance(optimizer, ShardedAdamW):
+        return {"trained": trained, "optimizer": state}
+    for i, (name, (p, mine)) in enumerate(zip(trained, optimizer.pairs(), strict=True)):
+        tensors = {**state["state"].get(i, {}), "": mine.detach()}
+        for key, x in tensors.items():
+            x = whole(x.to(p.device), p.shape).cpu() if x.dim() else x
+            tensors[key] = x if RANK == 0 else None  # elsewhere it is gone before the next one is gathered
+        trained[name] = tensors.pop("")
+        state["state"][i] = tensors
     return {"trained": trained, "optimizer": state}
 
 

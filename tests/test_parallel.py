@@ -89,13 +89,14 @@ def job(base):
     parallel.end()
 
 
-def environment(rank):
+def environment():
+    """environment(rank) is what torchrun would set for a rank of two on the CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return lambda rank: {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def base(tmp_path_factory, checkpoints):
         assert train(base, name, f"{name}-1") == 0
     for name in AGAIN:
         assert train(base, name, f"{name}-1to2", stop=(0, 2)) == 130
-    processes, settings = [], environment(2)
+    processes, settings = [], environment()
     for rank in range(2):
         with patch.dict(os.environ, settings(rank)):
             processes.append(multiprocessing.get_context("spawn").Process(target=job, args=(base,)))
@@ -234,15 +235,17 @@ def test_refused(flags, world, word, monkeypatch):
 @pytest.fixture(scope="module")
 def ends(base):
     """{how: (exit status, what torchrun and its ranks wrote to stderr)} of jobs that fail."""
-    environ = {name: value for name, value in os.environ.items()} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    found = {}
+    jobs = {}
     for how in ("killed", "own error", "same error"):
-        port = environment(2)(0)["MASTER_PORT"]
-        driver = [*command, port, __file__, how, str(base)]
-        done = subprocess.run(driver, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        found[how] = done.returncode, done.stderr
-    return found
+        settings = {name: environment()(0)[name] for name in ("MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+        command += [settings["MASTER_PORT"], __file__, how, str(base)]
+        jobs[how] = subprocess.Popen(command, env=os.environ | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        return {how: (job.communicate(timeout=60)[1], job.returncode)[::-1] for how, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            job.kill()
 
 
 def fail(how, base):
