@@ -41,6 +41,8 @@ import torch
 
 import data
 import dora
+import parallel
+import plan
 import recode
 
 
@@ -81,6 +83,7 @@ class Config:
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
     micro_tokens: int = 8192  # tokens in one forward and backward pass, padding included
     keep_activations: bool = False  # do not compute layers anew in the backward pass: faster, far more memory
+    offload: bool = False  # with --adapter none: the fp32 weights and AdamW in CPU memory
     dry_run: bool = False  # only try the largest step there can be: does it fit, how long will it all take
     # the log
     save_every: int = 100  # steps between checkpoints
@@ -163,12 +166,11 @@ def update(model, optimizer, batch, config):
     if config.beta:
         with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
-    parameters = optimizer.param_groups[0]["params"]
     shares = batch.shares(config.prompts_per_step // config.updates)
     for share in shares:  # eq. 9
-        part = accumulate(model, share, config)
+        part = parallel.reduce(model, accumulate(model, share, config))
         sums.update(part)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+        norm = parallel.clip(model, config.max_grad_norm)
         sums["grad_norm"] += norm
         if math.isfinite(norm + part["loss"]):
             optimizer.step()
@@ -186,6 +188,8 @@ def main(argv=None):
     run, model, tokenizer, tasks, heldout = recode.set_up(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.dry_run:
+        return plan.dry_run(model, tasks, optimizer, config, update)
     if config.resume:
         state = run.load(model, optimizer)
     else:
@@ -193,8 +197,8 @@ def main(argv=None):
         state = {"step": 0, "position": 0, "lost": 0, "before": before}
         recode.save(run, model, optimizer, state)  # from here on there is always something to go on from
     with run.progress(state["step"]) as stop:
-        while state["step"] < config.steps and state["lost"] < recode.LOST and not stop.asked:
-            torch.manual_seed(config.seed * 1_000_003 + state["step"])  # dropout; samples hang on the position
+        while state["step"] < config.steps and state["lost"] < recode.LOST and not parallel.together(stop.asked):
+            torch.manual_seed((config.seed * 1_000_003 + state["step"]) * parallel.WORLD + parallel.RANK)  # dropout
             batch, figures, groups, state["position"] = collect(model, tokenizer, tasks, state["position"], config)
             figures["lr"] = optimizer.param_groups[0]["lr"] = recode.learning_rate(state["step"], config)
             figures |= update(model, optimizer, batch, config)

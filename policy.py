@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import parallel
 from data import BadInput
 
 # ------------------------------------------------------------------------- 1. a prompt and its completions
@@ -238,7 +239,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
     """
     model.eval()
-    seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     draw = lambda s: torch.rand(max_new_tokens, num_samples, generator=torch.Generator().manual_seed(s))
     noise = torch.cat([draw(s) for s in seeds], 1).T.to(model.device)  # (B, max_new_tokens)
     decoder = Decoder(model, Prompts(model, prompts), num_samples)
@@ -354,12 +355,14 @@ def pieces(lengths, budget):
 
 
 def passes(model, batch, config):
-    """All rows of a Batch, a micro-batch at a time, longest first: (part, its log-probabilities (B, T)).
+    """This rank's rows of a Batch, a micro-batch at a time, longest first: (part, its log-probabilities (B, T)).
 
-    Call backward() on each before the next: what belongs to the prompts follows when all of their rows
+    A rank takes every WORLD-th prompt. Call backward() on each before the next: what belongs to the prompts follows when all of their rows
     are through. No pass holds more than config.micro_tokens tokens, padding included.
     """
-    batch = dataclasses.replace(batch, rows=torch.arange(len(batch.mask), device=batch.mask.device))
+    parallel.gather_weights(model)
+    mine = (batch.group % parallel.WORLD == parallel.RANK).nonzero()[:, 0]
+    batch = dataclasses.replace(batch, rows=torch.arange(len(batch.mask), device=batch.mask.device)).select(mine)
     for start, end in pieces([len(prompt) for prompt in batch.prompts], config.micro_tokens):
         whole = batch.between(start, end)
         lengths, order = whole.mask.sum(1).sort(descending=True, stable=True)
@@ -372,9 +375,9 @@ def passes(model, batch, config):
 
 @torch.no_grad()
 def batch_logps(model, batch, config):
-    """The log-probabilities of a whole Batch without gradient or dropout, (B, T)."""
+    """The log-probabilities of a whole Batch without gradient or dropout, (B, T): all ranks' rows, on every rank."""
     model.eval()
     logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
     for part, found in passes(model, batch, config):
         logps[part.rows] = found
-    return logps
+    return parallel.add(logps)

@@ -27,11 +27,13 @@ import huggingface_hub
 import safetensors.torch
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import dora
+import parallel
 import reward
 from data import BadInput
 from policy import Batch, batch_logps, make_batch, passes, sample, token_logps  # noqa: F401, asked for by these names
@@ -92,20 +94,44 @@ def check(config):
         raise BadInput("--dropout must be below 1 and --warmup at most 1: both are shares")
     if vars(config).get("overlong_cache", 0) > config.max_new_tokens:
         raise BadInput(f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens {config.max_new_tokens}")
+    if config.prompts_per_step < parallel.WORLD:
+        raise BadInput(f"--prompts-per-step {config.prompts_per_step}: at least one for each of {parallel.WORLD} ranks")
+    if config.adapter not in ("dora", "lora", "none"):
+        raise BadInput(f"--adapter {config.adapter!r}: give dora, lora or none")
+    if config.adapter == "none" and config.beta:
+        raise BadInput("--adapter none: without an adapter to switch off there is no reference policy; give --beta 0")
+    if config.offload and config.adapter != "none":
+        raise BadInput("--offload: there is nothing to move to the CPU but with --adapter none")
     if config.correctness not in reward.CORRECTNESS:
         raise BadInput(f"--correctness {config.correctness!r}: give one of {', '.join(reward.CORRECTNESS)}")
     return config
 
 
+OUT_OF_MEMORY = """
+  In this order: a smaller --micro-tokens (half, say; changes no result); no --keep-activations; fewer
+  --prompts-per-step or --num-samples; shorter --max-new-tokens or --max-prompt-tokens; with --adapter none,
+  --offload or more GPUs. --dry-run tries the largest step first. What was saved goes on with --resume."""
+
+
 def guard(main):
     """Run `main` as a program: its result is the exit status, bad input one line and status 2."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        parallel.end()
+        sys.exit(status)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        parallel.say(error)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        parallel.say(f"{first_line(error)} {OUT_OF_MEMORY}")
+        sys.exit(1)
+    except RuntimeError:
+        if not parallel.failed():
+            raise
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        if parallel.RANK == 0:
+            print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -145,8 +171,6 @@ def load_model(model):
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     if device == "cpu" and loaded.num_parameters() < 2_000_000:
         torch.set_num_threads(1)
-    if device == "cuda":  # activations of thousands of tokens would not fit: recompute them, layer by layer
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
     return loaded.to(device).eval()
 
 
@@ -183,10 +207,40 @@ def export(model, adapter, output):
         lost += (exact - layer.base.weight.float()).square().sum().item()
         parent, _, leaf = name.rpartition(".")
         setattr(merged.get_submodule(parent), leaf, layer.base)
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    write_model(merged, tokenizer, output, f"{model} with the adapter {adapter} merged into it.")
     share = math.sqrt(lost / max(wanted, 1e-30))
     print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
+
+
+CARD = """---
+base_model: {base}
+tags: [recode, code-migration]
+---
+{what}
+
+It was trained to follow the update notes that a prompt shows (ReCode, arXiv 2506.20495). Prompt and answer have
+the form of data.py: a system message, the notes in <doc>, the old code, then a thought and <answer>.
+"""
+
+
+def write_model(model, tokenizer, directory, what):
+    """Save an ordinary checkpoint directory: config, tokenizer, model card, weights in files of 5 GB at most.
+
+    Trained slices are put together one by one on rank 0, in bf16 if they were used in it.
+    """
+    state, base = {}, model.config.name_or_path
+    for name, p in model.named_parameters():
+        x = parallel.whole(p.detach())
+        x = x.bfloat16() if isinstance(p, DTensor) and x.is_cuda else x
+        state[name] = x.cpu() if parallel.RANK == 0 else None
+    if parallel.RANK > 0:
+        return
+    try:
+        model.save_pretrained(directory, state_dict=state, max_shard_size="5GB")
+        tokenizer.save_pretrained(directory)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then --resume")
+    write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())
 
 
 # ------------------------------------------------------------------------- 4. rollouts and their figures
@@ -206,19 +260,26 @@ class Group:
 
 
 def rollout(model, tokenizer, tasks, config, num_samples, temperature, seed):
-    """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took."""
-    eos, started = eos_ids(model, tokenizer), time.perf_counter()
-    prompts = [prompt for prompt, _ in tasks]
-    tokens, mask, logps = sample(model, prompts, num_samples, config.max_new_tokens, eos, temperature, seed)
-    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
-    lost = not logps.isfinite().all()  # weights that overflowed: no rewards, so that the run sees it and ends
+    """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took.
+
+    Every rank does its share. What is drawn for task i hangs on seed + i, so it does not matter who draws it.
+    """
+    eos, started, rows, lost = eos_ids(model, tokenizer), time.perf_counter(), [], False
+    parallel.gather_weights(model)
+    mine, seeds = parallel.share(tasks), parallel.share(range(seed, seed + len(tasks)))
+    if mine:  # else there are fewer tasks than ranks
+        prompts = [prompt for prompt, _ in mine]
+        tokens, mask, logps = sample(model, prompts, num_samples, config.max_new_tokens, eos, temperature, seeds)
+        rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
+        lost = not logps.isfinite().all()  # weights that overflowed: no rewards, so that the run sees it and ends
     sampled, groups = time.perf_counter(), []
-    for i, (prompt, example) in enumerate(tasks):  # groups by position, never by content
+    for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
         completions = rows[i * num_samples : (i + 1) * num_samples]
         texts = [decode(tokenizer, ids, eos) for ids in completions]
         rewards = [math.nan if lost else reward.score(text, example.new_code, config.correctness) for text in texts]
         cut = [ids[-1] not in eos for ids in completions]
         groups.append(Group(prompt, example, completions, texts, rewards, cut))
+    groups = parallel.gather(groups)
     return groups, {"seconds_sample": sampled - started, "seconds_score": time.perf_counter() - sampled}
 
 
@@ -253,7 +314,7 @@ def describe(groups):
 def evaluate(model, tokenizer, tasks, config):
     """Figures over held-out `tasks`: those of judge() for greedy answers, but the reward of sampled ones."""
     size, greedy, sampled = config.prompts_per_step * config.num_samples, [], []
-    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=None):
+    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=parallel.RANK > 0 or None):
         part = tasks[start : start + size]
         greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
         sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
@@ -277,6 +338,7 @@ def set_up(config):
     Checks what can be checked before anything slow is done, and prints the header. A task is
     (prompt ids, Example).
     """
+    parallel.start()
     run, dropped = Run(config), Counter()
     tokenizer = load_tokenizer(config.model)
     examples = data.load_examples(config.data, dropped)
@@ -291,10 +353,20 @@ def set_up(config):
         print("warning   the tokenizer has no chat template; prompts are plain text")
     print(f"model     {config.model}", flush=True)
     torch.manual_seed(config.seed)
-    model = dora.add_dora(load_model(config.model), config.r, config.alpha, config.dropout, config.targets)
+    model = load_model(config.model)
+    if config.adapter != "none":
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
-    print(f"          {trained:,} trained: DoRA, r {config.r}, on {config.targets}")
+    what = {"dora": f"DoRA, r {config.r}, on {config.targets}", "lora": f"LoRA, r {config.r}, on {config.targets}"}
+    print(f"          {trained:,} trained: {what.get(config.adapter, 'all weights, in fp32')}")
+    if config.adapter == "none":
+        parallel.shard(model, config.offload)
+    if not config.keep_activations:
+        recompute = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        recompute({"use_reentrant": False})  # the second is its name in transformers 5.17
+    if parallel.WORLD > 1:
+        print(f"ranks     {parallel.WORLD}, each its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
     if defaults.is_file():
         listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
@@ -302,7 +374,8 @@ def set_up(config):
     print(
         f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions"
     )
-    run.begin()
+    if not config.dry_run:
+        run.begin()
     return run, model, tokenizer, train, heldout
 
 
@@ -319,9 +392,9 @@ def learning_rate(step, config):
 
 def save(run, model, optimizer, state):
     """A checkpoint to go on from, and the adapter as it is now."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    run.save(trained, optimizer, state)
-    dora.save_adapter(model, run.config, run.path / "adapter")
+    run.save(parallel.full_state(model, optimizer), state)
+    if run.config.adapter != "none":
+        dora.save_adapter(model, run.config, run.path / "adapter")
 
 
 def finish(run, model, tokenizer, optimizer, heldout, state):
@@ -331,13 +404,17 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
         print(f"the last checkpoint before is kept in {run.path}; lower --lr and start anew")
         return 1
     save(run, model, optimizer, state)
+    if run.config.adapter == "none":
+        write_model(model, tokenizer, run.path / "model", f"{run.config.model} trained by {' '.join(sys.argv)}.")
     if state["step"] < run.config.steps:
         again = sys.argv if run.config.resume else [*sys.argv, "--resume"]
-        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  python {' '.join(again)}")
+        start = f"torchrun --nproc-per-node {parallel.LOCAL_WORLD}" if parallel.WORLD > 1 else "python"
+        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {start} {' '.join(again)}")
         return 130
     if heldout:
         figures = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, run.config)}
         write(run.path / "heldout.json", json.dumps(figures, indent=2).encode())
         print(table(**figures))
-    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and adapter/")
+    kept = "model" if run.config.adapter == "none" else "adapter"
+    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and {kept}/")
     return 0

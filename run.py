@@ -2,8 +2,8 @@
 
     config.json      every setting                     curve.svg    reward, exact match, stale rate
     metrics.jsonl    one row of figures a step         adapter/     the trained part, as PEFT saves it
-    samples.jsonl    prompts, completions, rewards     checkpoint/  all that --resume needs
-    heldout.json     held-out figures before and after, at the end
+    samples.jsonl    prompts, completions, rewards     model/       or the whole of it, at the end
+    heldout.json     held-out figures, at the end      checkpoint/  all that --resume needs
 
 A file is either appended to line by line or replaced whole: written aside, synced, renamed. So a run
 that is killed at any moment, also while it saves, or that meets a full disk, keeps its last
@@ -11,39 +11,46 @@ checkpoint; --resume cuts the logs back to it and goes on as if nothing had happ
 """
 
 import contextlib
-import io
 import json
 import math
 import os
 import pickle
 import re
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import parallel
 from data import BadInput
 
-MAY_CHANGE = ("resume", "output", "steps", "save_every", "show_every")  # between a run and its --resume
+MAY_CHANGE = ("resume", "output", "steps", "save_every", "show_every", "offload", "micro_tokens", "keep_activations")  # between a run and its --resume
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def write(path, content):
-    """Write bytes so that `path` holds either all of them or what it held before, whatever happens."""
+    """Write bytes so that `path` holds either all of them or what it held before, whatever happens.
+
+    `content` may also be a function that writes to an open file. Only rank 0 writes.
+    """
+    if parallel.RANK > 0:
+        return
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise BadInput(f"cannot write {path}: {error.strerror}; nothing that was there is harmed")
+        why = getattr(error, "strerror", None) or "torch.save failed, as it does on a full disk"
+        raise BadInput(f"cannot write {path}: {why}; nothing that was there is harmed")
 
 
 def read_settings(path):
@@ -66,12 +73,12 @@ COLUMNS = (
 class Stop:
     """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
 
-    asked = False
+    asked = 0.0
 
     def __call__(self, number, frame):
-        if self.asked:
+        if self.asked and (parallel.WORLD == 1 or time.monotonic() > self.asked + 2):  # torchrun repeats a Ctrl-C
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = time.monotonic()
         tqdm.write("stopping after this step; once more to stop at once")
 
 
@@ -151,11 +158,14 @@ class Run:
             for name in settings:
                 if name not in MAY_CHANGE and before.get(name) != settings[name]:
                     raise BadInput(f"--resume: {name} was {before.get(name)!r} in {self.path}, now {settings[name]!r}")
-        elif self.path.is_dir() and any(self.path.iterdir()) or self.path.is_file():
+        elif not config.dry_run and (self.path.is_dir() and any(self.path.iterdir()) or self.path.is_file()):
             raise BadInput(f"--output {self.path} is not empty; --resume goes on with it, another --output starts anew")
 
     def begin(self):
-        """Make the directory, once everything else has proved sound."""
+        """Make the directory, once everything else has proved sound, on all ranks."""
+        parallel.together(False)
+        if parallel.RANK > 0:
+            return
         write(self.path / "config.json", json.dumps(asdict(self.config), indent=2).encode())
         for name in LOGS:
             (self.path / name).touch()
@@ -166,7 +176,8 @@ class Run:
         stop = Stop()
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with tqdm(total=self.config.steps, initial=done, unit="step", disable=None, leave=False) as self.bar:
+            hidden = parallel.RANK > 0 or None
+            with tqdm(total=self.config.steps, initial=done, unit="step", disable=hidden, leave=False) as self.bar:
                 yield stop
         finally:
             for number, handler in before.items():
@@ -184,6 +195,8 @@ class Run:
 
     def log(self, figures, groups):
         """A step's row for the file and the screen; now and then its first group of samples and the curve."""
+        if parallel.RANK > 0:
+            return
         seconds = sum(value for name, value in figures.items() if name.startswith("seconds"))
         tokens = sum(len(ids) for group in groups for ids in group.completions)
         row = self.append("metrics.jsonl", {**figures, "tokens_per_second": tokens / seconds})
@@ -201,22 +214,23 @@ class Run:
             tqdm.write(show(row["step"], groups[0]))
             write(self.path / "curve.svg", curve(self.rows).encode())
 
-    def save(self, trained, optimizer, state):
-        """A checkpoint in one file, replaced in one step: parameters by name, optimizer, `state`, log lengths."""
+    def save(self, trained, state):
+        """A checkpoint in one file, replaced in one step: what parallel.full_state() gave, `state`, log lengths."""
+        if parallel.RANK > 0:
+            return
         files = {name: (self.path / name).stat().st_size for name in LOGS}
-        content = io.BytesIO()
-        torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "state": state, "files": files}, content)
-        write(self.checkpoint, content.getvalue())
+        write(self.checkpoint, lambda file: torch.save({**trained, "state": state, "files": files}, file))
         write(self.path / "curve.svg", curve(self.rows).encode())
 
     def load(self, model, optimizer):
         """Put the last checkpoint into model and optimizer, cut later rows off the logs; its `state`."""
         try:
-            saved = torch.load(self.checkpoint, map_location=model.device, weights_only=True)
+            saved = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             raise BadInput(f"--resume: {self.checkpoint} is damaged; start anew with another --output")
-        model.load_state_dict(saved["trained"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
+        parallel.load_state(model, optimizer, saved)
+        if parallel.RANK > 0:
+            return saved["state"]
         for name, size in saved["files"].items():
             os.truncate(self.path / name, size)
         self.rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]

@@ -240,9 +240,14 @@ def die_while_saving(patch, moment, die):
     """Have os.fsync or os.replace, whichever `moment` names, call die() when the checkpoint of step 4 is written."""
     real = run.write
 
+    def step_of(content):
+        content(file := io.BytesIO())
+        file.seek(0)
+        return torch.load(file)["state"]["step"]
+
     def write(target, content):
         with patch.context() as inner:
-            if target.name == "state.pt" and torch.load(io.BytesIO(content))["state"]["step"] == 4:
+            if target.name == "state.pt" and step_of(content) == 4:
                 inner.setattr(os, moment, die)
             real(target, content)
 

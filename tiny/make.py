@@ -95,6 +95,7 @@ DEFAULTS = {  # what differs from the paper's run, for a small model and two min
     "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     "lr": 0.001,
     "micro_tokens": 4096,
+    "keep_activations": True,
     "save_every": 50,
     "show_every": 25,
 }

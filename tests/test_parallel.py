@@ -1,0 +1,295 @@
+"""parallel.py: two ranks (gloo) do what one process does, whatever is trained; one that fails takes the other along."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import ROOT, ROWS, random_model
+from test_update import brute_force, policy, ragged, same, score
+
+import dapo
+import data
+import grpo
+import parallel
+import recode
+import reward
+import run
+import sft
+
+CASES = [(script, adapter) for script in (grpo, dapo, sft) for adapter in ("dora", "none")]
+NAMES = [f"{script.__name__}-{adapter}" for script, adapter in CASES]
+AGAIN = ("grpo-dora", "dapo-none")  # these are also stopped after step 2 and gone on with
+every_case = pytest.mark.parametrize("name", NAMES)
+
+
+def one_update(name, groups):
+    """Model, batch of `groups` groups of two unequal rows, and Config of one case."""
+    script, adapter = CASES[NAMES.index(name)]
+    model = policy() if adapter == "dora" else random_model("qwen2", tie_word_embeddings=True)
+    batch = ragged(model).select(torch.arange(2 * groups))
+    return script, model, batch, script.Config(beta=0.1, micro_tokens=9, adapter=adapter, max_grad_norm=1e9)
+
+
+def gradient_of_ranks(name, groups):
+    """Figures, gradients and norm after a reduce over all ranks; the norm is that of gradients clipped to 1."""
+    script, model, batch, config = one_update(name, groups)
+    if config.adapter == "none":
+        parallel.shard(model, offload=False)
+    sums = parallel.reduce(model, script.accumulate(model, batch, config))
+    norm = parallel.clip(model, 1e9)
+    return dict(sums), [parallel.whole(p.grad) for p in model.parameters() if p.requires_grad], norm
+
+
+def train(base, name, output, *more, stop=None):
+    """A run of four steps in base/output; the exit status. stop=(rank, step): that rank gets a Ctrl-C there."""
+    script, adapter = CASES[NAMES.index(name)]
+    log, flags = run.Run.log, (
+        f"--model {base}/model --data {base}/data.jsonl --output {base}/{output} --adapter {adapter} --steps 4 "
+        "--save-every 2 --prompts-per-step 3 --num-samples 4 --max-new-tokens 8 --micro-tokens 60 --r 4 --lr 0.01 "
+        "--dropout 0 --warmup 0.3 --show-every 2 --heldout 0.34 --weight-decay 0.1"
+    )  # fmt: skip
+    flags += {grpo: "", dapo: " --max-tries 2 --updates 3", sft: ""}[script]
+    flags += " --beta 0" if adapter == "none" else " --beta 0.01"
+
+    def logged(self, row, groups):
+        log(self, row, groups)
+        if (parallel.RANK, row["step"]) == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    with patch.object(reward, "score", score), patch.object(run.Run, "log", logged):
+        return script.main([*flags.split(), *more])
+
+
+def job(base):
+    """What the two ranks do, all in one job, for starting one takes seconds."""
+    parallel.start()
+    found = {(name, groups): gradient_of_ranks(name, groups) for name in NAMES for groups in (3, 1)}
+    for name in NAMES:
+        more = ["--offload"] if name == "sft-none" else []
+        assert train(base, name, f"{name}-2", *more) == 0
+    for name in AGAIN:
+        assert train(base, name, f"{name}-stopped", stop=(1, 2)) == 130
+        if parallel.RANK == 0:
+            shutil.copytree(base / f"{name}-stopped", base / f"{name}-2to1")
+        parallel.together(False)
+        assert train(base, name, f"{name}-stopped", "--resume") == 0
+        assert train(base, name, f"{name}-1to2", "--resume") == 0
+    torch.save(found, base / f"rank{parallel.RANK}.pt")
+    parallel.end()
+
+
+def environment():
+    """environment(rank) is what torchrun would set for a rank of two on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return lambda rank: {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, checkpoints):
+    """A directory with all runs, of one process and of two ranks."""
+    base = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(checkpoints["qwen2"], base / "model")
+    (base / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    for name in NAMES:
+        assert train(base, name, f"{name}-1") == 0
+    for name in AGAIN:
+        assert train(base, name, f"{name}-1to2", stop=(0, 2)) == 130
+    processes, settings = [], environment()
+    for rank in range(2):
+        with patch.dict(os.environ, settings(rank)):
+            processes.append(multiprocessing.get_context("spawn").Process(target=job, args=(base,)))
+            processes[-1].start()
+    for process in processes:
+        process.join(150)
+        process.kill()  # where one waits for the other for ever
+    assert [process.exitcode for process in processes] == [0, 0]
+    return base
+
+
+def leavings(path):
+    """The rows of a run's metrics without clock times, its samples, its checkpoint."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    saved = torch.load(path / "checkpoint" / "state.pt", weights_only=True)
+    del saved["files"]
+    return rows, [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()], saved
+
+
+def close(one, other):
+    """Whether two runs made the same samples and, to 1e-5, the same figures."""
+    (rows, samples, _), (others, also, _) = leavings(one), leavings(other)
+    assert samples == also and len(rows) == len(others) == 4
+    for row, wanted in zip(rows, others):
+        assert row == pytest.approx(wanted, abs=1e-5)
+    assert all(row["grad_norm"] > 0 and not row["skipped"] for row in rows)
+
+
+# ------------------------------------------------------------------------- the same as one process
+
+
+@pytest.mark.parametrize("groups", [3, 1])
+@every_case
+def test_gradient_is_that_of_one_process(name, groups, base):
+    """Stops weights normalised per rank, a mean of gradients for their sum, rows done twice or by no rank."""
+    wanted, exact = brute_force(*one_update(name, groups))
+    length = math.sqrt(sum(grad.square().sum().item() for grad in exact))
+    for rank in range(2):
+        sums, grads, norm = torch.load(base / f"rank{rank}.pt")[name, groups]
+        assert {key: sums[key] for key in wanted} == pytest.approx(wanted, abs=1e-5)
+        assert norm == pytest.approx(length, rel=1e-5)
+        for got, expected in zip(grads, exact, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_case
+def test_run_is_that_of_one_process(name, base):
+    """Stops samples that hang on the rank that draws them, groups out of order, steps that differ between ranks."""
+    close(base / f"{name}-2", base / f"{name}-1")
+
+
+def test_all_weights_are_exported(base, tokenizer):
+    """Stops a model/ that is a slice, or that is not what was trained."""
+    for name in ("dapo-none-1", "dapo-none-2"):
+        model, saved = recode.load_model(str(base / name / "model")), leavings(base / name)[2]
+        trained = dict(model.named_parameters())
+        assert trained.keys() == saved["trained"].keys()
+        assert all(torch.equal(trained[key], x) for key, x in saved["trained"].items())
+    assert not (base / "dapo-dora-2" / "model").exists()
+
+
+# ------------------------------------------------------------------------- stop and go on
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_two_ranks_go_on_as_if_nothing_had_happened(name, base):
+    """Stops a Ctrl-C that one rank alone obeys, and slices that come back in the wrong place."""
+    assert same(leavings(base / f"{name}-stopped"), leavings(base / f"{name}-2"))
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_the_number_of_ranks_may_change(name, base):
+    """Stops a checkpoint that only as many ranks can read as wrote it."""
+    close(base / f"{name}-1to2", base / f"{name}-1")
+    script, adapter = CASES[NAMES.index(name)]
+    saved = leavings(base / f"{name}-2to1")[2]
+    assert saved["state"]["step"] == 2
+    model = policy() if adapter == "dora" else recode.load_model(str(base / "model"))
+    if adapter == "none":
+        parallel.shard(model, offload=False)
+        optimizer = torch.optim.AdamW(model.parameters())
+        parallel.load_state(model, optimizer, torch.load(base / f"{name}-2to1" / "checkpoint" / "state.pt"))
+        loaded = parallel.full_state(model, optimizer)
+        assert same(loaded, {key: saved[key] for key in loaded})
+        assert all(torch.equal(parallel.whole(p), saved["trained"][key]) for key, p in model.named_parameters())
+    assert train(base, name, f"{name}-2to1", "--resume") == 0
+    close(base / f"{name}-2to1", base / f"{name}-1")
+
+
+def test_small_steps_are_not_rounded_away(monkeypatch):
+    """Stops weights in bf16 from being what is trained: a step of 1e-4 is less than the last bit of 1.0."""
+    halves = parallel.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda **_: halves)  # as on a GPU
+    model = random_model("qwen2").bfloat16()
+    parallel.shard(model, offload=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    for _ in range(20):
+        parallel.gather_weights(model)
+        assert model.dtype == torch.bfloat16
+        model.model.norm.weight.sum().backward()
+        parallel.reduce(model, Counter())
+        optimizer.step()
+        optimizer.zero_grad()
+    norm = parallel.whole(model.model.norm.weight.detach())
+    torch.testing.assert_close(norm, torch.full_like(norm, 0.998), atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------- refused, and failed
+
+
+@pytest.mark.parametrize(
+    "flags, world, word",
+    [
+        ("--adapter none --beta 0.1", 1, "--beta 0"),
+        ("--adapter qlora", 1, "--adapter 'qlora'"),
+        ("--offload", 1, "--offload"),
+        ("--prompts-per-step 3", 4, "--prompts-per-step 3"),
+    ],
+)
+def test_refused(flags, world, word, monkeypatch):
+    """Stops a KL to a policy that no longer exists, and ranks that would have nothing to do."""
+    monkeypatch.setattr(parallel, "WORLD", world)
+    with pytest.raises(data.BadInput, match=word):
+        recode.parse_config(grpo.Config, flags.split(), "")
+
+
+@pytest.fixture(scope="module")
+def ends(base):
+    """{how: (exit status, what torchrun and its ranks wrote to stderr)} of jobs that fail."""
+    jobs = {}
+    for how in ("killed", "own error", "same error"):
+        settings = {name: environment()(0)[name] for name in ("MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+        command += [settings["MASTER_PORT"], __file__, how, str(base)]
+        jobs[how] = subprocess.Popen(command, env=os.environ | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        return {how: (job.communicate(timeout=60)[1], job.returncode)[::-1] for how, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            job.kill()
+
+
+def fail(how, base):
+    """What each rank of such a job does: as `how` has it, in step 2 of a run."""
+    log = run.Run.log
+
+    def logged(self, row, groups):
+        log(self, row, groups)
+        if parallel.RANK == 1 and row["step"] == 2 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if parallel.RANK == 1 and row["step"] == 2 and how == "own error":
+            raise data.BadInput("no such luck")
+
+    with patch.object(run.Run, "log", logged):
+        more = ["--data", "nowhere.jsonl"] if how == "same error" else []
+        recode.guard(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
+
+
+def test_a_dead_rank_ends_the_job(ends, base):
+    """Stops a rank that waits for ever for one that was killed; what was saved stays."""
+    status, text = ends["killed"]
+    assert status != 0 and "SIGKILL" in text
+    assert leavings(base / "killed")[2]["state"]["step"] in (0, 2)
+
+
+def test_a_rank_with_an_error_of_its_own(ends):
+    """Stops the one line that tells what is wrong from drowning in tracebacks of broken connections."""
+    status, text = ends["own error"]
+    assert status != 0 and text.count("error: no such luck (rank 1)") == 1
+    assert "gloo" not in text and "RuntimeError" not in text
+
+
+def test_an_error_of_all_ranks_is_said_once(ends, base):
+    """Stops the same line from standing there once for every GPU."""
+    status, text = ends["same error"]
+    assert status != 0 and text.count("error: ") == 1 and "nowhere.jsonl" in text
+    assert not (base / "same-error").exists()
+
+
+if __name__ == "__main__":
+    fail(sys.argv[1], Path(sys.argv[2]))
