@@ -75,7 +75,7 @@ def beside(path, ending, content):
     try:
         with file:
             shutil.copymode(path, fresh)
-            with contextlib.suppress(PermissionError):  # only root may give a file away
+            with contextlib.suppress(PermissionError, AttributeError):  # only root gives files away; no Windows does
                 os.chown(fresh, path.stat().st_uid, path.stat().st_gid)
             file.write(content)
             file.flush()

@@ -147,14 +147,14 @@ def summary(runs):
 
 
 def fit(markdown, width=100):
-    """Markdown tables for a screen: columns straight, a table wider than `width` cut into several.
+    """Markdown tables for a screen: columns straight, asterisks bare, a table wider than `width` cut into several.
 
     Every part begins with the first column. Lines that belong to no table stay as they are.
     """
     result, table = [], []
     for line in [*markdown.split("\n"), ""]:
         if line.startswith("|"):
-            table.append([cell.strip() for cell in line.strip("|").split("|")])
+            table.append([cell.strip().replace("\\*", "*") for cell in line.strip("|").split("|")])
             continue
         widths = [max(map(len, column)) for column in zip(*(row for row in table if set("".join(row)) - set("-")))]
         start = 1

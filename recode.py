@@ -619,7 +619,7 @@ def load_policy(base, adapter):
     try:
         return dora.load_adapter(model, adapter) if adapter else model
     except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise BadInput(f"--model: {adapter} does not fit {base}: {first_line(error)}; export the run anew")
+        raise BadInput(f"--model: {adapter} does not fit {base}, or is damaged: {first_line(error)}")
 
 
 def parse_migration(argv):
@@ -667,7 +667,7 @@ def room(model, tokenizer, example, settings, args):
     most = getattr(model.config, "max_position_embeddings", math.inf) - new
     most = min(most, args.max_prompt_tokens or most)
     if prompt > most:
-        raise BadInput(f"the prompt has {prompt:,} tokens, {most:,} at most: give fewer notes or less code at a time")
+        raise BadInput(f"the prompt has {prompt:,} tokens, {most:,} at most; give fewer notes or less code at a time")
     return new
 
 
@@ -690,8 +690,10 @@ def report(args, text, code, details):
         return 3
     agree = "" if details["agreement"] is None else f", agreement {details['agreement']:.2f}"
     print(f"{details['usable']} of {details['answers']} answers are usable{agree}", file=sys.stderr)
-    if not lines or backup:
-        print(f"written; the old one is {backup}" if backup else "nothing to change", file=sys.stderr)
+    if backup:
+        print(f"written; the old one is {backup}", file=sys.stderr)
+    elif not lines:
+        print("the answer equals the file: nothing to change", file=sys.stderr)
     return 1 if lines else 0
 
 

@@ -134,7 +134,8 @@ def mirror(config, step):
         if not name.is_file():
             write(name, secrets.token_hex(4).encode())
         try:
-            there = open_log(project="recode", id=name.read_text(), resume="allow", dir=path, config=asdict(config))
+            again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
+            there = open_log(project="recode", dir=path, config=asdict(config), **again)
         except Error as error:
             raise BadInput(f"--log-to wandb: {' '.join(str(error).split())}; or set WANDB_MODE=offline")
         return lambda row: row["step"] < there.step or there.log(row, step=row["step"]), there.finish

@@ -64,7 +64,7 @@ def test_the_answer_that_the_others_agree_with(say, tokenizer):
 
 def test_of_equals_the_likeliest(say, tokenizer):
     """Stops ties that the order decides, and comments that count as disagreement."""
-    n = say([answer(NEW + "  # one"), answer(NEW + "  # two"), answer(NEW)], [-3.0, -1.0, -2.0])
+    n = say(["no code", answer(NEW + "  # one"), answer(NEW + "  # two"), answer(NEW)], [-1.5, -3.0, -1.0, -2.0])
     code, details = migrate(tokenizer, n)
     assert code.endswith("# two") and details["agreement"] == 1
 
