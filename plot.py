@@ -1,7 +1,6 @@
 """What a run looks like: curves for the browser, tables that fit a screen.
 
-    python plot.py runs/grpo runs/dapo                        exact match and reward of several runs
-    python plot.py runs/* --output figures/compare.svg        the same, kept somewhere else
+    python plot.py runs/grpo runs/dapo runs/sft        exact match and reward of several runs
 
 Prints a line per run, the means of its last ten steps, and writes one SVG: a panel for exact match,
 one for reward, a line per run, each point the mean of the nine steps around it. The figures are
@@ -180,7 +179,7 @@ def main(argv=None):
 
     parser = recode.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, runs/grpo say")
-    parser.add_argument("--output", default="runs/compare.svg", metavar="X", help="the picture [runs/compare.svg]")
+    parser.add_argument("--output", default="figures/compare.svg", metavar="X", help="picture [figures/compare.svg]")
     args = parser.parse_args(argv)
     runs = {str(Path(run)): read_metrics(run) for run in args.runs}
     write(Path(args.output), compare(runs).encode())
