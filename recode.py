@@ -648,6 +648,7 @@ def parse_migration(argv):
         raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens must be at least 1")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**32:
         raise BadInput("--temperature must be at least 0, --seed in [0, 2**32)")
+    args.num_samples = args.num_samples if args.temperature else 1  # all would be equal, and that is no agreement
     if args.write and args.file == "-":
         raise BadInput("--write: there is no file to write when the code comes from stdin")
     args.update = patch.read_text(args.update_file) if args.update is None else args.update
@@ -661,13 +662,14 @@ def parse_migration(argv):
 
 
 def room(model, tokenizer, example, settings, args):
-    """How many new tokens an answer may have. BadInput for a prompt that is too long for that."""
+    """How many tokens an answer may have, at most what the model's context leaves. BadInput for too long a prompt."""
     prompt, code = len(data.encode_prompt(example, tokenizer)), len(tokenizer.encode(example.old_code))
-    new = args.max_new_tokens or max(settings.get("max_new_tokens", 1024), 2 * code)
-    most = getattr(model.config, "max_position_embeddings", math.inf) - new
-    most = min(most, args.max_prompt_tokens or most)
-    if prompt > most:
-        raise BadInput(f"the prompt has {prompt:,} tokens, {most:,} at most; give fewer notes or less code at a time")
+    if args.max_prompt_tokens and prompt > args.max_prompt_tokens:
+        raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {args.max_prompt_tokens:,} at most")
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    new = args.max_new_tokens or min(max(settings.get("max_new_tokens", 1024), 2 * code), context - prompt)
+    if prompt + max(new, code) > context:
+        raise BadInput(f"the prompt has {prompt:,} tokens: no room for the answer in {context:,}; give less at a time")
     return new
 
 

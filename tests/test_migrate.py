@@ -194,8 +194,9 @@ BAD = [  # content, flags, what the message must say
     (OLD.encode(), ["--update", "a", "--update-file", "b"], "not allowed with"),
     (OLD.encode(), ["--update-file", "latin"], "latin: not UTF-8"), (OLD.encode(), ["--library", ""], "--library"),
     (OLD.encode(), ["--num-samples", "0"], "--num-samples"), (OLD.encode(), ["--temperature", "-1"], "--temperature"),
-    (OLD.encode(), ["--max-prompt-tokens", "9"], "9 at most"), (OLD.encode(), ["--model", "none"], "no directory"),
-    (OLD.encode() * 800, [], "the prompt has"), (OLD.encode(), ["--seed", "-1"], "--seed"),
+    (OLD.encode(), ["--max-prompt-tokens", "9"], "-tokens 9 at most"), (OLD.encode(), ["--model", "none"], "no directory"),
+    (OLD.encode() * 800, [], "no room"), (OLD.encode(), ["--max-new-tokens", "4090"], "no room"),
+    (OLD.encode(), ["--seed", "-1"], "--seed"),
 ]  # fmt: skip
 
 
@@ -242,6 +243,27 @@ def test_json(program, tmp_path, capsys):
         assert found["changed"] == bool(found["diff"]) == (status == 1) and found["answers"] == 2
         assert found["code"] == (None if status == 3 else code + "\n")
         assert found["library"] == "np" and found["usable"] == (0 if status == 3 else 2) and found["backup"] is None
+
+
+def test_greedy_is_one_answer(program, monkeypatch, capsys):
+    """Stops eight equal answers from passing for agreement, and settings from getting lost on their way."""
+    seen = []
+    monkeypatch.setattr(recode, "migrate", lambda m, t, e, *settings: seen.append(settings) or (NEW, ZERO))
+    assert program(OLD.encode(), None, "--temperature", "0", "--max-new-tokens", "7", "--seed", "3") == 1
+    assert program(OLD.encode(), None, "--max-new-tokens", "7", "--num-samples", "5") == 1
+    assert seen == [(1, 7, 0.0, 3), (5, 7, 0.8, 42)] and "agreement" not in capsys.readouterr().err
+
+
+def test_room_for_the_answer(program, tmp_path, tokenizer, monkeypatch):
+    """Stops an answer from being cut because the file is longer than what the model was trained on."""
+    seen = []
+    monkeypatch.setattr(recode, "migrate", lambda m, t, e, n, new, *more: seen.append(new) or (NEW, ZERO))
+    long, longer = ("\n".join(f"x = lib.call_{i}(a)" for i in range(count)) for count in (60, 99))
+    for content in (OLD, long, longer):
+        assert program(content.encode(), None) == 1
+    prompt = data.encode_prompt(data.Example("np", "2.0", "", "in1d is now isin", longer, ""), tokenizer)
+    assert seen == [1024, 2 * len(tokenizer.encode(long)), 4096 - len(prompt)]
+    assert seen[1] > 1024 and len(tokenizer.encode(longer)) < seen[2] < 2 * len(tokenizer.encode(longer))
 
 
 def test_stdin_and_notes_from_a_file(program, tmp_path, monkeypatch, capsys):
