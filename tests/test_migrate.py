@@ -338,7 +338,7 @@ def test_an_adapter_of_another_model(trained, checkpoints):
         recode.load_policy(checkpoints["qwen2"], str(path / "adapter"))
 
 
-def test_as_a_program(tmp_path):
+def test_as_a_program(tmp_path, monkeypatch, capsys):
     """Stops a first try without --model from leaving the user in the dark, or bad input from passing for a change."""
     row = json.loads((ROOT / "tiny" / "heldout.jsonl").read_text().splitlines()[3])
     (tmp_path / "old.py").write_text(row["old_code"] + "\n")
@@ -347,6 +347,8 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode in (0, 1, 3) and "toy answers, which knows made-up libraries only" in done.stderr
     assert "Traceback" not in done.stderr and bool(done.stdout) == (done.returncode == 1)
-    command[command.index("--num-samples")] = "--nothing"
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--nothing"])
+    with pytest.raises(SystemExit) as stop:
+        recode.guard(recode.main)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
