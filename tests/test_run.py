@@ -268,5 +268,7 @@ def test_tables_fit_the_screen():
         if row:
             assert [table[i][0] for table in cells] == [row[0]] * len(tables)
             assert [cell for table in cells for cell in table[i][1:]] == row[1:]
+    for width, count in ((88, 1), (89, 2)):  # 100 columns and 101
+        assert plot.fit(f"| a | {'b' * width} | c |\n|---|---|---|\n| 1 | 2 | 3 |").count("| a |") == count
     small = "| a | b |\n|---|---|\n| 1 | 2 |"
     assert plot.fit(small) == "| a | b |\n| - | - |\n| 1 | 2 |" and plot.fit("no table\n") == "no table\n"
