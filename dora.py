@@ -3,7 +3,7 @@
     y = m * (W x + s B A x) / ||W + s B A||,   s = alpha / r                                  (eq. 1)
 
 m (a magnitude for every row), A and B are trained; the norm, row by row, is held constant in the
-gradient, as in the paper. With the part switched off the model is the reference policy again, so no
+gradient, as in the paper. Without m and norm it is LoRA (--adapter lora). With the part switched off the model is the reference policy again, so no
 second model is needed. Files are PEFT's, in both directions.
 
 Differences from PEFT:
@@ -29,18 +29,20 @@ from run import read_settings, write
 class DoRALinear(nn.Module):
     """A frozen nn.Linear W and its trained direction and magnitude (eq. 1). Equals PEFT's use_dora.
 
-    lora_A (r, in), lora_B (out, r) and magnitude (out,) are fp32 whatever the dtype of W.
+    lora_A (r, in), lora_B (out, r) and magnitude (out,), None for LoRA, are fp32 whatever the dtype of W.
     """
 
-    def __init__(self, base, r, alpha, dropout):
+    def __init__(self, base, r, alpha, dropout, magnitude=True):
         super().__init__()
         self.base, self.scale, self.dropout, self.enabled = base, alpha / r, nn.Dropout(dropout), True
         kwargs = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **kwargs))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **kwargs))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_buffer("squares", base.weight.detach().float().square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(self.squares.sqrt())  # with B = 0 the layer is exactly W
+        self.magnitude = None
+        if magnitude:
+            self.register_buffer("squares", base.weight.detach().float().square().sum(1), persistent=False)
+            self.magnitude = nn.Parameter(self.squares.sqrt())  # with B = 0 the layer is exactly W
         self.cached = None, None  # versions of A and B, and the norm that belongs to them
 
     @torch.no_grad()
@@ -58,14 +60,20 @@ class DoRALinear(nn.Module):
         y, bias = self.base(x), self.base.bias
         if not self.enabled:
             return y
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        gain = self.magnitude / self.norm()
-        update = gain.to(x.dtype) * self.scale * F.linear(F.linear(self.dropout(x), A), B)
-        return y + (gain - 1).to(x.dtype) * (y if bias is None else y - bias) + update  # eq. 1, W x kept as it is
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        up = (self.scale * self.lora_B).to(x.dtype)
+        y = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.T).view_as(y)  # W x + s B A x
+        if self.magnitude is None:
+            return y
+        gain = (self.magnitude / self.norm() - 1).to(x.dtype)  # beyond 1, for in bf16 there is little room next to 1
+        return torch.addcmul(y, y if bias is None else y - bias, gain)  # eq. 1
 
 
-def add_dora(model, r, alpha, dropout, targets):
-    """Freeze `model` and put a DoRALinear over each linear layer named in `targets`, "q_proj,v_proj" say."""
+def add_dora(model, r, alpha, dropout, targets, magnitude=True):
+    """Freeze `model` and put a DoRALinear over each linear layer named in `targets`, "q_proj,v_proj" say.
+
+    Without `magnitude` the adapter is LoRA. Raises BadInput for a target that is no linear layer of the model.
+    """
     model.requires_grad_(False)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {name.rpartition(".")[2] for name in linear}
@@ -74,7 +82,7 @@ def add_dora(model, r, alpha, dropout, targets):
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
         if leaf in targets.split(","):
-            setattr(model.get_submodule(parent), leaf, DoRALinear(module, r, alpha, dropout))
+            setattr(model.get_submodule(parent), leaf, DoRALinear(module, r, alpha, dropout, magnitude))
     return model
 
 
@@ -102,9 +110,10 @@ def save_adapter(model, config, directory):
     for name, layer in dora_layers(model).items():
         prefix = f"base_model.model.{name}.lora_"
         tensors[prefix + "A.weight"], tensors[prefix + "B.weight"] = layer.lora_A, layer.lora_B
-        tensors[prefix + "magnitude_vector"] = layer.magnitude
+        if layer.magnitude is not None:
+            tensors[prefix + "magnitude_vector"] = layer.magnitude
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "use_dora": True, "bias": "none", "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "use_dora": config.adapter == "dora", "bias": "none", "inference_mode": True,
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
         "target_modules": config.targets.split(","), "base_model_name_or_path": config.model,
     }  # fmt: skip
@@ -114,19 +123,22 @@ def save_adapter(model, config, directory):
 
 
 def load_adapter(model, directory):
-    """Put the DoRA adapter of `directory` (ours or PEFT's) over `model`, dropout off, and return it."""
+    """Put the DoRA or LoRA adapter of `directory` (ours or PEFT's) over `model`, dropout off, and return it."""
     settings = read_settings(Path(directory) / "adapter_config.json")
     try:
         tensors = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
     except OSError as error:
         raise BadInput(f"adapter: no weights in {directory!r} ({error})")
-    if not settings.get("use_dora"):
-        raise BadInput(f"adapter: {directory!r} is not a DoRA adapter")
-    add_dora(model, settings["r"], settings["lora_alpha"], 0.0, ",".join(settings["target_modules"]))
+    unknown = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if settings.get(key)]
+    if settings.get("peft_type") != "LORA" or unknown:
+        raise BadInput(f"adapter: {directory!r} is no plain DoRA or LoRA adapter {unknown or ''}")
+    targets = ",".join(settings["target_modules"])
+    add_dora(model, settings["r"], settings["lora_alpha"], 0.0, targets, bool(settings.get("use_dora")))
     with torch.no_grad():
         for name, layer in dora_layers(model).items():
             prefix = f"base_model.model.{name}.lora_"
             layer.lora_A.copy_(tensors[prefix + "A.weight"])
             layer.lora_B.copy_(tensors[prefix + "B.weight"])
-            layer.magnitude.copy_(tensors[prefix + "magnitude_vector"])
+            if layer.magnitude is not None:
+                layer.magnitude.copy_(tensors[prefix + "magnitude_vector"])
     return model

@@ -26,7 +26,7 @@ What to know before reading:
   1. In the first update after a rollout rho is exactly 1, the clip does nothing, and the loss is an
      accident of the normalised advantages, often about 0. Its gradient is what trains.
   2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
-     gradient do not depend on --micro-batch.
+     gradient do not depend on --micro-tokens.
   3. A group whose rewards are all equal has the advantage 0: at most the KL term moves it.
 """
 
@@ -67,7 +67,8 @@ class Config:
     beta: float = 0.001  # eq. 7, weight of the KL term
     updates: int = 1  # eq. 9, U optimizer steps, each on its share of the prompts
     # adapter
-    r: int = 64  # rank of the DoRA
+    adapter: str = "dora"  # what is trained: dora, lora, or none for all weights
+    r: int = 64  # rank of the adapter
     alpha: float = 64.0  # its scale is alpha / r
     dropout: float = 0.01  # on the input of A, in training
     targets: str = "q_proj,v_proj"  # names of the linear layers that get one
@@ -76,7 +77,9 @@ class Config:
     warmup: float = 0.03  # share of the steps in which it rises from 0
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
-    micro_batch: int = 8  # completions in one forward and backward pass
+    micro_tokens: int = 8192  # tokens in one forward and backward pass, padding included
+    keep_activations: bool = False  # do not compute layers anew in the backward pass: faster, far more memory
+    dry_run: bool = False  # only try the largest step there can be: does it fit, how long will it all take
     # the log
     save_every: int = 100  # steps between checkpoints
     show_every: int = 10  # steps between sample completions
@@ -133,13 +136,11 @@ def accumulate(model, batch, config):
     """
     weights, count, sums = token_weights(batch.mask), batch.mask.sum().item(), Counter()  # (B, T)
     model.train()
-    for rows in batch.micro(config.micro_batch):
-        part = batch.select(rows)
-        logps = recode.token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
+    for part, logps in recode.passes(model, batch, config):
         old_logps = logps.detach() if part.old_logps is None else part.old_logps
         clip, A = (config.clip_low, config.clip_high), part.advantages
         J = objective(logps, old_logps, part.ref_logps, A, *clip, config.beta)
-        loss = -(weights[rows] * J).sum()  # eq. 9
+        loss = -(weights[part.rows] * J).sum()  # eq. 9
         loss.backward()
         with torch.no_grad():
             bounded = objective(logps, old_logps, None, A, *clip, beta=0) != torch.exp(logps - old_logps) * A[:, None]
@@ -159,9 +160,9 @@ def update(model, optimizer, batch, config):
         with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
     parameters = optimizer.param_groups[0]["params"]
-    shares = batch.shares(config.prompts_per_step // config.updates * config.num_samples)
-    for rows in shares:  # eq. 9
-        part = accumulate(model, batch.select(rows), config)
+    shares = batch.shares(config.prompts_per_step // config.updates)
+    for share in shares:  # eq. 9
+        part = accumulate(model, share, config)
         sums.update(part)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         sums["grad_norm"] += norm

@@ -1,13 +1,11 @@
-"""The policy: what GRPO, DAPO and SFT share, in the order in which a run meets it.
+"""The machinery: what GRPO, DAPO and SFT share, in the order in which a run meets it.
 
   1. the command line    every field of a script's Config is a flag
   2. loading             a checkpoint directory or a hub id, through transformers
   3. export              a trained adapter (dora.py) merged into an ordinary checkpoint
-  4. sampling            one forward pass for a prompt, then its keys and values serve the group
-  5. rollouts            completions and their rewards, the figures that describe them, held-out tasks
-  6. log-probabilities   log pi(token | what came before), the only thing that training asks for
-  7. set-up              model, tokenizer, tasks, run directory and the header that tells of them
-  8. migration           what all of it is for: a trained model rewrites a file
+  4. rollouts            completions and their rewards, the figures that describe them, held-out tasks
+  5. set-up              model, tokenizer, tasks, run directory and the header that tells of them
+  6. migration           what all of it is for: a trained model rewrites a file
 
     python recode.py old.py --model runs/grpo --library numpy --version 2.0 --update "np.in1d is gone; use np.isin"
 
@@ -33,17 +31,16 @@ from statistics import fmean as mean
 import huggingface_hub
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import dora
 import patch
 import reward
 from data import BadInput
+from policy import Batch, batch_logps, make_batch, passes, sample, token_logps  # noqa: F401, asked for by these names
 from run import Run, read_settings, style, write
 
 # ------------------------------------------------------------------------- 1. the command line
@@ -164,7 +161,7 @@ def load_model(model):
     if device == "cpu" and loaded.num_parameters() < 2_000_000:
         torch.set_num_threads(1)
     if device == "cuda":  # activations of thousands of tokens would not fit: recompute them, layer by layer
-        loaded.gradient_checkpointing_enable()
+        loaded.gradient_checkpointing_enable({"use_reentrant": False})
     return loaded.to(device).eval()
 
 
@@ -193,7 +190,9 @@ def export(model, adapter, output):
     wanted = lost = 0.0
     for name, layer in dora.dora_layers(merged).items():
         W = layer.base.weight.float()
-        exact = (W + layer.scale * layer.lora_B @ layer.lora_A) * (layer.magnitude / layer.norm())[:, None]  # eq. 1
+        exact = W + layer.scale * layer.lora_B @ layer.lora_A
+        if layer.magnitude is not None:
+            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of dora.py
         layer.base.weight.copy_(exact)
         wanted += (exact - W).square().sum().item()
         lost += (exact - layer.base.weight.float()).square().sum().item()
@@ -205,123 +204,7 @@ def export(model, adapter, output):
     print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
 
 
-# ------------------------------------------------------------------------- 4. sampling
-
-
-class KVCache:
-    """Static keys and values of all layers; to the model it looks like a transformers cache.
-
-    A slot is a column for all rows: the prompts, padded on the right, stand in the first slots and
-    generated token t in the slot after them, so a decoding step writes one column in place.
-    """
-
-    def __init__(self, prefilled, num_samples, room):
-        grow = lambda x: F.pad(x, (0, 0, 0, room)).repeat_interleave(num_samples, 0)  # (B, heads, slots, dim)
-        self.keys = [grow(layer.keys) for layer in prefilled.layers]
-        self.values = [grow(layer.values) for layer in prefilled.layers]
-        self.end = prefilled.get_seq_length()
-
-    def update(self, keys, values, layer, *_):
-        self.keys[layer][:, :, self.end - 1] = keys[:, :, 0]
-        self.values[layer][:, :, self.end - 1] = values[:, :, 0]
-        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
-
-    def keep(self, rows):
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-
-
-def pad(rows, device):
-    """Lists of ids, padded on the right with 0 to (rows, longest), and their lengths (rows,)."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row)
-    return ids.to(device), lengths.to(device)
-
-
-def pick(logits, temperature, noise, top_p=1.0):
-    """One token a row, (B,), and its log-probability, (B,): argmax at temperature 0, else by `noise`.
-
-    noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulated probabilities.
-    With top_p < 1 only the likeliest tokens whose probabilities sum up to top_p can be picked; the
-    log-probability is that of the whole distribution all the same.
-    """
-    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
-    if temperature == 0:
-        tokens = logps.argmax(-1, keepdim=True)
-    else:
-        probs = logps.exp()  # (B, V)
-        if top_p < 1:
-            rising, order = probs.sort(-1)
-            rare = rising.cumsum(-1) <= 1 - top_p  # (B, V) cut where transformers cuts
-            rare[:, -1] = False  # the likeliest always stays
-            probs = probs.masked_fill(rare.scatter(-1, order, rare), 0)
-        cumulated = probs.double().cumsum(-1)
-        tokens = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
-
-
-def prefill(model, prompts, num_samples, room):
-    """Run every prompt once and spread it over its group.
-
-    Returns the logits of the first new token (B, V), the prompt lengths (B,), which cache slots a row
-    may look at (B, L + room), and the KVCache with `room` free slots; L is the longest prompt.
-    """
-    ids, lengths = pad(prompts, model.device)  # (P, L), (P,)
-    cache = DynamicCache()
-    hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state  # (P, L, d)
-    last = hidden[torch.arange(len(prompts), device=model.device), lengths - 1]  # (P, d)
-    logits = model.get_output_embeddings()(last).repeat_interleave(num_samples, 0)  # (B, V)
-    lengths = lengths.repeat_interleave(num_samples)  # (B,)
-    slots = torch.arange(ids.shape[1] + room, device=model.device)
-    visible = (slots < lengths[:, None]) | (slots >= ids.shape[1])  # (B, L + room), padding is not
-    return logits, lengths, visible, KVCache(cache, num_samples, room)
-
-
-@torch.no_grad()
-def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0):
-    """Complete each prompt `num_samples` times.
-
-    prompts: list of P lists of ids, of any lengths; eos: list of ids that end a completion.
-    Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and
-    T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask covers a
-    completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
-    Temperature 0 is greedy and equals transformers' generate token for token. top_p < 1 leaves the
-    unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
-    """
-    model.eval()  # in training mode a checkpointed model would drop its cache
-    logits, lengths, visible, cache = prefill(model, prompts, num_samples, max_new_tokens)
-    tokens = torch.zeros(len(lengths), max_new_tokens, dtype=torch.long, device=model.device)  # (B, T)
-    mask, logps, L = tokens.bool(), tokens.float(), cache.end
-    generator = torch.Generator(model.device).manual_seed(seed)
-    eos = torch.tensor(eos, device=model.device)
-    rows = torch.arange(len(lengths), device=model.device)  # which completions are still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # which of those have not ended
-    for t in range(max_new_tokens):
-        noise = torch.rand(len(tokens), 1, device=model.device, generator=generator)  # (B, 1), whoever has left
-        tokens[rows, t], logps[rows, t] = pick(logits, temperature, noise[rows], top_p)
-        mask[rows, t] = alive
-        alive &= ~torch.isin(tokens[rows, t], eos)
-        left = int(alive.sum())
-        if left == 0 or t + 1 == max_new_tokens:
-            break
-        if left <= 0.8 * len(rows):  # finished rows leave; copying the cache pays from a fifth on
-            cache.keep(alive)
-            rows, lengths, visible, alive = rows[alive], lengths[alive], visible[alive], alive[alive]
-        cache.end = L + t + 1
-        out = model.base_model(
-            tokens[rows, t, None],
-            position_ids=(lengths + t)[:, None],
-            attention_mask=visible[:, None, None, : cache.end],  # (B, 1, 1, slots)
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = model.get_output_embeddings()(out.last_hidden_state[:, -1])
-    return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
-
-
-# ------------------------------------------------------------------------- 5. rollouts and their figures
+# ------------------------------------------------------------------------- 4. rollouts and their figures
 
 
 @dataclasses.dataclass
@@ -400,84 +283,7 @@ def table(before, after):
     return "\n".join(rows)
 
 
-# ------------------------------------------------------------------------- 6. log-probabilities
-
-LOGITS = 9_000_000  # logits held at once: 36 MB in fp32; below 32 MiB glibc would not give them back
-
-
-def token_logps(model, prompts, tokens, mask, temperature=1.0):
-    """log pi(token t of row b | its prompt and the tokens before), (B, T) fp32, 0 outside the mask.
-
-    prompts: list of B lists of ids; tokens (B, T) int64; mask (B, T) bool, true on a first stretch of
-    every row. Differentiable. The output layer sees completion positions only, a few at a time, and
-    is computed again in the backward pass, so the (B, T, V) logits never exist.
-    """
-    rows = [prompt + row[keep].tolist() for prompt, row, keep in zip(prompts, tokens, mask, strict=True)]
-    ids, lengths = pad(rows, model.device)  # (B, S); padding on the right is never looked at by what precedes it
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, S, d)
-    first = lengths - mask.sum(1) - 1  # (B,) the position that predicts token 0
-    row, t = mask.nonzero(as_tuple=True)  # (N,) each
-    hidden, targets = hidden[row, first[row] + t], tokens[mask]  # (N, d), (N,)
-    head = model.get_output_embeddings()
-
-    def logps_of(hidden, targets):
-        logits = head(hidden).float() / temperature
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-
-    parts = max(1, len(targets) * head.weight.shape[0] // LOGITS)
-    chunks = [
-        checkpoint(logps_of, h, y, use_reentrant=False, preserve_rng_state=False)
-        for h, y in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    ]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(chunks))  # (B, T)
-
-
-@dataclasses.dataclass
-class Batch:
-    """Completions with all that an update needs: a list of B prompts, tensors (B, T) and (B,)."""
-
-    prompts: list
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    advantages: torch.Tensor
-    old_logps: torch.Tensor | None = None
-    ref_logps: torch.Tensor | None = None
-
-    def select(self, rows):
-        """The same with only `rows`, an index tensor, in that order."""
-        chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return dataclasses.replace(self, prompts=[self.prompts[i] for i in rows.tolist()], **chosen)
-
-    def shares(self, size):
-        """Index tensors of at most `size` rows that together are all rows, in their order; none for no rows."""
-        return torch.arange(len(self.prompts), device=self.mask.device).split(size) if self.prompts else ()
-
-    def micro(self, size):
-        """The same, longest rows first."""
-        order = self.mask.sum(1).sort(descending=True, stable=True).indices
-        return [order[rows] for rows in self.shares(size)]
-
-
-def make_batch(groups, advantages, device):
-    """The Batch of all completions of some Groups, whose advantages are (groups, num_samples)."""
-    prompts = [group.prompt for group in groups for _ in group.completions]
-    tokens, lengths = pad([ids for group in groups for ids in group.completions], device)  # (B, T), (B,)
-    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # (B, T)
-    return Batch(prompts, tokens, mask, advantages.flatten().to(device))
-
-
-@torch.no_grad()
-def batch_logps(model, batch, config):
-    """token_logps of a whole Batch without gradient or dropout, micro-batch by micro-batch, (B, T)."""
-    model.eval()
-    logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    for rows in batch.micro(config.micro_batch):
-        part = batch.select(rows)
-        logps[rows] = token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
-    return logps
-
-
-# ------------------------------------------------------------------------- 7. set-up
+# ------------------------------------------------------------------------- 5. set-up
 
 
 def set_up(config):
@@ -552,7 +358,7 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
     return 0
 
 
-# ------------------------------------------------------------------------- 8. migration
+# ------------------------------------------------------------------------- 6. migration
 
 USAGE = """Rewrite a Python file for a new version of a library, as the update notes say, and print the diff.
 

@@ -22,7 +22,7 @@ What to know before reading:
   1. The prompt carries no loss, and a target ends in its EOS. It is data.encode_target: the
      reference in the form that the reward asks for, behind an empty thought, as the data has none.
   2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
-     gradient do not depend on --micro-batch.
+     gradient do not depend on --micro-tokens.
   3. The policy still answers every prompt before it is shown the target: the figures of a step are
      those of its own answers, as in grpo.py, and nothing is learnt from them.
 """
@@ -62,7 +62,8 @@ class Config:
     beta: float = 0.0  # eq. 7, weight of the KL term
     updates: int = 1  # eq. 9, U optimizer steps, each on its share of the prompts
     # adapter
-    r: int = 64  # rank of the DoRA
+    adapter: str = "dora"  # what is trained: dora, lora, or none for all weights
+    r: int = 64  # rank of the adapter
     alpha: float = 64.0  # its scale is alpha / r
     dropout: float = 0.01  # on the input of A, in training
     targets: str = "q_proj,v_proj"  # names of the linear layers that get one
@@ -71,7 +72,9 @@ class Config:
     warmup: float = 0.03  # share of the steps in which it rises from 0
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
-    micro_batch: int = 8  # completions in one forward and backward pass
+    micro_tokens: int = 8192  # tokens in one forward and backward pass, padding included
+    keep_activations: bool = False  # do not compute layers anew in the backward pass: faster, far more memory
+    dry_run: bool = False  # only try the largest step there can be: does it fit, how long will it all take
     # the log
     save_every: int = 100  # steps between checkpoints
     show_every: int = 10  # steps between sample completions
@@ -122,11 +125,9 @@ def accumulate(model, batch, config):
     """
     weights, count, sums = token_weights(batch.mask), batch.mask.sum().item(), Counter()  # (B, T)
     model.train()
-    for rows in batch.micro(config.micro_batch):
-        part = batch.select(rows)
-        logps = recode.token_logps(model, part.prompts, part.tokens, part.mask, config.temperature)
+    for part, logps in recode.passes(model, batch, config):
         J = objective(logps, part.ref_logps, part.advantages, config.beta)
-        loss = -(weights[rows] * J).sum()  # eq. 9
+        loss = -(weights[part.rows] * J).sum()  # eq. 9
         loss.backward()
         with torch.no_grad():
             if config.beta:
@@ -143,8 +144,8 @@ def update(model, optimizer, batch, config):
             batch.ref_logps = recode.batch_logps(model, batch, config)
     parameters = optimizer.param_groups[0]["params"]
     shares = batch.shares(config.prompts_per_step // config.updates)
-    for rows in shares:  # eq. 9
-        part = accumulate(model, batch.select(rows), config)
+    for share in shares:  # eq. 9
+        part = accumulate(model, share, config)
         sums.update(part)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         sums["grad_norm"] += norm

@@ -104,7 +104,7 @@ def test_error_as_a_program(script, settings):
 BAD_SETTINGS = [
     *[({name: value}, "--" + name.replace("_", "-")) for value in (0, -1, "two") for name in (
         "steps", "prompts_per_step", "num_samples", "max_prompt_tokens", "max_new_tokens", "temperature", "updates",
-        "r", "alpha", "lr", "max_grad_norm", "micro_batch", "save_every", "show_every")],
+        "r", "alpha", "lr", "max_grad_norm", "micro_tokens", "save_every", "show_every")],
     ({"steps": 1.5}, "--steps"), ({"lr": "nan"}, "--lr"), ({"lr": "inf"}, "--lr"),
     ({"seed": -1}, "--seed"), ({"beta": -0.1}, "--beta"), ({"warmup": 1.5}, "--warmup"), ({"dropout": 1}, "--dropout"),
     ({"prompts_per_step": 4, "updates": 3}, "--updates 3"), ({"correctness": "magic"}, "es_star"),

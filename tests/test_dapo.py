@@ -85,7 +85,7 @@ def test_groups_without_spread_are_replaced(collect):
     batch, figures, groups, position = collect(scores)
     assert position == 6 and [group.prompt for group in groups] == ORDER[:6]
     assert [group.rewards for group in groups] == [list(pair) for pair in scores]
-    assert batch.prompts == [ORDER[i] for i in (1, 4, 5) for _ in range(2)]
+    assert batch.prompts == [ORDER[i] for i in (1, 4, 5)] and batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     kept = torch.tensor([scores[i] for i in (1, 4, 5)])
     assert torch.equal(batch.advantages, dapo.advantages(kept).flatten())
     assert figures["tries"] == 3 and figures["groups"] == 3 and figures["no_spread"] == 0.5
@@ -98,7 +98,7 @@ def test_groups_without_spread_are_replaced(collect):
 def test_tries_are_bounded(collect):
     """Stops a run that waits for ever, or ends, where no group has spread (verl#953): it goes on with what it has."""
     batch, figures, _, position = collect([(0.0, 1.0), *[(2.0, 2.0)] * 8], max_tries=4)
-    assert batch.prompts == [ORDER[0]] * 2 and figures["groups"] == 1 and figures["tries"] == 4 and position == 9
+    assert batch.prompts == [ORDER[0]] and figures["groups"] == 1 and figures["tries"] == 4 and position == 9
     batch, figures, _, position = collect([(2.0, 2.0)] * 30)
     assert batch.prompts == [] and batch.mask.numel() == 0 and figures["groups"] == 0 and figures["tries"] == 10
     assert position == 30 and figures["no_spread"] == 1
@@ -155,7 +155,7 @@ def test_a_short_rollout_is_parted_by_whole_groups(checkpoints, monkeypatch):
     """Stops mini-batches that cut through a group, or a mean over updates that did not take place."""
     seen = []
     monkeypatch.setattr(
-        dapo, "accumulate", lambda model, batch, config: seen.append(len(batch.prompts)) or {"loss": 1.0}
+        dapo, "accumulate", lambda model, batch, config: seen.append(len(batch.mask)) or {"loss": 1.0}
     )
     parameter = torch.nn.Parameter(torch.ones(1))
     model = torch.nn.Module()

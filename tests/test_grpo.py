@@ -98,8 +98,8 @@ def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
     assert figures["no_spread"] == pytest.approx(1 / 3) and figures["reward"] == 3.75 and position == 6
     assert figures["tries"] == 1 and figures["groups"] == 3
     drawn = data.draw([a, b, a], 3, 3, config.seed)
-    rows = [task for task in drawn for _ in range(4)]
-    assert batch.prompts == [prompt for prompt, _ in rows] and asked == [example.new_code for _, example in rows]
+    assert batch.prompts == [prompt for prompt, _ in drawn] and batch.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert asked == [example.new_code for _, example in drawn for _ in range(4)]
     assert [(group.prompt, group.example) for group in groups] == drawn
     lengths = batch.mask.sum(1)
     assert [ids for group in groups for ids in group.completions] == [

@@ -20,7 +20,7 @@ from conftest import ROOT, ROWS, random_model
 import data
 import dora
 import grpo
-import patch
+import policy
 import recode
 from data import BadInput
 
@@ -39,7 +39,7 @@ def say(monkeypatch, tokenizer):
 
     def start(texts, logps=None):
         rows = [tokenizer.encode(text) + [tokenizer.eos_token_id] * (not text.endswith("...")) for text in texts]
-        tokens, lengths = recode.pad(rows, "cpu")
+        tokens, lengths = policy.pad(rows, "cpu")
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         values = torch.zeros(mask.shape)
         values[:, 0] = torch.tensor([0.0] * len(rows) if logps is None else logps)

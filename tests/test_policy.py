@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 import grpo
 import dora
+import policy
 import recode
 from conftest import FAMILIES
 
@@ -31,12 +32,12 @@ def random_model(family, vocab_size=97, **overrides):
     return model
 
 
-def config(targets=FEW):
-    return grpo.Config(r=4, alpha=8.0, dropout=0.0, targets=targets)
+def config(targets=FEW, adapter="dora"):
+    return grpo.Config(adapter=adapter, r=4, alpha=8.0, dropout=0.0, targets=targets)
 
 
-def fresh(model, r=4, alpha=8.0, dropout=0.0, targets=FEW):
-    return dora.add_dora(model, r, alpha, dropout, targets)
+def fresh(model, r=4, alpha=8.0, dropout=0.0, targets=FEW, magnitude=True):
+    return dora.add_dora(model, r, alpha, dropout, targets, magnitude)
 
 
 def adapt(model, **settings):
@@ -47,7 +48,8 @@ def adapt(model, **settings):
         for layer in dora.dora_layers(model).values():
             layer.lora_A.normal_(std=0.1)
             layer.lora_B.normal_(std=0.1)
-            layer.magnitude.mul_(1 + 0.2 * torch.randn_like(layer.magnitude))
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1 + 0.2 * torch.randn_like(layer.magnitude))
     return model
 
 
@@ -81,11 +83,12 @@ class Fresh(TorchDispatchMode):
 
 @pytest.mark.parametrize("targets", [FEW, ALL], ids=["q_v", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_path):
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_adapters_equal_peft_and_travel_both_ways(adapter, family, targets, tmp_path):
     """Stops a forward or gradient that is not DoRA's, and an adapter directory that PEFT or we cannot read."""
     peft = pytest.importorskip("peft")
-    ours = adapt(random_model(family), targets=targets)
-    dora.save_adapter(ours, config(targets=targets), tmp_path / "ours")
+    ours = adapt(random_model(family), targets=targets, magnitude=adapter == "dora")
+    dora.save_adapter(ours, config(targets, adapter), tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(random_model(family), tmp_path / "ours", is_trainable=True)
     expected = logits(theirs)
     assert (expected - logits(random_model(family))).abs().max() > 0.01
@@ -94,10 +97,10 @@ def test_dora_equals_peft_and_adapters_travel_both_ways(family, targets, tmp_pat
         logits(model).log_softmax(-1)[0, :-1].gather(-1, torch.tensor([PROMPTS[0][1:]]).T).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     layers = dora.dora_layers(ours)
-    assert len(gradients) == 3 * len(layers)
+    pairs = {"A": "lora_A", "B": "lora_B"} | ({"magnitude_vector": "magnitude"} if adapter == "dora" else {})
+    assert len(gradients) == len(pairs) * len(layers)
     for name, layer in layers.items():
-        pairs = {"A": layer.lora_A, "B": layer.lora_B, "magnitude_vector": layer.magnitude}
-        for key, p in pairs.items():
+        for key, p in ((key, getattr(layer, ours)) for key, ours in pairs.items()):
             expected_grad = gradients[f"base_model.model.{name}.lora_{key}.default.weight"]
             torch.testing.assert_close(p.grad, expected_grad, atol=1e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
@@ -251,8 +254,10 @@ def test_seed_decides():
 def test_eos_is_kept_and_leaving_rows_change_nothing(monkeypatch):
     """Stops a mask without the EOS, text after it, and rows whose luck hangs on who has left the batch."""
     model, eos, T, kept = random_model("qwen2"), [3, 7, 11, 20, 31, 44, 60], 30, []
-    real = recode.KVCache.keep
-    monkeypatch.setattr(recode.KVCache, "keep", lambda cache, rows: kept.append(int(rows.sum())) or real(cache, rows))
+    real = policy.Decoder.keep
+    monkeypatch.setattr(
+        policy.Decoder, "keep", lambda decoder, rows: kept.append(int(rows.sum())) or real(decoder, rows)
+    )
     tokens, mask, logps = recode.sample(model, PROMPTS, 6, T, eos, seed=3)
     assert len(kept) > 3 and kept[-1] < 10
     free, full, free_logps = recode.sample(model, PROMPTS, 6, T, [-1], seed=3)
@@ -285,7 +290,7 @@ def test_first_token_frequencies(temperature):
 def survivors(logits, top_p, draws=4000):
     """(B, V) bool: which tokens pick() can choose, found by asking for evenly spread noise."""
     noise = (torch.arange(draws) / draws)[:, None]
-    rows = [recode.pick(row.expand(draws, -1), 0.8, noise, top_p)[0] for row in logits]
+    rows = [policy.pick(row.expand(draws, -1), 0.8, noise, top_p)[0] for row in logits]
     return torch.stack([torch.bincount(tokens, minlength=logits.shape[1]) > 0 for tokens in rows])
 
 
@@ -303,7 +308,7 @@ def test_top_p_frequencies_and_log_probabilities():
     """Stops shares that are not those of the softmax cut off and scaled up, and log-probabilities of the cut one."""
     torch.manual_seed(1)
     logits, N = 2 * torch.randn(1, 12), 20_000
-    tokens, logps = recode.pick(logits.expand(N, -1), 0.8, torch.rand(N, 1), 0.7)
+    tokens, logps = policy.pick(logits.expand(N, -1), 0.8, torch.rand(N, 1), 0.7)
     probs = TopPLogitsWarper(0.7)(None, logits / 0.8).softmax(-1)[0]
     torch.testing.assert_close(torch.bincount(tokens, minlength=12) / N, probs, atol=0.02, rtol=0)
     torch.testing.assert_close(logps, (logits / 0.8).log_softmax(-1)[0, tokens])
@@ -315,7 +320,7 @@ def test_without_top_p_nothing_changes():
     logits, noise = torch.randn(50, 300), torch.rand(50, 1)
     cumulated = logits.log_softmax(-1).exp().double().cumsum(-1)
     expected = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)[:, 0]
-    assert torch.equal(recode.pick(logits, 1.0, noise)[0], expected)
+    assert torch.equal(policy.pick(logits, 1.0, noise)[0], expected)
     model = random_model("qwen2")
     draw = lambda **more: recode.sample(model, PROMPTS, 2, 8, [3], seed=1, **more)[0]
     assert torch.equal(draw(), draw(top_p=1.0)) and not torch.equal(draw(), draw(top_p=0.3))
@@ -328,6 +333,54 @@ def test_sampling_from_a_checkpointed_model_in_training_mode():
     model.gradient_checkpointing_enable()
     model.train()
     assert all(torch.equal(a, b) for a, b in zip(expected, recode.sample(model, PROMPTS, 2, 12, [3], seed=1)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_hangs_on_its_own_seed(family):
+    """Stops a completion that is another one on another rank, or because of the prompts beside it."""
+    model = random_model(family)
+    tokens, mask, _ = recode.sample(model, PROMPTS, 3, 12, [3, 7], seed=4)
+    for i, prompt in enumerate(PROMPTS):
+        alone, kept, _ = recode.sample(model, [prompt], 3, 12, [3, 7], seed=[4 + i])
+        rows = slice(3 * i, 3 * i + 3)
+        assert alone[kept].tolist() == tokens[rows][mask[rows]].tolist()
+
+
+@pytest.mark.parametrize("fault", [None, "other logits", "no capture"])
+def test_graphs(fault, monkeypatch, capsys):
+    """Stops a graph that is replayed after rows have left or the cache has grown, and one that computes something
+    else (torchtitan#3668). A CPU has no graphs: a stand-in runs the recorded step on the memory it was recorded with."""
+    model, recorded = adapt(random_model("qwen2")), []
+    expected = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
+
+    def capture(step):
+        if fault == "no capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        decoder = step.__self__
+        out = torch.zeros(len(decoder.tokens), 97)
+        memory = [decoder.tokens, decoder.rows, decoder.t, *decoder.keys, *decoder.values]
+        recorded.append((len(decoder.tokens), decoder.keys[0].shape[2]))
+
+        def replay():
+            now = [decoder.tokens, decoder.rows, decoder.t, *decoder.keys, *decoder.values]
+            assert all(a is b for a, b in zip(memory, now)), "replayed on other memory"
+            out.copy_(step() + (fault == "other logits"))
+
+        return replay, out
+
+    monkeypatch.setattr(policy, "capture", capture)
+    monkeypatch.setattr(policy.Decoder, "graphs", True)
+    monkeypatch.setattr(policy, "on_gpu", lambda model: True)
+    found = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    said = capsys.readouterr().err
+    if fault:
+        assert not policy.Decoder.graphs and len(recorded) <= 1 and said.count("warning") == 1
+    else:
+        sizes = [rows for rows, _ in recorded]
+        assert policy.Decoder.graphs and not said and sizes[0] == 16 and len(recorded) < 10
+        assert all(b <= a / 2 for a, b in zip(sizes, sizes[1:])) and sizes[-1] < 16
 
 
 # ------------------------------------------------------------------------- token_logps
@@ -344,7 +397,7 @@ def completions(V=97, seed=0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_logps_equal_full_logits(family, logits_at_once, monkeypatch):
     """Stops an off-by-one, a chunk lost, or a gradient that recomputation changes; values and all gradients."""
-    monkeypatch.setattr(recode, "LOGITS", logits_at_once)
+    monkeypatch.setattr(policy, "LOGITS", logits_at_once)
     model = adapt(random_model(family)).requires_grad_(True)
     tokens, mask = completions()
     weights, parameters = torch.randn(4, 8), [p for p in model.parameters()]
@@ -375,10 +428,51 @@ def test_token_logps_leave_their_inputs_and_ignore_padding():
     assert not padded[:4, 8:].any() and not logps[~mask].any()
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prompt_changes_nothing(family, checkpointed):
+    """Stops a gradient that is lost, or counted twice, on its way through the prompt's keys and values; one group has
+    a prompt of one token, one has a single row."""
+    model = adapt(random_model(family), targets=ALL).requires_grad_(True)
+    prompts, group = [*PROMPTS, [9]], torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
+    torch.manual_seed(3)
+    mask = torch.arange(9) < torch.tensor([9, 1, 4, 7, 2, 8, 3, 5, 6])[:, None]
+    tokens, weights = torch.randint(4, 97, (9, 9)) * mask, torch.randn(9, 9)
+    rows = [naive_logps(model, prompts[p], row[keep].tolist()) for p, row, keep in zip(group, tokens, mask)]
+    expected = torch.stack([torch.cat([row, torch.zeros(9 - len(row))]) for row in rows])
+    wanted = torch.autograd.grad((expected * weights).sum(), list(model.parameters()), allow_unused=True)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = recode.Batch(prompts, group, tokens, mask, torch.zeros(9))
+    for budget in (1, 12, 20, 1000):
+        model.zero_grad()
+        model.train()
+        order = []
+        for part, logps in recode.passes(model, batch, grpo.Config(micro_tokens=budget)):
+            torch.testing.assert_close(logps, expected[part.rows], atol=1e-5, rtol=1e-5)
+            (logps * weights[part.rows]).sum().backward()
+            size = len(part.rows) * part.mask.sum(1).max().item()
+            assert len(part.rows) == 1 or size <= budget
+            order += part.rows.tolist()
+        assert sorted(order) == list(range(9))
+        for p, g in zip(model.parameters(), wanted):
+            torch.testing.assert_close(p.grad, g, atol=2e-5, rtol=1e-4)
+
+
+def test_a_shared_prompt_runs_once(monkeypatch):
+    """Stops a prompt that is computed again for every micro-batch of its group: the saving would be gone."""
+    model, seen, real = adapt(random_model("qwen2")), [], policy.Prompts.__init__
+    note = lambda self, model, prompts: seen.append(len(prompts)) or real(self, model, prompts)
+    monkeypatch.setattr(policy.Prompts, "__init__", note)
+    group, tokens = torch.arange(4).repeat_interleave(3), torch.ones(12, 6, dtype=torch.long)
+    batch = recode.Batch(PROMPTS, group, tokens, tokens > 0, torch.zeros(12))
+    assert len(list(policy.passes(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1 and sum(seen) == 4
+
+
 def test_logits_are_never_whole(monkeypatch):
     """Stops (B, T, V) logits, and chunks that are kept for the backward pass: both bound no memory."""
     V = 5000
-    monkeypatch.setattr(recode, "LOGITS", 4 * V)
+    monkeypatch.setattr(policy, "LOGITS", 4 * V)
     model = adapt(random_model("qwen2", V, hidden_size=16, intermediate_size=24))
     tokens, mask = completions(V)
     tokens, mask, prompts, saved = tokens.repeat(3, 1), mask.repeat(3, 1), PROMPTS * 3, Counter()

@@ -28,7 +28,7 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
     model = random_model("qwen2", len(tokenizer)).requires_grad_(True)
     examples = [ROW, data.Example("lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)")]
     tasks = data.encode_tasks(examples, tokenizer, 999, {})
-    config = sft.Config(prompts_per_step=2, max_new_tokens=4, micro_batch=1)
+    config = sft.Config(prompts_per_step=2, max_new_tokens=4, micro_tokens=1)
     batch, _, groups, position = sft.collect(model, tokenizer, tasks, 0, config)
     loss = sft.accumulate(model, batch, config)["loss"]
     got = {name: p.grad.clone() for name, p in model.named_parameters()}

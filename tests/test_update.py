@@ -46,8 +46,8 @@ def ragged(model, off_policy=True):
     """Eight completions of 1 to 7 tokens; old and reference log-probabilities far enough off for the clip to act."""
     torch.manual_seed(2)
     mask = torch.arange(7) < torch.tensor([7, 1, 4, 2, 6, 3, 5, 1])[:, None]
-    prompts = [list(range(5, 7 + n)) for n in (3, 3, 9, 9, 1, 1, 5, 5)]
-    batch = recode.Batch(prompts, torch.randint(4, 97, (8, 7)) * mask, mask, torch.randn(8))
+    prompts = [list(range(5, 7 + n)) for n in (3, 9, 1, 5)]
+    batch = recode.Batch(prompts, torch.arange(8) // 2, torch.randint(4, 97, (8, 7)) * mask, mask, torch.randn(8))
     now = recode.batch_logps(model, batch, grpo.Config())
     batch.ref_logps = (now + torch.randn(8, 7)) * mask
     batch.old_logps = (now + 0.3 * torch.randn(8, 7)) * mask if off_policy else None
@@ -58,9 +58,9 @@ def brute_force(script, model, batch, config):
     """The loss, its gradient and the figures, one row at a time from its full logits."""
     model.zero_grad()
     loss, clipped, kl, count = 0.0, 0, 0.0, batch.mask.sum().item()
-    for i, prompt in enumerate(batch.prompts):
+    for i in range(len(batch.mask)):
         ids = batch.tokens[i][batch.mask[i]].tolist()
-        logps, A, row = row_logps(model, prompt, ids), batch.advantages[i], 0.0
+        logps, A, row = row_logps(model, batch.prompts[batch.group[i]], ids), batch.advantages[i], 0.0
         for t, logp in enumerate(logps):
             rho = torch.exp(logp - (logp.detach() if batch.old_logps is None else batch.old_logps[i, t]))
             surrogate = logp * A
@@ -72,7 +72,7 @@ def brute_force(script, model, batch, config):
             d = batch.ref_logps[i, t] - logp
             row += surrogate - config.beta * (d.exp() - d - 1)
             kl += (d.exp() - d - 1).item() / count
-        loss -= row / len(ids) / len(batch.prompts) if script is grpo else row / count
+        loss -= row / len(ids) / len(batch.mask) if script is grpo else row / count
     loss.backward()
     return {"loss": loss.item(), "clip_fraction": clipped / count, "kl": kl}, gradients(model)
 
@@ -89,18 +89,18 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
     batch = ragged(model, off_policy=kind != "on policy")
     if script is dapo and kind != "on policy":
         batch.advantages[1], batch.old_logps[1, 0] = -1.0, batch.old_logps[1, 0] - 4  # the dual clip acts
-    config = lambda size: script.Config(beta=0.1, micro_batch=size)
+    config = lambda size: script.Config(beta=0.1, micro_tokens=size)
     wanted, exact = brute_force(script, model, batch, config(1))
     assert (wanted["clip_fraction"] > 0.1) == (kind != "on policy" and script is not sft)
     if kind == "checkpointed":
         model.gradient_checkpointing_enable()
-    for size in (8, 1, 2, 3):
+    for size in (1000, 1, 8, 15):
         model.zero_grad()
         figures = script.accumulate(model, batch, config(size))
         assert {name: figures[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
         for got, expected in zip(gradients(model), exact, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        if size == 8:
+        if size == 1000:
             whole, first = dict(figures), gradients(model)
         assert figures == pytest.approx(whole, abs=1e-6)
         for got, expected in zip(gradients(model), first, strict=True):
@@ -112,7 +112,7 @@ def test_on_policy_the_ratio_is_one(script):
     """Stops old log-probabilities that come from elsewhere (dropout, the sampler) when one update follows a rollout."""
     model = policy(dropout=0.5)
     batch = ragged(model, off_policy=False)
-    figures = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_batch=3))
+    figures = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9))
     assert model.training and figures["clip_fraction"] == 0
     mean = (script.token_weights(batch.mask).sum(1) * batch.advantages).sum().item()
     assert figures["loss"] == pytest.approx(-mean, abs=1e-6)
@@ -122,11 +122,11 @@ def test_on_policy_the_ratio_is_one(script):
 def test_old_and_reference_logps_are_without_dropout():
     """Stops dropout in the passes that only measure."""
     model = policy(dropout=0.5)
-    batch, config = ragged(model), grpo.Config(micro_batch=3)
+    batch, config = ragged(model), grpo.Config(micro_tokens=9)
     first = recode.batch_logps(model.train(), batch, config)
     assert torch.equal(first, recode.batch_logps(model.train(), batch, config)) and not first.requires_grad
-    for i, prompt in enumerate(batch.prompts):
-        expected = row_logps(model.eval(), prompt, batch.tokens[i][batch.mask[i]].tolist())
+    for i, prompt in enumerate(batch.group.tolist()):
+        expected = row_logps(model.eval(), batch.prompts[prompt], batch.tokens[i][batch.mask[i]].tolist())
         torch.testing.assert_close(first[i][batch.mask[i]], expected.detach(), atol=1e-5, rtol=0)
 
 
@@ -134,7 +134,7 @@ def test_old_and_reference_logps_are_without_dropout():
 def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch):
     """Stops old log-probabilities taken anew before every update of a rollout: the clip would never act."""
     model, seen, real = policy(), [], script.accumulate
-    config = script.Config(beta=0.1, updates=2, prompts_per_step=4, num_samples=2, micro_batch=3)
+    config = script.Config(beta=0.1, updates=2, prompts_per_step=4, num_samples=2, micro_tokens=9)
     batch = ragged(model, off_policy=False)
     before = recode.batch_logps(model, batch, config)
     with dora.reference(model):
@@ -145,7 +145,7 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
     assert len(seen) == 2 and seen[0][1]["clip_fraction"] == 0 and seen[1][1]["clip_fraction"] > 0
     for rows, (part, _) in zip((slice(0, 4), slice(4, 8)), seen):
         assert torch.equal(part.old_logps, before[rows]) and torch.equal(part.ref_logps, reference[rows])
-        assert torch.equal(part.tokens, batch.tokens[rows]) and part.prompts == batch.prompts[rows]
+        assert torch.equal(part.tokens, batch.tokens[rows]) and part.prompts == batch.prompts[rows.start // 2 : rows.stop // 2]
     for name in ("loss", "kl", "clip_fraction"):
         assert figures[name] == pytest.approx((seen[0][1][name] + seen[1][1][name]) / 2)
 
@@ -154,8 +154,7 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
 def test_only_the_update_that_is_not_finite_is_skipped(script, monkeypatch):
     """Stops one lost mini-batch from taking the sound ones after it along, or from moving the weights."""
     model = policy()
-    group = 1 if script is sft else 2
-    config = script.Config(beta=0, updates=4, prompts_per_step=8 // group, num_samples=2)
+    config = script.Config(beta=0, updates=4, prompts_per_step=4, num_samples=2)
     batch = ragged(model, off_policy=False)
     batch.advantages[2] = math.nan
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -185,7 +184,7 @@ def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "score", score)
     settings = (
         f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 --prompts-per-step 2 "
-        "--num-samples 4 --max-new-tokens 8 --updates 2 --micro-batch 3 --r 4 --dropout 0.1 --beta 0.01 --lr 0.01 "
+        "--num-samples 4 --max-new-tokens 8 --updates 2 --micro-tokens 60 --r 4 --dropout 0.1 --beta 0.01 --lr 0.01 "
         "--warmup 0.3 --show-every 2 --heldout 0.34"
     )
     settings += {grpo: "", dapo: " --max-tries 2 --overlong-cache 4", sft: ""}[script]

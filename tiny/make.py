@@ -95,7 +95,7 @@ DEFAULTS = {  # what differs from the paper's run, for a small model and two min
     "dropout": 0.0,
     "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     "lr": 0.001,
-    "micro_batch": 16,
+    "micro_tokens": 4096,
     "save_every": 50,
     "show_every": 25,
 }
@@ -197,7 +197,7 @@ def make_model(tokenizer):
 def learn(model, tokenizer, draw, answer, steps, lr, rng):
     """Supervised training, by sft.py's update, of all weights on tasks of draw(rng) with answer(rng, *task)."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    config = sft.Config(steps=steps, lr=lr, warmup=0.1, prompts_per_step=BATCH, micro_batch=BATCH)
+    config = sft.Config(steps=steps, lr=lr, warmup=0.1, prompts_per_step=BATCH)
     for step in range(steps):
         groups = []
         for _ in range(BATCH):
