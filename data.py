@@ -2,9 +2,9 @@
 
 One example is one JSON object a line with six text fields:
 
-    dependency   library that changed              update_info  what changed, as release notes say it
-    new_version  "2.0.0" or "==2.0.0"              old_code     code against the old version
-    description  what the code does (not shown)    new_code     the reference answer
+    dependency   library that changed             update_info  what changed, as release notes say
+    new_version  "2.0.0" or "==2.0.0"             old_code     code against the old version
+    description  what the code does (not shown)   new_code     the reference answer
 
 A source is a path to such a JSONL file, or the id of a data set on the Hugging Face hub
 (owner/Name, which must hold name.jsonl): zjunlp/ReCode-Train-Data is the paper's.
@@ -13,12 +13,18 @@ The prompt is a system message, a user message, and the beginning of the assista
 stays open: the model goes on inside the think block. Training and evaluation share it. A target is
 the completion that supervised training copies: the reference, behind an empty thought.
 
-    python -c "import data; print(data.load_examples('tiny/train.jsonl')[0])"
+    python data.py my.jsonl --model Qwen/Qwen2.5-Coder-7B-Instruct
+
+checks a data set of your own: how many rows are usable, what is dropped, where and why, how long
+prompts and references are for the tokenizer of that model; and three prompts as a model sees them.
 """
 
 import json
+import os
 import random
 import re
+import statistics
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -96,14 +102,34 @@ def json_rows(path, content):
 
 
 def read_rows(path):
-    """Yield the rows of a JSONL file of migration tasks; every row has the six fields, each a str or None."""
+    """Yield ("PATH, line N", row) of a JSONL file of migration tasks; a row has the six fields, each a str or None."""
     for where, row in json_rows(path, path.read_bytes()):
         for field in fields(Example):
             if field.name not in row:
                 raise BadInput(f"{where}: field {field.name!r} is missing; a row has six fields")
             if not isinstance(row[field.name], str | None):
                 raise BadInput(f"{where}: field {field.name!r} is not text but {row[field.name]!r:.40}")
-        yield {field.name: row[field.name] for field in fields(Example)}
+        yield where, {field.name: row[field.name] for field in fields(Example)}
+
+
+def sift(path):
+    """Yield ("PATH, line N", Example or None, why it is dropped or "") for every row of a JSONL file."""
+    seen = set()
+    for where, row in read_rows(path):
+        text = "".join(value or "" for value in row.values())
+        key = (row["dependency"], row["update_info"], row["old_code"], row["new_code"])  # what the model sees
+        if not all(key):
+            yield where, None, "no update note or no code"
+        elif any("\ud800" <= char <= "\udfff" for char in text):
+            yield where, None, "not valid Unicode"
+        elif not reward.parses(row["new_code"]):
+            yield where, None, "the reference does not parse"  # a perfect copy of it would earn -2.0
+        elif key in seen:
+            yield where, None, "repeat of an earlier row"
+        else:
+            seen.add(key)
+            row["new_version"] = (row["new_version"] or "").removeprefix("==").strip()
+            yield where, Example(**row), ""
 
 
 def load_examples(source, dropped=None):
@@ -113,27 +139,16 @@ def load_examples(source, dropped=None):
     receives reason -> rows. Raises BadInput for a file that cannot be read, a line that is no
     record, or a source without a usable row.
     """
-    dropped = Counter() if dropped is None else dropped
-    examples = {}  # what the model sees -> Example
-    for row in read_rows(locate(source)):
-        text = "".join(value or "" for value in row.values())
-        if not row["dependency"] or not row["update_info"] or not row["old_code"] or not row["new_code"]:
-            dropped["no update note or no code"] += 1
-        elif any("\ud800" <= char <= "\udfff" for char in text):
-            dropped["not valid Unicode"] += 1
-        elif not reward.parses(row["new_code"]):
-            dropped["the reference does not parse"] += 1  # a perfect copy of it would earn -2.0
+    dropped, examples = Counter() if dropped is None else dropped, []
+    for _, example, reason in sift(locate(source)):
+        if example:
+            examples.append(example)
         else:
-            row["new_version"] = (row["new_version"] or "").removeprefix("==").strip()
-            key = (row["dependency"], row["update_info"], row["old_code"], row["new_code"])
-            if key in examples:
-                dropped["repeat of an earlier row"] += 1
-            else:
-                examples[key] = Example(**row)
+            dropped[reason] += 1
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file is empty"
         raise BadInput(f"data: no usable row in {source!r}: {reasons}")
-    return list(examples.values())
+    return examples
 
 
 def split_heldout(heldout, examples, seed):
@@ -200,3 +215,80 @@ def draw(tasks, position, count, seed):
     for epoch in range(position // len(tasks), (position + count - 1) // len(tasks) + 1):
         orders[epoch] = random.Random(f"{seed} {epoch}").sample(tasks, len(tasks))
     return [orders[i // len(tasks)][i % len(tasks)] for i in range(position, position + count)]
+
+
+# ------------------------------------------------------------------------- a data set of one's own
+
+
+def lengths(name, counts, limit, flag):
+    """A line about token counts: median, 90 % of them, the longest, and how many are over a limit."""
+    counts = sorted(counts)
+    most = counts[-(-9 * len(counts) // 10) - 1]  # at least nine in ten are no longer
+    line = f"{name:<10}{statistics.median(counts):8,.0f}{most:8,}{counts[-1]:8,}"
+    over = sum(count > limit for count in counts)
+    return f"{line}{over:10,} over {flag} {limit:,}"
+
+
+def shown(prompt, lines=40):
+    """A prompt for the screen: at most so many lines of at most 94 characters, nothing that a terminal obeys."""
+    clean = ("".join(char if char.isprintable() else "?" for char in line) for line in prompt.expandtabs(4).split("\n"))
+    found = [part for line in clean for part in textwrap.wrap(line, 94, drop_whitespace=False) or [""]]
+    found = found if len(found) <= lines else [*found[: lines - 1], f"... and {len(found) - lines + 1} lines more"]
+    return "\n".join(f"    | {line}" for line in found)
+
+
+def check(source, tokenizer, max_prompt_tokens, max_new_tokens):
+    """Print what a data set holds and what of it is left out, with its first lines; its usable examples."""
+    examples, dropped = [], {}
+    for where, example, reason in sift(locate(source)):
+        if example:
+            examples.append(example)
+        else:
+            dropped.setdefault(reason, []).append(where.rpartition(" ")[2])
+    print(f"data      {source}: {len(examples):,} usable rows, {sum(map(len, dropped.values())):,} dropped")
+    for reason, numbers in dropped.items():
+        more = ", ..." if len(numbers) > 5 else ""
+        print(f"          {len(numbers):,} dropped: {reason} (line {', '.join(numbers[:5])}{more})")
+    if not examples:
+        raise BadInput(f"data: no usable row in {source!r}; a row needs a library, an update note, old and new code")
+    same = sum(reward.strip_comments(e.old_code) == reward.strip_comments(e.new_code) for e in examples)
+    if same:
+        print(f"          {same:,} usable rows ask for no change: but for comments, new code and old are equal")
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    targets = [encode_target(example, tokenizer) for example in examples]
+    print(f"\n{'tokens':<10}{'median':>8}{'90 %':>8}{'longest':>8}")
+    print(lengths("prompt", map(len, prompts), max_prompt_tokens, "--max-prompt-tokens"))
+    print(lengths("reference", map(len, targets), max_new_tokens, "--max-new-tokens"))
+    for i in sorted({0, len(prompts) // 2, len(prompts) - 1}):
+        print(f"\nprompt of usable row {i + 1:,}, its reference not shown to the model:")
+        print(shown(tokenizer.decode(prompts[i])))
+    return examples
+
+
+def main(argv=None):
+    """Check a data set. The exit status is 0 if it has a usable row."""
+    import recode  # which imports this file
+
+    parser = recode.Parser(__doc__)
+    tiny = Path(__file__).parent / "tiny"
+    parser.add_argument("data", help="JSONL file or hub id of the migration examples")
+    add = parser.add_argument_group("what it is meant for").add_argument
+    text = "whose tokenizer counts: run directory, checkpoint directory or hub id [tiny, a toy]"
+    add("--model", default=os.path.relpath(tiny), metavar="X", help=text)
+    add("--max-prompt-tokens", type=int, metavar="X", help="as in training [the checkpoint's, or 2048]")
+    add("--max-new-tokens", type=int, metavar="X", help="as in training [the checkpoint's, or 1024]")
+    args = parser.parse_args(argv)
+    base, _, settings = recode.open_policy(args.model)
+    prompt = args.max_prompt_tokens or settings.get("max_prompt_tokens", 2048)
+    new = args.max_new_tokens or settings.get("max_new_tokens", 1024)
+    check(args.data, recode.load_tokenizer(base), prompt, new)
+    if args.model == parser.get_default("model"):
+        print("\nnote      tokens are those of the toy, about one a character; --model takes yours")
+    return 0
+
+
+if __name__ == "__main__":
+    import data
+    import recode
+
+    recode.guard(data.main)  # not this main: recode knows BadInput as data.BadInput

@@ -1,31 +1,33 @@
 """Evaluation: does the model obey the update it is shown, and does it still know the rest?
 
-    python eval.py                                               the embedded model on its held-out tasks
-    python eval.py --task codeupdatearena --model Qwen/Qwen2.5-Coder-7B-Instruct    a real one, on a GPU
-    ... --adapter runs/grpo/adapter --output runs/eval-grpo      the same with what training made of it
-    torchrun --nproc-per-node 8 eval.py ...                      every GPU takes its share of the prompts
-    python eval.py --compare runs/eval runs/eval-grpo            models side by side, all their tasks
-    python eval.py --task humaneval --data HumanEval.jsonl.gz --references    no model: is all well here?
+    python eval.py                                      the embedded model on its held-out tasks
+    python eval.py --task codeupdatearena --model Qwen/Qwen2.5-Coder-7B-Instruct    on a GPU
+    ... --adapter runs/grpo/adapter --output runs/eval-grpo    with what training made of it
+    torchrun --nproc-per-node 8 eval.py ...             every GPU takes its share of the prompts
+    python eval.py --compare runs/eval runs/eval-grpo   models side by side, all their tasks
+    python eval.py --task humaneval --data HumanEval.jsonl.gz --references    is all well here?
 
-Tasks and their data: problems.py. An --output is one model, and each of its tasks a directory in it:
-config.json, samples.jsonl (every completion and its verdict), table.md and table.json. Stopped, or
-killed, the same command goes on where it was.
+Tasks and their data: problems.py. An --output is one model, and each of its tasks a directory in
+it: config.json, samples.jsonl (every completion and its verdict), table.md and table.json. Stopped,
+or killed, the same command goes on where it was.
 
-A migration is right when it equals the reference; other answers are run (sandbox.py) and must pass all
-tests. The answer is what reward.extract_code finds: the last ```python fence inside <answer>. A completion
-without one (another fence, no tag, cut at --max-new-tokens) is wrong, and counted as "no code".
+A migration is right when it equals the reference; other answers are run (sandbox.py) and must pass
+all tests. The answer is what reward.extract_code finds: the last ```python fence inside <answer>.
+A completion without one (another fence, no tag, cut at --max-new-tokens) is wrong, and counted as
+"no code".
 
-    pass@k   = 1 - C(n - c, k) / C(n, k)    the chance that of k answers at least one is right, from n
-               samples of which c are; unbiased, and undefined for k > n                       (eq. 1)
-    UPass@k    the same, but right is what passes with the update and not also without it: the answers
-               that needed the new function. "Without" leaves out the one statement that applies it
-    [a, b]     the middle 95 % of 2,000 means over problems drawn anew, with replacement       (eq. 2)
+    pass@k   = 1 - C(n - c, k) / C(n, k)    the chance that of k answers at least one is right, from
+               n samples of which c are; unbiased, and undefined for k > n                  (eq. 1)
+    UPass@k    the same, but right is what passes with the update and not also without it: the
+               answers that needed the new function. "Without" leaves out the one statement that
+               applies it
+    [a, b]     the middle 95 % of 2,000 means over problems drawn anew, with replacement    (eq. 2)
 
-Figures are per cent; ES* and EM* are the rewards of reward.py. What --compare puts behind a figure is its
-change against the first run; an interval that holds 0 says that the problems are too few to tell.
+Figures are per cent; ES* and EM* are the rewards of reward.py. What --compare puts behind a figure
+is its change against the first run; an interval that holds 0 says that the problems are too few to
+tell. A table too wide for the screen is cut there into several, in table.md it is whole.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -50,6 +52,7 @@ import problems
 import recode
 import reward
 from data import BadInput
+from plot import fit
 from run import read_settings, write
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -348,28 +351,27 @@ def compare(runs):
 
 def parse(argv):
     """The checked arguments; data and length that are not given come from the checkpoint's defaults.json."""
-    parser = recode.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add, tiny = parser.add_argument, os.path.relpath(Path(__file__).parent / "tiny")
+    parser, tiny = recode.Parser(__doc__), os.path.relpath(Path(__file__).parent / "tiny")
+    add = parser.add_argument_group("what is evaluated, and where that is kept").add_argument
     add("--model", default=tiny, metavar="X", help="checkpoint directory or hub id [tiny]")
-    add("--adapter", default="", metavar="X", help="adapter directory over it, runs/grpo/adapter say")
+    add("--adapter", default="", metavar="X", help="adapter directory over it, runs/grpo/adapter say [none]")
     add("--task", default="migration", choices=problems.TASKS, help="what is asked [migration]")
-    add(
-        "--data", default="", metavar="X", help="JSONL file or hub id of the problems [the task's, or the checkpoint's]"
-    )
+    text = "JSONL file or hub id of the problems [the task's, or the checkpoint's]"
+    add("--data", default="", metavar="X", help=text)
     add("--output", default="runs/eval", metavar="X", help="directory of this model's evaluations [runs/eval]")
+    add("--no-update", action="store_true", help="leave the update note out of the prompt [off]")
+    add = parser.add_argument_group("samples").add_argument
     add("--num-samples", default=5, type=int, metavar="X", help="completions per problem [5]")
     add("--temperature", default=0.8, type=float, metavar="X", help="0 is greedy [0.8]")
     add("--top-p", default=0.7, type=float, metavar="X", help="only the likeliest tokens that sum up to it [0.7]")
     add("--k", type=int, nargs="+", metavar="X", help="of pass@k [1 and 5, if there are 5 samples]")
-    add("--max-new-tokens", type=int, metavar="X", help="longer completions are cut [1024]")
+    add("--max-new-tokens", type=int, metavar="X", help="longer completions are cut [the checkpoint's, or 1024]")
     add("--batch", default=8, type=int, metavar="X", help="prompts in one call of the sampler [8]")
     add("--seed", default=42, type=int, metavar="X", help="of the samples [42]")
-    add("--no-update", action="store_true", help="leave the update note out of the prompt")
-    add("--references", action="store_true", help="judge the references, and no model")
-    add("--compare", nargs="+", metavar="RUN", help="put finished evaluations side by side, and do no other")
-    add("--unsafe", action="store_true", help="run answers even where the sandbox cannot contain them")
+    add("--unsafe", action="store_true", help="run answers even where the sandbox cannot contain them [off]")
+    add = parser.add_argument_group("instead").add_argument
+    add("--references", action="store_true", help="judge the references, and no model [off]")
+    add("--compare", nargs="+", metavar="RUN", help="put finished evaluations side by side [none]")
     args = parser.parse_args(argv)
     beside = Path(args.model) / "defaults.json"
     defaults = read_settings(beside) if beside.is_file() else {}
@@ -403,7 +405,7 @@ def main(argv=None):
     """Evaluate, check the references, or compare. The exit status is 0, or 1 where references fail."""
     args = parse(argv)
     if args.compare:
-        print(compare(args.compare), end="")
+        print(fit(compare(args.compare)), end="")
         return 0
     found, directory = problems.load(args.task, args.data), Path(args.output) / args.task
     if args.references:
@@ -423,7 +425,7 @@ def main(argv=None):
         result = tabulate(found, Log(directory).rows, args)
         write(directory / "table.json", json.dumps(result, indent=1).encode())
         write(directory / "table.md", show(result).encode())
-        print(show(result), f"done: {directory}/ holds samples.jsonl, table.md and table.json", sep="\n")
+        print(fit(show(result)), f"done: {directory}/ holds samples.jsonl, table.md and table.json", sep="\n")
     return 0
 
 

@@ -1,19 +1,18 @@
-"""The paper's tables in miniature: the embedded model by every algorithm and every reward, three seeds each.
+"""The paper's tables in miniature: the embedded model by every algorithm and reward, three seeds each.
 
-    python experiments.py               trains what is missing, then writes figures/experiments.md and .svg
+    python experiments.py               trains what is missing, then writes table and picture
     python experiments.py --jobs 4      four runs at a time, each on one thread
 
-Every run is one call of grpo.py, dapo.py or sft.py with its default settings, on the same tasks in the
-same order. What comes out is measured by the same code on three files that no run has seen:
+Every run is one call of grpo.py, dapo.py or sft.py with its default settings, on the same tasks in
+the same order. What comes out is measured by the same code on three files that no run has seen:
 
-    heldout      one note about what the code does             exact match, stale, format, sampled reward
-    retention    one note about what it does not use           exact match: leave the code alone
-    two_updates  two notes, two calls to change                exact match: training had one note a task
+    heldout      one note about what the code does      exact match, stale, format, sampled reward
+    retention    one note about what it does not use    exact match: leave the code alone
+    two_updates  two notes, two calls to change         exact match: training had one note a task
 
 The control is GRPO with a random number for a reward. Stopped, or killed, it goes on where it was.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -34,7 +33,8 @@ import grpo
 import recode
 import reward
 import sft
-from run import read_settings, svg, text, write
+from plot import fit, svg, text
+from run import read_settings, write
 
 HERE = Path(__file__).parent
 SEEDS = (42, 1, 2)
@@ -157,11 +157,13 @@ def picture(by_name):
 
 def main(argv=None):
     """Run what is missing, write the table and the picture. The exit status is 0."""
-    parser = recode.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="runs/experiments", help="directory of the runs [%(default)s]")
-    parser.add_argument("--figures", default=HERE / "figures", type=Path, help="where the table goes [figures]")
-    parser.add_argument("--jobs", default=os.cpu_count(), type=int, help="runs at a time [one per core: %(default)s]")
-    parser.add_argument("--steps", type=int, help="rollouts of a run [as in tiny/defaults.json]")
+    parser = recode.Parser(__doc__)
+    add = parser.add_argument_group("where things are kept").add_argument
+    add("--output", default="runs/experiments", metavar="X", help="directory of the runs [runs/experiments]")
+    add("--figures", default=HERE / "figures", type=Path, metavar="X", help="of table and picture [figures]")
+    add = parser.add_argument_group("the runs").add_argument
+    add("--jobs", default=os.cpu_count(), type=int, metavar="X", help="at a time [one per core: %(default)s]")
+    add("--steps", type=int, metavar="X", help="rollouts of each [as in tiny/defaults.json]")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be at least 1")
@@ -170,7 +172,7 @@ def main(argv=None):
     by_name = results(runs, args.output, args.jobs, flags)
     write(args.figures / "experiments.md", table(by_name).encode())
     write(args.figures / "experiments.svg", picture(by_name).encode())
-    print(table(by_name))
+    print(fit(table(by_name)))
     print(f"done: {args.figures}/ holds experiments.md and experiments.svg, {args.output}/ the runs")
     return 0
 

@@ -2,8 +2,8 @@
 
 A code model learns to obey an API update by comparing its own answers with each other. For every
 prompt it writes a group of completions, and reward.py scores them; those better than their group's
-mean are made more likely, the others less (GRPO is arXiv 2402.03300, DAPO 2503.14476). Completion i,
-token t:
+mean are made more likely, the others less (GRPO is arXiv 2402.03300, DAPO 2503.14476).
+Completion i, token t:
 
     D      = the next P = 1 prompts' groups, whatever they earned                 (eq. 1)
     R_i    = r_i                                                                  (eq. 2)
@@ -27,7 +27,7 @@ What to know before reading:
      accident of the normalised advantages, often about 0. Its gradient is what trains.
   2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
      gradient do not depend on --micro-tokens.
-  3. A group whose rewards are all equal has the advantage 0 throughout: at most the KL term moves it.
+  3. A group whose rewards are all equal has the advantage 0: at most the KL term moves it.
 """
 
 import math
@@ -86,6 +86,8 @@ class Config:
     # the log
     save_every: int = 100  # steps between checkpoints
     show_every: int = 10  # steps between sample completions
+    log_to: str = ""  # the figures also go to "tensorboard" or "wandb", "" for neither
+    quiet: bool = False  # no rows, samples or bars, only the header and the final table
 
 
 def advantages(rewards):

@@ -5,6 +5,9 @@
   3. export              a trained adapter (dora.py) merged into an ordinary checkpoint
   4. rollouts            completions and their rewards, the figures that describe them, held-out tasks
   5. set-up              model, tokenizer, tasks, run directory and the header that tells of them
+  6. migration           what all of it is for: a trained model rewrites a file
+
+    python recode.py old.py --model runs/grpo --library numpy --version 2.0 --update "np.in1d is gone; use np.isin"
 
 Nothing is merged for sampling: in bf16 a merge would round half of a small update away, and the
 probabilities that are trained would not be those that were sampled from.
@@ -15,7 +18,9 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -34,10 +39,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import dora
 import parallel
+import patch
 import reward
 from data import BadInput
 from policy import Batch, batch_logps, make_batch, passes, sample, token_logps  # noqa: F401, asked for by these names
-from run import Run, read_settings, write
+from run import Run, read_settings, style, write
 
 # ------------------------------------------------------------------------- 1. the command line
 
@@ -45,6 +51,13 @@ MAY_BE_ZERO = ("seed", "dropout", "beta", "warmup", "weight_decay", "overlong_ca
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with one line for a mistake, help of at most 100 columns, and no abbreviated flags."""
+
+    def __init__(self, description):
+        columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+        form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=columns)
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
     def error(self, message):
         raise BadInput(f"{message}; see --help")
 
@@ -56,7 +69,8 @@ def parse_config(Config, argv, doc):
     MODEL/defaults.json holds the checkpoint's defaults; "data" and "heldout" in it may name files
     beside it. Raises BadInput for an unknown flag or a value that makes no sense.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(doc)
+    parser.epilog = "Defaults are in brackets; those that a checkpoint brings (tiny/defaults.json) go before them."
     group, defaults = parser, {field.name: field.default for field in dataclasses.fields(Config)}
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch(r"    # (.+)", line):
@@ -64,7 +78,8 @@ def parse_config(Config, argv, doc):
         elif field := re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line):
             name, default = field[1], defaults[field[1]]
             kind = {"action": "store_true"} if default is False else {"type": type(default), "metavar": "X"}
-            text = f"{field[2]} [{default}]".replace("%", "%%")
+            shown = "off" if default is False else "none" if default == "" else default
+            text = f"{field[2]} [{shown}]".replace("%", "%%")
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     path = Path(given.get("model", defaults["model"])) / "defaults.json"
@@ -314,7 +329,8 @@ def describe(groups):
 def evaluate(model, tokenizer, tasks, config):
     """Figures over held-out `tasks`: those of judge() for greedy answers, but the reward of sampled ones."""
     size, greedy, sampled = config.prompts_per_step * config.num_samples, [], []
-    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=parallel.RANK > 0 or None):
+    hidden = config.quiet or parallel.RANK > 0 or None
+    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=hidden):
         part = tasks[start : start + size]
         greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
         sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
@@ -368,7 +384,7 @@ def set_up(config):
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
-    if defaults.is_file():
+    if defaults.is_file() and not config.quiet:
         listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
         print(textwrap.fill(f"defaults  {listed}", 100, subsequent_indent=" " * 10))
     print(
@@ -418,3 +434,168 @@ def finish(run, model, tokenizer, optimizer, heldout, state):
     kept = "model" if run.config.adapter == "none" else "adapter"
     print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and {kept}/")
     return 0
+
+
+# ------------------------------------------------------------------------- 6. migration
+
+USAGE = """Rewrite a Python file for a new version of a library, as the update notes say, and print the diff.
+
+    python recode.py old.py --model runs/grpo --library numpy --version 2.0 \\
+        --update "np.in1d was removed; use np.isin"
+    git show HEAD:old.py | python recode.py - --library numpy --version 2.0 --update-file notes.txt
+
+The model answers several times. Answers without code, or whose code does not parse, are left out;
+of the others the one is taken that they agree with most. Read the diff before you trust it: nothing
+is run. The exit status is 0 if there is nothing to change, 1 if there is, 2 for bad input, 3 if no
+answer is usable.
+"""
+
+
+def agreement(codes):
+    """How much the others resemble each code, list[float]: the mean ES to them, comments aside; 0.0 without others."""
+    codes = [reward.strip_comments(code) for code in codes]
+    others = [[reward.similarity(a, b) for j, b in enumerate(codes) if j != i] for i, a in enumerate(codes)]
+    return [mean(row) if row else 0.0 for row in others]
+
+
+def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=0.8, seed=0):
+    """The new code of `example`, whose new_code is not looked at, and how it was found: (str or None, dict).
+
+    Of `num_samples` answers those without code or that do not parse are left out. Of the others that
+    one is taken which they agree with most, and of equals the likeliest. None if no answer is left.
+    """
+    prompt, eos = data.encode_prompt(example, tokenizer), eos_ids(model, tokenizer)
+    tokens, mask, logps = sample(model, [prompt], num_samples, max_new_tokens, eos, temperature, seed)
+    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
+    codes = [reward.extract_code(decode(tokenizer, ids, eos)) or "" for ids in rows]
+    some = [i for i, code in enumerate(codes) if reward.strip_comments(code)]
+    usable = [i for i in some if reward.parses(codes[i])]
+    shares = agreement([codes[i] for i in usable])
+    best = max(zip(shares, logps.sum(1)[usable].tolist(), usable), default=(None, None, None))
+    details = {
+        "answers": num_samples, "usable": len(usable), "without_code": num_samples - len(some),
+        "not_parsed": len(some) - len(usable), "cut": sum(ids[-1] not in eos for ids in rows),
+        "agreement": best[0] if len(usable) > 1 else None,
+    }  # fmt: skip
+    return codes[best[2]] if usable else None, details
+
+
+def open_policy(name):
+    """What --model names, as (base model, adapter directory or "", settings that it brings).
+
+    A run directory stands for its adapter over the model that it began with, or for its model/.
+    """
+    path, beside = Path(name), Path(name) / "defaults.json"
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model"), "", read_settings(path / "config.json")
+    if not (path / "adapter" / "adapter_config.json").is_file():
+        return name, "", read_settings(beside) if beside.is_file() else {}
+    settings = read_settings(path / "config.json")
+    base, output = str(settings.get("model", "")), str(Path(settings.get("output", "")))
+    began = Path(str(path.resolve()).removesuffix(output))  # where the run was started; its paths are relative to it
+    places = [place / base for place in (began, Path(), Path(__file__).parent) if (place / base).is_dir()]
+    return str(places[0]) if base and places else base, str(path / "adapter"), settings
+
+
+def load_policy(base, adapter):
+    """The model in eval mode, with its adapter if there is one. BadInput if the two do not fit."""
+    model = load_model(base)
+    try:
+        return dora.load_adapter(model, adapter) if adapter else model
+    except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise BadInput(f"--model: {adapter} does not fit {base}, or is damaged: {first_line(error)}")
+
+
+def parse_migration(argv):
+    """The checked arguments of this file as a program."""
+    parser = Parser(USAGE)
+    parser.add_argument("file", help="Python file to migrate, - for stdin")
+    group = parser.add_argument_group("what changed")
+    group.add_argument("--library", required=True, metavar="X", help="name of the library (required)")
+    group.add_argument("--version", required=True, metavar="X", help="its new version (required)")
+    notes = group.add_mutually_exclusive_group(required=True)
+    notes.add_argument("--update", metavar="TEXT", help="what changed, in words (this or the next is required)")
+    notes.add_argument("--update-file", metavar="FILE", help="the same from a file: release notes, say")
+    group = parser.add_argument_group("who answers")
+    group.add_argument("--model", metavar="X", help="run directory, checkpoint directory or hub id [tiny, a toy]")
+    group.add_argument("--num-samples", default=8, type=int, metavar="X", help="answers to choose from [8]")
+    group.add_argument("--temperature", default=0.8, type=float, metavar="X", help="of the answers, 0 is greedy [0.8]")
+    group.add_argument("--max-prompt-tokens", type=int, metavar="X", help="longer is refused [what the model can take]")
+    text = "longer answers are cut [as in training, or twice the file if that is more]"
+    group.add_argument("--max-new-tokens", type=int, metavar="X", help=text)
+    group.add_argument("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
+    group = parser.add_argument_group("what becomes of it")
+    group.add_argument("--write", action="store_true", help="change the file; a copy stays in FILE.bak [off]")
+    group.add_argument("--json", action="store_true", help="one JSON object in place of the diff [off]")
+    args = parser.parse_args(argv)
+    if min(args.num_samples, args.max_new_tokens or 1, args.max_prompt_tokens or 1) < 1:
+        raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens must be at least 1")
+    if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**32:
+        raise BadInput("--temperature must be at least 0, --seed in [0, 2**32)")
+    args.num_samples = args.num_samples if args.temperature else 1  # all would be equal, and that is no agreement
+    if args.write and args.file == "-":
+        raise BadInput("--write: there is no file to write when the code comes from stdin")
+    args.update = patch.read_text(args.update_file) if args.update is None else args.update
+    for flag, value in (("--library", args.library), ("--version", args.version), ("the update", args.update)):
+        if not value.strip() or re.search("[\ud800-\udfff]", value):
+            raise BadInput(f"{flag}: empty, or not valid Unicode; say what changed in which library")
+    if args.model is None:
+        print("note: without --model the embedded toy answers, which knows made-up libraries only", file=sys.stderr)
+        args.model = os.path.relpath(Path(__file__).parent / "tiny")
+    return args
+
+
+def room(model, tokenizer, example, settings, args):
+    """How many tokens an answer may have, at most what the model's context leaves. BadInput for too long a prompt."""
+    prompt, code = len(data.encode_prompt(example, tokenizer)), len(tokenizer.encode(example.old_code))
+    if args.max_prompt_tokens and prompt > args.max_prompt_tokens:
+        raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {args.max_prompt_tokens:,} at most")
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    new = args.max_new_tokens or min(max(settings.get("max_new_tokens", 1024), 2 * code), context - prompt)
+    if prompt + max(new, code) > context:
+        raise BadInput(f"the prompt has {prompt:,} tokens: no room for the answer in {context:,}; give less at a time")
+    return new
+
+
+def report(args, text, code, details):
+    """Print what came out of a migration, write it if asked to, and return the exit status."""
+    after = text if code is None else patch.splice(text, code)
+    lines = patch.unified(text, after, "stdin" if args.file == "-" else args.file)
+    backup = patch.overwrite(args.file, text, after) if args.write and lines else None
+    if args.json:
+        known = {name: vars(args)[name] for name in ("file", "library", "version", "model")}
+        found = {"changed": bool(lines), "code": None if code is None else after, "diff": "".join(lines)}
+        print(json.dumps(known | found | {"backup": backup and str(backup)} | details))
+    else:
+        colours = {"+": "32", "-": "31", "@": "36"}
+        print("".join(style(line, colours[line[0]]) if line[0] in colours else line for line in lines), end="")
+    counts = f"{details['without_code']} without code, {details['not_parsed']} that do not parse"
+    if code is None:
+        way_out = "raise --max-new-tokens" if details["cut"] else "try another --seed or --model"
+        print(f"error: no answer is usable: {counts}, {details['cut']} cut; {way_out}", file=sys.stderr)
+        return 3
+    agree = "" if details["agreement"] is None else f", agreement {details['agreement']:.2f}"
+    print(f"{details['usable']} of {details['answers']} answers are usable{agree}", file=sys.stderr)
+    if backup:
+        print(f"written; the old one is {backup}", file=sys.stderr)
+    elif not lines:
+        print("the answer equals the file: nothing to change", file=sys.stderr)
+    return 1 if lines else 0
+
+
+def main(argv=None):
+    """Migrate a file. The exit status: 0 nothing to change, 1 changed, 3 no answer is usable."""
+    args = parse_migration(argv)
+    text, code = patch.read_code(args.file)
+    if args.write:
+        patch.check_writable(args.file)
+    example = data.Example(args.library, args.version.removeprefix("=="), "", args.update.strip(), code, "")
+    base, adapter, settings = open_policy(args.model)
+    tokenizer, model = load_tokenizer(base), load_policy(base, adapter)
+    new_tokens = room(model, tokenizer, example, settings, args)
+    code, details = migrate(model, tokenizer, example, args.num_samples, new_tokens, args.temperature, args.seed)
+    return report(args, text, code, details)
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -4,6 +4,7 @@
     metrics.jsonl    one row of figures a step         adapter/     the trained part, as PEFT saves it
     samples.jsonl    prompts, completions, rewards     model/       or the whole of it, at the end
     heldout.json     held-out figures, at the end      checkpoint/  all that --resume needs
+    tensorboard/, wandb/    the same figures for another program, with --log-to
 
 A file is either appended to line by line or replaced whole: written aside, synced, renamed. So a run
 that is killed at any moment, also while it saves, or that meets a full disk, keeps its last
@@ -16,7 +17,9 @@ import math
 import os
 import pickle
 import re
+import secrets
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +29,12 @@ from tqdm import tqdm
 
 import parallel
 from data import BadInput
+from plot import curve
 
-MAY_CHANGE = ("resume", "output", "steps", "save_every", "show_every", "offload", "micro_tokens", "keep_activations")  # between a run and its --resume
+MAY_CHANGE = (  # between a run and its --resume
+    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload", "micro_tokens",
+    "keep_activations", "dry_run",
+)  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -70,6 +77,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def style(text, code):
+    """`text` in an ANSI style ("1" bold, "2" dim), but plain where no terminal shows it or NO_COLOR is set."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
 class Stop:
     """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
 
@@ -86,60 +99,59 @@ def show(step, group):
     """A sample completion for the screen: the update note, what the model made of it, the reward."""
     lines = [
         f"sample of step {step}, reward {group.rewards[0]:.2f}",
-        f"note: {group.example.update_info}",
+        f"note: {' '.join(group.example.update_info.split())}",
         *f"<think>{group.texts[0]}".split("\n"),
     ]
-    return "\n" + "\n".join(f"    | {line[:92]}" for line in lines[:20]) + "\n"
+    clean = lambda line: "".join(char if char.isprintable() else " " for char in line)  # no commands to the terminal
+    return "\n" + "\n".join(style(f"    | {clean(line[:92])}", "2") for line in lines[:20]) + "\n"
 
 
-LEFT, RIGHT, TOP, BOTTOM = 60, 700, 40, 370  # of the plot, in an SVG of 760 x 420
-SERIES = (("reward", -3, 3, "#1f5fbf"), ("em", 0, 1, "#2a8a3e"), ("stale", 0, 1, "#c2452d"))  # figure, axis, colour
+def opener(name):
+    """What opens the other log that --log-to names, None for "". BadInput where it is unknown or not installed."""
+    if name not in ("", "tensorboard", "wandb"):
+        raise BadInput(f"--log-to {name!r}: give tensorboard or wandb")
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter as found
+        elif name == "wandb":
+            from wandb import init as found
+    except ImportError:
+        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
+    return found if name else None
 
 
-def text(x, y, content, more=""):
-    return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{content}</text>'
+def mirror(config, step):
+    """Open the other log of --log-to for steps from `step` on: the functions add(row) and close().
 
+    What a killed run told it of later steps is done anew: TensorBoard forgets those rows, wandb keeps
+    the first it got, and on a CPU the two are the same.
+    """
+    open_log, path = opener(config.log_to), Path(config.output)
+    if parallel.RANK > 0:
+        return lambda row: None, lambda: None
+    if config.log_to == "tensorboard":
+        writer = open_log(path / "tensorboard", purge_step=step)
 
-def svg(height, parts):
-    """A picture, 760 wide, on white."""
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font-family="sans-serif" font-size="13">'
-    )
-    return "\n".join([head, f'<rect width="760" height="{height}" fill="white"/>', *parts, "</svg>"])
+        def add(row):
+            for name, value in row.items():
+                if value is not None:
+                    writer.add_scalar(name, value, row["step"])
+            writer.flush()
 
+        return add, writer.close
+    if config.log_to == "wandb":
+        from wandb import Error
 
-def frame(first, last):
-    """Axes and grid: reward on the left, shares on the right, steps `first` to `last` below."""
-    parts = []
-    for tick in range(-3, 4):
-        y = BOTTOM - (BOTTOM - TOP) * (tick + 3) / 6
-        parts.append(f'<path d="M{LEFT} {y:.0f}H{RIGHT}" stroke="#ddd"/>')
-        parts.append(text(LEFT - 8, y + 4, tick, 'text-anchor="end"'))
-    for tick in range(0, 101, 25):
-        parts.append(text(RIGHT + 8, BOTTOM - (BOTTOM - TOP) * tick / 100 + 4, f"{tick}%"))
-    for fifth in range(6):
-        x = LEFT + (RIGHT - LEFT) * fifth / 5
-        parts.append(text(x, BOTTOM + 20, first + (last - first) * fifth // 5, 'text-anchor="middle"'))
-    return [*parts, text((LEFT + RIGHT) / 2, BOTTOM + 40, "step", 'text-anchor="middle"')]
-
-
-def curve(rows):
-    """An SVG picture of metrics rows: thin lines are the steps, thick ones the mean of nine around each."""
-    steps = [row["step"] for row in rows] or [0]
-    parts = frame(steps[0], steps[-1])
-    for place, (name, low, high, colour) in enumerate(SERIES):
-        known = [row for row in rows if row[name] is not None]
-        values = [row[name] for row in known]
-        near = [values[max(0, i - 4) : i + 5] for i in range(len(values))]
-        for line, style in ((values, 'opacity="0.3"'), ([sum(n) / len(n) for n in near], 'stroke-width="2.5"')):
-            points = []
-            for row, value in zip(known, line):
-                x = LEFT + (RIGHT - LEFT) * (row["step"] - steps[0]) / max(1, steps[-1] - steps[0])
-                points.append(f"{x:.1f},{BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low):.1f}")
-            parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" {style}/>')
-        label = {"reward": "reward (left)", "em": "exact match", "stale": "stale"}[name]
-        parts.append(text(LEFT + 20 + 150 * place, TOP - 15, label, f'fill="{colour}" font-weight="bold"'))
-    return svg(420, parts)
+        name = path / "wandb" / "id"  # of this run on the server, also after --resume
+        if not name.is_file():
+            write(name, secrets.token_hex(4).encode())
+        try:
+            again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
+            there = open_log(project="recode", dir=path, config=asdict(config), **again)
+        except Error as error:
+            raise BadInput(f"--log-to wandb: {' '.join(str(error).split())}; or set WANDB_MODE=offline")
+        return lambda row: row["step"] < there.step or there.log(row, step=row["step"]), there.finish
+    return lambda row: None, lambda: None
 
 
 class Run:
@@ -148,6 +160,7 @@ class Run:
     def __init__(self, config):
         """Claim config.output for a new run, or check that it holds the run to go on with."""
         self.config, self.path, self.rows = config, Path(config.output), []
+        opener(config.log_to)  # tells now if it is missing
         self.estimate = True  # the first step of this process tells how long all will take
         self.checkpoint = self.path / "checkpoint" / "state.pt"
         settings = asdict(config)
@@ -172,14 +185,15 @@ class Run:
 
     @contextlib.contextmanager
     def progress(self, done):
-        """Around the training loop: the progress bar, and the Stop that Ctrl-C sets."""
-        stop = Stop()
+        """Around the training loop: the progress bar, the log of --log-to, and the Stop that Ctrl-C sets."""
+        stop, hidden = Stop(), self.config.quiet or parallel.RANK > 0 or None  # None: hidden where no terminal is
+        self.add, close = mirror(self.config, done + 1)
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            hidden = parallel.RANK > 0 or None
             with tqdm(total=self.config.steps, initial=done, unit="step", disable=hidden, leave=False) as self.bar:
                 yield stop
         finally:
+            close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -193,6 +207,11 @@ class Run:
             raise BadInput(f"cannot write {self.path / name}: {error.strerror}; make room, then --resume")
         return row
 
+    def say(self, text):
+        """A line for the screen, above the bar, unless the run is --quiet."""
+        if not self.config.quiet:
+            tqdm.write(text)
+
     def log(self, figures, groups):
         """A step's row for the file and the screen; now and then its first group of samples and the curve."""
         if parallel.RANK > 0:
@@ -201,17 +220,19 @@ class Run:
         tokens = sum(len(ids) for group in groups for ids in group.completions)
         row = self.append("metrics.jsonl", {**figures, "tokens_per_second": tokens / seconds})
         self.rows.append(row)
+        self.add(row)
         if self.estimate:
             self.estimate, left = False, (self.config.steps - row["step"]) * seconds
-            tqdm.write(f"estimate  {left:,.0f} seconds for the steps to come, by the first of them\n")
-            tqdm.write("".join(f"{title:>{int(re.match('[0-9]+', form)[0])}}" for _, title, form in COLUMNS))
-        tqdm.write("".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
+            self.say(f"estimate  {left:,.0f} seconds for the steps to come, by the first of them\n")
+            heading = "".join(f"{title:>{int(re.match('[0-9]+', form)[0])}}" for _, title, form in COLUMNS)
+            self.say(style(heading, "1"))
+        self.say("".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
         self.bar.update()
         if row["step"] % self.config.show_every == 0 or row["step"] in (1, self.config.steps):
             for text, reward in zip(groups[0].texts, groups[0].rewards):
                 sample = {"update_info": groups[0].example.update_info, "completion": text, "reward": reward}
                 self.append("samples.jsonl", {"step": row["step"], **sample})
-            tqdm.write(show(row["step"], groups[0]))
+            self.say(show(row["step"], groups[0]))
             write(self.path / "curve.svg", curve(self.rows).encode())
 
     def save(self, trained, state):

@@ -1,4 +1,4 @@
-"""SFT: no rewards, the one completion of a prompt is its reference (eq. 1, 3, 5), tokens alike (eq. 8).
+"""SFT: no rewards, a prompt's one completion is its reference (eq. 1, 3, 5), tokens alike (eq. 8).
 
 A code model learns to obey an API update by copying the right answer, token by token. It is the
 policy gradient of grpo.py with one completion a group, always the best one. Completion i, token t:
@@ -19,8 +19,8 @@ Three files, one text; what differs carries the number of its equation:
     diff grpo.py dapo.py                                  the lesson
 
 What to know before reading:
-  1. The prompt carries no loss, and a target ends in its EOS. It is data.encode_target: the reference
-     in the form that the reward asks for, behind an empty thought, for the data holds none.
+  1. The prompt carries no loss, and a target ends in its EOS. It is data.encode_target: the
+     reference in the form that the reward asks for, behind an empty thought, as the data has none.
   2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
      gradient do not depend on --micro-tokens.
   3. The policy still answers every prompt before it is shown the target: the figures of a step are
@@ -81,6 +81,8 @@ class Config:
     # the log
     save_every: int = 100  # steps between checkpoints
     show_every: int = 10  # steps between sample completions
+    log_to: str = ""  # the figures also go to "tensorboard" or "wandb", "" for neither
+    quiet: bool = False  # no rows, samples or bars, only the header and the final table
 
 
 def advantages(rewards):

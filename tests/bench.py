@@ -1,7 +1,9 @@
-"""Side-by-side measurements, run by hand: python tests/bench.py [--json], about three minutes on one core.
+"""Side-by-side measurements, run by hand, about three minutes on one core:
 
-Every figure is the median of runs that alternate between ours and the other; only ratios travel from
-one machine to another. Memory is the peak above a small model, each run in a process of its own.
+    python tests/bench.py
+
+Every figure is the median of runs that alternate between ours and the other; only ratios travel
+from one machine to another. Memory is the peak above a small model, each run in its own process.
 """
 
 import argparse
@@ -146,8 +148,9 @@ def bench_sandbox():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
+    form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--json", action="store_true", help="one JSON object per figure [off]")
     parser.add_argument("--memory", choices=("ours", "naive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -156,7 +159,7 @@ def main():
     for bench in (bench_memory, bench_levenshtein, bench_sandbox, bench_sampling):
         for row in bench():
             name, ratio, goal, mine, theirs, unit = row
-            text = f"{name:<90}{ratio:8.1f}x   goal {goal:<8}{mine:12.4g} {unit} against {theirs:.4g} {unit}"
+            text = f"{name}\n{ratio:12.1f}x   goal {goal:<8}{mine:12.4g} {unit} against {theirs:.4g} {unit}"
             print(json.dumps(dict(zip(names, row))) if arguments.json else text, flush=True)
 
 

@@ -264,3 +264,52 @@ def test_hub_out_of_reach(hub, write_rows, rows, tmp_path, trouble):
     assert lines[0].startswith("error: model: ") and "acme/none" in lines[0] and "directory" in lines[0]
     assert lines[1].startswith("error: data: ") and "acme/None" in lines[1] and "local" in lines[1]
     assert not (tmp_path / "run").exists()
+
+
+def look(capsys, *argv):
+    """The lines that `python data.py` prints."""
+    assert data.main(list(argv)) == 0
+    return capsys.readouterr().out.split("\n")
+
+
+def test_own_data_set(rows, write_rows, tokenizer, capsys):
+    """Stops a report that miscounts, names the wrong lines, or leaves it open how long the texts are."""
+    rows[1]["old_code"] += "\n# more" * 30
+    rows[2]["new_code"] = rows[2]["old_code"] + "  # the same"
+    bad = [rows[0] | {"new_code": "("} for _ in range(7)]
+    source = write_rows([rows[0], "", *bad, rows[1], rows[0], *rows[2:]])
+    lines = look(capsys, source, "--max-prompt-tokens", "200", "--max-new-tokens", "30", "--model", str(ROOT / "tiny"))
+    assert lines[0].endswith("6 usable rows, 8 dropped")
+    assert "          7 dropped: the reference does not parse (line 3, 4, 5, 6, 7, ...)" in lines
+    assert "          1 dropped: repeat of an earlier row (line 11)" in lines
+    assert [line.split()[:2] for line in lines if "no change" in line] == [["1", "usable"]]
+    examples = [Example(**row | {"new_version": "2.0"}) for row in rows]
+    prompts = sorted(len(data.encode_prompt(example, tokenizer)) for example in examples)
+    targets = sorted(len(data.encode_target(example, tokenizer)) for example in examples)
+    assert prompts[-1] > 200 > prompts[-2]
+    for name, counts, limit in (("prompt", prompts, 200), ("reference", targets, 30)):
+        (line,) = [line.split() for line in lines if line.startswith(name + " ") and "over" in line]
+        middle = (counts[2] + counts[3]) / 2
+        assert line[1] == f"{middle:.0f}" and line[2:4] == [str(counts[5])] * 2  # 90 % of six is six
+        assert int(line[4]) == sum(count > limit for count in counts) and line[-1] == str(limit)
+
+
+def test_own_data_set_shows_prompts(rows, write_rows, capsys):
+    """Stops prompts that are cut, wider than a screen, a wall of text, or that send commands to the terminal."""
+    rows[0]["update_info"] = "a long note " * 20 + "\x1b[2J the end"
+    rows[5]["old_code"] = "x = 1\n" * 200
+    lines = look(capsys, write_rows(rows))
+    text = " ".join(line.removeprefix("    | ").strip() for line in lines)
+    assert sum("usable row " in line for line in lines) == 3 and "long note a long note ?[2J the end" in text
+    assert max(map(len, lines[1:])) <= 100 and len(lines) < 150 and any("lines more" in line for line in lines)
+    assert "\x1b" not in text and any("toy" in line for line in lines)
+    assert sum("usable row " in line for line in look(capsys, write_rows(rows[:1]))) == 1
+
+
+def test_own_data_set_as_a_program(write_rows, rows):
+    """Stops an exit status or a traceback that hides that nothing is usable."""
+    done = python(os.environ, "data.py", write_rows([rows[0] | {"old_code": ""}]))
+    assert done.returncode == 2 and "1 dropped: no update note or no code (line 1)" in done.stdout
+    assert done.stderr.startswith("error: data: no usable row") and done.stderr.count("\n") == 1
+    done = python(os.environ, "data.py", write_rows(["{"]))
+    assert done.returncode == 2 and "line 1: not JSON" in done.stderr and done.stderr.count("\n") == 1

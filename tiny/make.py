@@ -1,11 +1,12 @@
 """Make the embedded default from nothing: a toy model that knows toy libraries, and its tasks.
 
-    python tiny/make.py [DIRECTORY]        about 10 minutes on 2 cores; the directory is tiny/ itself
+    python tiny/make.py [DIRECTORY]        about 10 minutes on 2 cores
 
-Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer), the settings
-that suit it (defaults.json), and five files of tasks: train.jsonl for training, dev.jsonl, on which
-these settings were chosen, and for the figures that are reported heldout.jsonl, retention.jsonl (the
-note concerns something else: leave the code alone) and two_updates.jsonl (two notes, two calls).
+Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer), the
+settings that suit it (defaults.json), and five files of tasks: train.jsonl for training, dev.jsonl,
+on which these settings were chosen, and for the figures that are reported heldout.jsonl,
+retention.jsonl (the note concerns something else: leave the code alone) and two_updates.jsonl (two
+notes, two calls).
 
 A task is two or three lines that call a made-up library, and a note that one thing in it changed
 (CHANGES). Every name is two words, nova_grid say. All words occur in training, but the word pairs
@@ -227,7 +228,11 @@ def write_tasks(directory):
         (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def main(directory):
+def main(argv=None):
+    """Make all of it. The exit status is 0."""
+    parser = recode.Parser(__doc__)
+    parser.add_argument("directory", nargs="?", default=Path(__file__).parent, type=Path, help="where it goes [tiny]")
+    directory = parser.parse_args(argv).directory
     directory.mkdir(exist_ok=True)
     write_tasks(directory)
     (directory / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
@@ -239,7 +244,8 @@ def main(directory):
     learn(model, tokenizer, mixed, diseased, 200, 1e-3, random.Random(3))
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    recode.guard(main)
