@@ -1,0 +1,235 @@
+"""What bench.py lets two sides do: a random model whose answers end as real ones do, prompts, and our side of a step.
+
+The model is Qwen2's architecture with random weights. Real completions vary in length, those of a random
+model do not end at all, so one channel of the residual stream is set to a constant that no layer touches and
+EOS reads that channel alone: at every position its probability is about `end`, whoever samples. Lengths are
+then geometric (1/110 of at most 256 tokens: 99 in the mean), and the same for our sampler and generate.
+
+The tokenizer has one word per id. It decodes any ids to a well-formed answer with one name a line, so
+reward.score does all its work (parse, edit distance) and the rewards of a group differ.
+
+As a script it is our side, in a process of its own, as bench_trl.py is the other: SPEC is JSON (see Spec),
+a line on its input asks for one step, the answer is a line of JSON.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers.utils import logging
+
+import data
+import dora
+import grpo
+import recode
+
+PAD, EOS, UNK = 0, 1, 2
+SHAPES = {  # name: vocabulary, width, of the MLP, layers, heads, of keys
+    "5M": (2000, 256, 1024, 4, 4, 2),
+    "25M": (6000, 512, 1536, 6, 8, 4),
+    "7B": (152_064, 3584, 18_944, 28, 28, 4),
+    "shrunk 7B": (1000, 112, 224, 2, 28, 4),
+}
+
+
+@dataclasses.dataclass
+class Spec:
+    """One workload. With end = 0 no completion ends before new_tokens."""
+
+    shape: str = "5M"
+    vocab: int = 0  # instead of the shape's
+    end: float = 1 / 110
+    prompts: int = 8
+    num_samples: int = 8
+    shortest: int = 180  # prompt tokens
+    longest: int = 220
+    new_tokens: int = 256
+    adapter: str = "dora"
+    beta: float = 0.001
+    checkpointing: bool = True  # TRL's default; ours checkpoints on a GPU only
+    device: str = "cpu"
+
+
+# ------------------------------------------------------------------------- the model, the tokenizer, the tasks
+
+
+def build(spec):
+    """The random model of `spec`, made on its device: fp32 on the CPU, bf16 on a GPU, eval mode."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1 if spec.device == "cpu" else torch.get_num_threads())
+    torch.manual_seed(0)
+    vocab, width, mlp, layers, heads, kv_heads = SHAPES[spec.shape]
+    config = Qwen2Config(
+        vocab_size=spec.vocab or vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
+        max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=0.32 / width**0.5, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    dtype = torch.float32 if spec.device == "cpu" else torch.bfloat16
+    with torch.device(spec.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    steady(model, spec.end)
+    return model
+
+
+@torch.no_grad()
+def steady(model, end):
+    """Give EOS the probability `end` at every position, or none for 0; PAD and UNK are never sampled."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for layer in model.base_model.layers:  # nothing writes into channel 0
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+    ids = torch.randint(3, len(head), (1, 128), device=head.device)
+    constant = 1.0
+    for _ in range(4):  # as long as all the other channels together, so that the final norm leaves it steady
+        embedding[:, 0] = constant
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0].float()  # (128, d)
+        constant = constant * (hidden[:, 1:].norm(dim=1) / hidden[:, 0]).mean().item()
+    head[:, 0] = 0
+    head[[PAD, EOS, UNK]] = 0
+    head[[PAD, EOS, UNK], 0] = -100
+    if end:
+        others = model.get_output_embeddings()(hidden.to(head.dtype)).float().logsumexp(-1)  # (128,)
+        wanted = others + torch.tensor(end / (1 - end)).log()
+        head[EOS, 0] = (wanted / hidden[:, 0]).mean()
+
+
+def make_tokenizer(vocab):
+    """One word per id; decodes to a well-formed answer, one name a line."""
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNK} | {f"x{i}": i for i in range(3, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    before, after = data.TARGET.format(thought="", new_code="|").split("|")
+    steps = [("x", "\nx"), None, (Regex(r"\A\n"), before), (Regex(r"\z"), after)]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(*s) if s else decoders.Fuse() for s in steps])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def make_tasks(spec, vocab):
+    """64 pairs of a prompt's ids, of lengths from shortest to longest, and its Example with 100 names to write."""
+    chance, tasks = random.Random(0), []
+    for _ in range(64):
+        prompt = chance.choices(range(3, vocab), k=chance.randint(spec.shortest, spec.longest))
+        target = "\n".join(f"x{i}" for i in chance.choices(range(3, vocab), k=100))
+        tasks.append((prompt, data.Example("lib", "2.0", "", "note", "x", target)))
+    return tasks
+
+
+# ------------------------------------------------------------------------- adaptation points
+# All that the bench knows of the code it measures: if a name or a setting changes there, mend it here.
+
+
+def our_config(spec):
+    """Our settings; dropout 0 on both sides, because with it PEFT's DoRA has to do W x twice."""
+    sizes = {"prompts_per_step": spec.prompts, "num_samples": spec.num_samples, "max_new_tokens": spec.new_tokens}
+    return grpo.Config(model="", beta=spec.beta, dropout=0.0, lr=1e-6, max_prompt_tokens=spec.longest, **sizes)
+
+
+def our_model(spec, config):
+    """The model of `spec` as load_model would give it, under our adapter."""
+    model = build(spec)
+    if spec.device != "cpu":
+        model.gradient_checkpointing_enable()
+    # there is no LoRA yet: DoRA, which has more to do, stands in for it
+    return dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets)
+
+
+def our_sample(model, prompts, spec, seed):
+    """tokens, mask, logps of `spec`."""
+    return recode.sample(model, prompts, spec.num_samples, spec.new_tokens, [EOS], 1.0, seed)
+
+
+@contextlib.contextmanager
+def timed_reference(spent, clock):
+    """Inside, the time with the adapter off (the reference pass) is added to spent["reference"]."""
+    plain = dora.reference
+
+    @contextlib.contextmanager
+    def timed(model):
+        started = clock()
+        with plain(model) as off:
+            yield off
+        spent["reference"] += clock() - started
+
+    dora.reference = timed
+    try:
+        yield
+    finally:
+        dora.reference = plain
+
+
+def our_side(spec):
+    """A function that makes one GRPO step and tells of it, and the model."""
+    config, position, clock = our_config(spec), 0, clock_of(spec.device)
+    model = our_model(spec, config)
+    tokenizer = make_tokenizer(model.config.vocab_size)
+    tasks = make_tasks(spec, model.config.vocab_size)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+
+    def step():
+        nonlocal position
+        spent, started = Counter(), clock()
+        with timed_reference(spent, clock):
+            batch, figures, _, position = grpo.collect(model, tokenizer, tasks, position, config)
+            figures |= grpo.update(model, optimizer, batch, config)
+        return {
+            "seconds": clock() - started,
+            "tokens": int(batch.mask.sum()),
+            "completions": len(batch.mask),
+            "sample": figures["seconds_sample"],
+            "score": figures["seconds_score"],
+            "reference": spent["reference"],
+            "update": figures["seconds_update"] - spent["reference"],
+        }
+
+    return step, model
+
+
+# ------------------------------------------------------------------------- a side as a process
+
+
+def clock_of(device):
+    """The clock of a device: on a GPU it waits for what has been asked of it."""
+    if device == "cpu":
+        return time.perf_counter
+    return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+
+
+def memory_of(device):
+    """(memory in use now, its peak so far) of this process, MiB: of the GPU, or resident on the CPU."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
+    now = int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])) / 2**10
+    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def serve(step, before, device):
+    """Answer every line of the input with one step, as JSON; "peak" is the peak above `before`, MiB."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not mix with the answers
+    for _ in sys.stdin:
+        answer = step()
+        print(json.dumps(answer | {"peak": memory_of(device)[1] - before}), file=answers, flush=True)
+
+
+def main():
+    spec = Spec(**json.loads(sys.argv[1]))
+    step, _ = our_side(spec)
+    serve(step, memory_of(spec.device)[0], spec.device)
+
+
+if __name__ == "__main__":
+    main()
