@@ -82,6 +82,8 @@ def build(spec):
     with torch.device(spec.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     steady(model, spec.end)
+    if spec.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
     return model
 
 
@@ -139,9 +141,8 @@ def our_config(spec):
     return grpo.Config(model="", beta=spec.beta, dropout=0.0, lr=1e-6, max_prompt_tokens=spec.longest, **sizes)
 
 
-def our_model(spec, config):
-    """The model of `spec` as load_model would give it, under our adapter."""
-    model = build(spec)
+def adapt(model, spec, config):
+    """`model` as load_model would give it, under our adapter."""
     if spec.device != "cpu":
         model.gradient_checkpointing_enable()
     # there is no LoRA yet: DoRA, which has more to do, stands in for it
@@ -173,9 +174,11 @@ def timed_reference(spent, clock):
 
 
 def our_side(spec):
-    """A function that makes one GRPO step and tells of it, and the model."""
+    """A function that makes one GRPO step and tells of it, and the memory in use before the adapter, MiB."""
     config, position, clock = our_config(spec), 0, clock_of(spec.device)
-    model = our_model(spec, config)
+    model = build(spec)
+    before = memory_of(spec.device)[0]
+    adapt(model, spec, config)
     tokenizer = make_tokenizer(model.config.vocab_size)
     tasks = make_tasks(spec, model.config.vocab_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
@@ -196,7 +199,7 @@ def our_side(spec):
             "update": figures["seconds_update"] - spent["reference"],
         }
 
-    return step, model
+    return step, before
 
 
 # ------------------------------------------------------------------------- a side as a process
@@ -227,8 +230,7 @@ def serve(step, before, device):
 
 def main():
     spec = Spec(**json.loads(sys.argv[1]))
-    step, _ = our_side(spec)
-    serve(step, memory_of(spec.device)[0], spec.device)
+    serve(*our_side(spec), spec.device)
 
 
 if __name__ == "__main__":
