@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import random
@@ -266,93 +265,25 @@ def bench_step(shape, adapter, beta, goal, least, lean=False):
 def bench_sampling_calibrated(shape):
     """8 prompts x 8 of at most 256 tokens, ended by EOS at about 1/110 everywhere, against generate."""
     import bench_work as work
-    import torch
 
     spec = work.Spec(shape)
-    model, clock, seeds = work.build(spec), work.clock_of("cpu"), itertools.count()
+    model = work.build(spec)
     prompts = [prompt for prompt, _ in work.make_tasks(spec, model.config.vocab_size)[: spec.prompts]]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[work.PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
-    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": spec.num_samples, "eos_token_id": work.EOS}
-    settings |= {"max_new_tokens": spec.new_tokens, "pad_token_id": work.PAD, "attention_mask": (ids > 0).long()}
-
-    def ours():
-        started = clock()
-        _, mask, _ = work.our_sample(model, prompts, spec, next(seeds))
-        return {"seconds": clock() - started, "tokens": int(mask.sum()), "completions": len(mask)}
-
-    def theirs():
-        started = clock()
-        out = model.generate(ids, **settings)[:, longest:]
-        return {"seconds": clock() - started, "tokens": int((out != work.PAD).sum()), "completions": len(out)}
-
     name = f"sampling {shape}, tokens a second, against generate"
-    yield compared(name, ">= 2.5", *rounds(name, (ours, theirs), 5))
-
-
-def padded_gradient(model, batch, rows=8):
-    """The gradient of GRPO's loss the plain way: a row per completion, all padded to the longest, `rows` at once.
-
-    On policy and without KL: rho is 1, the clip does nothing, the loss is - sum of w A rho.
-    """
-    import torch
-
-    longest, T = max(map(len, batch.prompts)), batch.tokens.shape[1]
-    prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])  # (B, P)
-    seen = torch.cat([prompts > 0, batch.mask], 1)  # (B, P + T)
-    for some in torch.arange(len(prompts)).split(rows):
-        ids, tokens, mask = torch.cat([prompts, batch.tokens], 1)[some], batch.tokens[some], batch.mask[some]
-        logits = model(ids, attention_mask=seen[some].long(), logits_to_keep=T + 1).logits[:, :-1]  # (rows, T, V)
-        logps = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (rows, T)
-        weights = mask / mask.sum(1, keepdim=True) / len(prompts)
-        (-weights * batch.advantages[some, None] * torch.exp(logps - logps.detach())).sum().backward()
-
-
-def rollout_batch(model, spec, config):
-    """A sampled and scored Batch of `spec`."""
-    import bench_work as work
-
-    vocab = model.config.vocab_size
-    return work.grpo.collect(model, work.make_tokenizer(vocab), work.make_tasks(spec, vocab), 0, config)[0]
-
-
-def gradient_error(shape):
-    """The greatest difference of our gradient to the plain one, relative to the parameter's largest, on two prompts.
-
-    In float64, the adapter in fp32: attention of random weights is nearly uniform, so the gradient of
-    q_proj is a thousandth of v_proj's, and in fp32 rounding alone comes to 1e-4 of it, on either side.
-    """
-    import bench_work as work
-    import torch
-
-    spec = work.Spec(shape, beta=0.0, prompts=2)
-    config = work.our_config(spec)
-    model = work.adapt(work.build(spec), spec, config)
-    batch, gradients = rollout_batch(model, spec, config), []
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():  # with B = 0 the gradient of A would be 0
-        [p.add_(torch.randn_like(p) * 0.01) for p in parameters]
-    model.double()
-    for p in parameters:
-        p.data = p.data.float()
-    for run in (lambda: work.grpo.accumulate(model, batch, config), lambda: padded_gradient(model, batch)):
-        model.zero_grad()
-        run()
-        gradients.append([p.grad.clone() for p in parameters])
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*gradients, strict=True))
+    yield compared(name, ">= 2.5", *rounds(name, work.samplers(model, prompts, spec), 5))
 
 
 def bench_training(shape):
-    """The training pass over one rollout: ours and padded_gradient, whose gradients must agree."""
+    """grpo.accumulate over one rollout and padded_gradient, whose gradients must agree."""
     import bench_work as work
 
-    name, error = f"training pass {shape}, against padded rows", gradient_error(shape)
+    name, error = f"training pass {shape}, against padded rows", work.gradient_error(shape)
     say(f"{name}: gradients differ by {error:.1e} of the largest")
     assert error <= 1e-5, f"{name}: the gradients differ by {error:.1e} of the largest"
     spec = work.Spec(shape, beta=0.0)
     config = work.our_config(spec)
     model = work.adapt(work.build(spec), spec, config)
-    batch = rollout_batch(model, spec, config)
+    batch = work.rollout_batch(model, spec, config)
     clock, counts = work.clock_of("cpu"), {"tokens": int(batch.mask.sum()), "completions": len(batch.mask)}
 
     def timed(run, *arguments):
@@ -360,7 +291,7 @@ def bench_training(shape):
         run(model, batch, *arguments)
         return {"seconds": clock() - started} | counts
 
-    sides = functools.partial(timed, work.grpo.accumulate, config), functools.partial(timed, padded_gradient)
+    sides = functools.partial(timed, work.grpo.accumulate, config), functools.partial(timed, work.padded_gradient)
     made = rounds(name, sides, 3 if shape == "25M" else 5)
     yield compared(name, ">= 2.5", *made) | {"gradient_error": error}
 

@@ -13,7 +13,6 @@ all of them. --shrink runs the very same code on small shapes on the CPU, to see
 
 import functools
 import importlib.util
-import itertools
 import sys
 from dataclasses import dataclass
 from statistics import median
@@ -71,25 +70,11 @@ def adapted(scale):
 
 
 def samplers(scale, prompts, length, new_tokens):
-    """Two functions that complete `prompts` random prompts 8 times each, ours and generate, and tell of it."""
-    model, clock, seeds = adapted(scale), work.clock_of(scale.device), itertools.count()
+    """work.samplers of `prompts` random prompts, 8 completions each."""
+    model = adapted(scale)
     spec = work.Spec(scale.shape, device=scale.device, prompts=prompts, new_tokens=new_tokens)
     torch.manual_seed(1)
-    ids = torch.randint(3, model.config.vocab_size, (prompts, length), device=scale.device)
-    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": spec.num_samples, "eos_token_id": work.EOS}
-    settings |= {"max_new_tokens": new_tokens, "pad_token_id": work.PAD, "attention_mask": torch.ones_like(ids)}
-
-    def ours():
-        started = clock()
-        _, mask, _ = work.our_sample(model, ids.tolist(), spec, next(seeds))
-        return {"seconds": clock() - started, "tokens": int(mask.sum()), "completions": len(mask)}
-
-    def theirs():
-        started = clock()
-        out = model.generate(ids, **settings)[:, length:]
-        return {"seconds": clock() - started, "tokens": int((out != work.PAD).sum()), "completions": len(out)}
-
-    return ours, theirs
+    return work.samplers(model, torch.randint(3, model.config.vocab_size, (prompts, length)).tolist(), spec)
 
 
 def bench_decode(scale):

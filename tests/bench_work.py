@@ -14,6 +14,7 @@ a line on its input asks for one step, the answer is a line of JSON.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -200,6 +201,74 @@ def our_side(spec):
         }
 
     return step, before
+
+
+# ------------------------------------------------------------------------- what parts of a step are compared with
+
+
+def samplers(model, prompts, spec):
+    """Two functions that complete each of `prompts` as `spec` says and tell of it: ours, and transformers' generate."""
+    clock, seeds, longest = clock_of(spec.device), itertools.count(), max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=spec.device)
+    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": spec.num_samples, "eos_token_id": EOS}
+    settings |= {"max_new_tokens": spec.new_tokens, "pad_token_id": PAD, "attention_mask": (ids != PAD).long()}
+
+    def ours():
+        started = clock()
+        _, mask, _ = our_sample(model, prompts, spec, next(seeds))
+        return {"seconds": clock() - started, "tokens": int(mask.sum()), "completions": len(mask)}
+
+    def theirs():
+        started = clock()
+        out = model.generate(ids, **settings)[:, longest:]
+        return {"seconds": clock() - started, "tokens": int((out != PAD).sum()), "completions": len(out)}
+
+    return ours, theirs
+
+
+def padded_gradient(model, batch, rows=8):
+    """The gradient of GRPO's loss the plain way: a row per completion, all padded to the longest, `rows` at once.
+
+    On policy and without KL: rho is 1, the clip does nothing, the loss is - sum of w A rho.
+    """
+    longest, T = max(map(len, batch.prompts)), batch.tokens.shape[1]
+    prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])  # (B, P)
+    seen = torch.cat([prompts > 0, batch.mask], 1)  # (B, P + T)
+    for some in torch.arange(len(prompts)).split(rows):
+        ids, tokens, mask = torch.cat([prompts, batch.tokens], 1)[some], batch.tokens[some], batch.mask[some]
+        logits = model(ids, attention_mask=seen[some].long(), logits_to_keep=T + 1).logits[:, :-1]  # (rows, T, V)
+        logps = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (rows, T)
+        weights = mask / mask.sum(1, keepdim=True) / len(prompts)
+        (-weights * batch.advantages[some, None] * torch.exp(logps - logps.detach())).sum().backward()
+
+
+def rollout_batch(model, spec, config):
+    """A sampled and scored Batch of `spec`."""
+    vocab = model.config.vocab_size
+    return grpo.collect(model, make_tokenizer(vocab), make_tasks(spec, vocab), 0, config)[0]
+
+
+def gradient_error(shape):
+    """The greatest difference of our gradient to the plain one, relative to the parameter's largest, on two prompts.
+
+    In float64, the adapter in fp32: attention of random weights is nearly uniform, so the gradient of
+    q_proj is a thousandth of v_proj's, and in fp32 rounding alone comes to 1e-4 of it, on either side.
+    """
+    spec = Spec(shape, beta=0.0, prompts=2)
+    config = our_config(spec)
+    model = adapt(build(spec), spec, config)
+    batch, gradients = rollout_batch(model, spec, config), []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():  # with B = 0 the gradient of A would be 0
+        [p.add_(torch.randn_like(p) * 0.01) for p in parameters]
+    model.double()
+    for p in parameters:
+        p.data = p.data.float()
+    for run in (lambda: grpo.accumulate(model, batch, config), lambda: padded_gradient(model, batch)):
+        model.zero_grad()
+        run()
+        gradients.append([p.grad.clone() for p in parameters])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*gradients, strict=True))
 
 
 # ------------------------------------------------------------------------- a side as a process
