@@ -18,7 +18,8 @@ with samples, length and vocabulary; --gpu measures on a GPU instead, with the s
 What a whole step is (bench_work.py, bench_trl.py): 8 prompts of 180 to 220 tokens x 8 samples of at most 256 and
 about 100 tokens; r 64 on q and v; same model, prompts and reward; dropout 0 on both sides. TRL is at its defaults,
 which checkpoint activations; a further row turns that off, for on a CPU it costs TRL time. Memory is the peak above
-the loaded model in a process of its own.
+the loaded model in a process of its own. On the CPU the seconds of step, sampling 5M and 25M, training and
+--growth are those of work, not of waiting, so that a machine that is shared with others can be used.
 """
 
 import argparse
@@ -250,7 +251,7 @@ def bench_step(shape, adapter, beta, goal, least, lean=False):
         settings = [spec, spec, spec | {"checkpointing": False}]
         sides = [stack.enter_context(Side(script, **s)) for script, s in zip(names, settings)]
         made = rounds(name, sides, least)
-    parts = ("sample", "score", "reference", "update")
+    parts = ("rollout", "reference", "update")
     shares = [{part: round(per_token(steps, part), 3) for part in parts} for steps in made]
     for who, side in zip(("ours", "TRL", "TRL without checkpointing"), shares):
         say(f"{name}: ms a token, {who}: {side}")

@@ -124,7 +124,7 @@ def bench_paper(scale):
         for side in sides:
             side.__exit__()
     for who, steps in zip(("ours", "TRL"), made):
-        parts = {part: round(median(s[part] for s in steps), 3) for part in ("sample", "score", "reference", "update")}
+        parts = {part: round(median(s[part] for s in steps), 3) for part in ("rollout", "reference", "update")}
         say(f"{name}: seconds, {who}: {parts}")
     times = [median(step["seconds"] for step in steps) for steps in made]
     peaks = [max(step["peak"] for step in steps) for steps in made]

@@ -38,14 +38,14 @@ class Doors(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         seconds = self.clock() - self.started
-        known = sum(self.spent[name] for name in ("sample", "score", "reference"))
+        known = sum(self.spent[name] for name in ("rollout", "reference"))
         answer = dict(self.spent) | {"seconds": seconds, "update": seconds - known}
         answer |= {"reference": self.spent["reference"], "peak": memory_of(self.spec.device)[1] - self.before}
         print(json.dumps(answer), file=self.answers, flush=True)
 
 
 def watch(trainer, spent, clock):
-    """Add to `spent` the seconds of sampling, scoring and the reference, and count the tokens."""
+    """Add to `spent` the seconds of the rollout (sampling, scoring) and of the reference, and count the tokens."""
 
     def timed(method, name, wanted=lambda: True):
         plain = getattr(trainer, method)
@@ -54,15 +54,15 @@ def watch(trainer, spent, clock):
             started, counts = clock(), wanted()
             result = plain(*args, **kwargs)
             spent[name] += (clock() - started) * counts
-            if name == "sample":
+            if method == "_generate_single_turn":
                 spent["tokens"] += sum(map(len, result[0]))
                 spent["completions"] += len(result[0])
             return result
 
         setattr(trainer, method, run)
 
-    timed("_generate_single_turn", "sample")
-    timed("_calculate_rewards", "score")
+    timed("_generate_single_turn", "rollout")
+    timed("_calculate_rewards", "rollout")
     timed("_get_per_token_logps_and_entropies", "reference", lambda: not torch.is_grad_enabled())
 
 

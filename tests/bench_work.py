@@ -188,16 +188,17 @@ def our_side(spec):
         nonlocal position
         spent, started = Counter(), clock()
         with timed_reference(spent, clock):
-            batch, figures, _, position = grpo.collect(model, tokenizer, tasks, position, config)
-            figures |= grpo.update(model, optimizer, batch, config)
+            batch, _, _, position = grpo.collect(model, tokenizer, tasks, position, config)
+            spent["rollout"] = clock() - started
+            grpo.update(model, optimizer, batch, config)
+        seconds = clock() - started
         return {
-            "seconds": clock() - started,
+            "seconds": seconds,
             "tokens": int(batch.mask.sum()),
             "completions": len(batch.mask),
-            "sample": figures["seconds_sample"],
-            "score": figures["seconds_score"],
+            "rollout": spent["rollout"],
             "reference": spent["reference"],
-            "update": figures["seconds_update"] - spent["reference"],
+            "update": seconds - spent["rollout"] - spent["reference"],
         }
 
     return step, before
@@ -275,9 +276,10 @@ def gradient_error(shape):
 
 
 def clock_of(device):
-    """The clock of a device: on a GPU it waits for what has been asked of it."""
+    """The clock of a device. On the CPU it counts the work of this process, so that what others do on the machine
+    does not count; each side runs on one thread. On a GPU it counts time, and waits for what has been asked of it."""
     if device == "cpu":
-        return time.perf_counter
+        return time.process_time
     return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
 
 
