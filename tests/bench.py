@@ -333,12 +333,12 @@ def benches():
     return chosen
 
 
-def show(row, as_json):
-    if as_json:
-        return print(json.dumps(row), flush=True)
-    ratio, ours, theirs = ("-" if row[x] is None else f"{row[x]:.4g}" for x in ("ratio", "ours", "theirs"))
-    text = f"{row['name']:<90}{ratio:>8}x   goal {row['goal']:<8}{ours} {row['unit']} against {theirs} {row['unit']}"
-    return print(text, flush=True)
+def show(figure, as_json):
+    numbers = ("-" if figure[name] is None else f"{figure[name]:.4g}" for name in ("ratio", "ours", "theirs"))
+    text = "{:<90}{:>8}x   goal {:<8}{} {unit} against {} {unit}"
+    ratio, ours, theirs = numbers
+    text = text.format(figure["name"], ratio, figure["goal"], ours, theirs, unit=figure["unit"])
+    print(json.dumps(figure) if as_json else text, flush=True)
 
 
 def main():
@@ -365,8 +365,8 @@ def main():
     for name, bench in chosen.items():
         if arguments.only in name:
             say(f"--- {name}")
-            for row in bench():
-                show(row, arguments.json)
+            for figure in bench():
+                show(figure, arguments.json)
 
 
 if __name__ == "__main__":

@@ -74,13 +74,13 @@ def main():
     spec, spent = Spec(**json.loads(sys.argv[1])), Counter()
     warnings.simplefilter("ignore")
     model = build(spec)
-    before = memory_of(spec.device)[0]
     logging.set_verbosity_error()
     tokenizer = make_tokenizer(model.config.vocab_size)
     rows = [
         {"prompt": " ".join(f"x{i}" for i in prompt), "target": example.new_code}
         for prompt, example in make_tasks(spec, model.config.vocab_size)
     ]
+    before = memory_of(spec.device)[0]
     size = min(8, spec.prompts * spec.num_samples)  # 8 is its default
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(

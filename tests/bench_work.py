@@ -178,10 +178,10 @@ def our_side(spec):
     """A function that makes one GRPO step and tells of it, and the memory in use before the adapter, MiB."""
     config, position, clock = our_config(spec), 0, clock_of(spec.device)
     model = build(spec)
-    before = memory_of(spec.device)[0]
-    adapt(model, spec, config)
     tokenizer = make_tokenizer(model.config.vocab_size)
     tasks = make_tasks(spec, model.config.vocab_size)
+    before = memory_of(spec.device)[0]
+    adapt(model, spec, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
 
     def step():
