@@ -105,8 +105,8 @@ def rounds(name, sides, least, most=12):
     while len(made[0]) < least or (len(made[0]) < most and apart(made) > 0.1):
         for side, steps in zip(sides, made, strict=True):
             steps.append(side())
-        last = ", ".join(f"{steps[-1]['seconds']:.2f} s for {steps[-1]['tokens']} tokens" for steps in made)
-        say(f"{name}: round {len(made[0])}: {last}")
+        told = [{key: round(value, 3) for key, value in steps[-1].items()} for steps in made]
+        say(f"{name}: round {len(made[0])}: " + " against ".join(map(json.dumps, told)))
     return made
 
 
