@@ -82,16 +82,21 @@ def main():
     ]
     before = memory_of(spec.device)[0]
     size = min(8, spec.prompts * spec.num_samples)  # 8 is its default
+    accumulation = spec.prompts * spec.num_samples // size
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(
-            output, per_device_train_batch_size=size, gradient_accumulation_steps=spec.prompts * spec.num_samples // size,
+            output, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
             num_generations=spec.num_samples, max_completion_length=spec.new_tokens, beta=spec.beta, loss_type="grpo",
             gradient_checkpointing=spec.checkpointing, bf16=spec.device != "cpu", use_cpu=spec.device == "cpu",
             max_steps=10_000, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         adapter = LoraConfig(
-            r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"], use_dora=spec.adapter == "dora", task_type="CAUSAL_LM"
-        )  # fmt: skip
+            r=64,
+            lora_alpha=64,
+            target_modules=["q_proj", "v_proj"],
+            use_dora=spec.adapter == "dora",
+            task_type="CAUSAL_LM",
+        )
         trainer = GRPOTrainer(
             model, score, config, Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
             callbacks=[Doors(spec, spent, before)],
