@@ -3,8 +3,8 @@
     y = m * (W x + s B A x) / ||W + s B A||,   s = alpha / r                                  (eq. 1)
 
 m (a magnitude for every row), A and B are trained; the norm, row by row, is held constant in the
-gradient, as in the paper. Without m and norm it is LoRA (--adapter lora). With the part switched off the model is the reference policy again, so no
-second model is needed. Files are PEFT's, in both directions.
+gradient, as in the paper. Without m and norm it is LoRA (--adapter lora). With the part switched off the
+model is the reference policy again, so no second model is needed. Files are PEFT's, in both directions.
 
 Differences from PEFT:
   1. BA is never formed: ||W + sBA||^2 = ||W||^2 + 2s <W, BA> + s^2 ||BA||^2 needs small products only    (eq. 2)
