@@ -234,7 +234,7 @@ def padded_gradient(model, batch, rows=8):
     On policy and without KL: rho is 1, the clip does nothing, the loss is - sum of w A rho.
     """
     longest, T = max(map(len, batch.prompts)), batch.tokens.shape[1]
-    prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])  # (B, P)
+    prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])[batch.group]  # (B, P)
     seen = torch.cat([prompts > 0, batch.mask], 1)  # (B, P + T)
     for some in torch.arange(len(prompts)).split(rows):
         ids, tokens, mask = torch.cat([prompts, batch.tokens], 1)[some], batch.tokens[some], batch.mask[some]
