@@ -1,25 +1,27 @@
-"""Side-by-side measurements, run by hand on one core: python tests/bench.py [--json] [--only WORD] [--growth | --gpu]
+"""Side-by-side measurements, run by hand, on one core:
 
-Every figure is the median of runs that alternate between ours and the other; only ratios travel from one
-machine to another. A row has a name, the ratio, the goal and both medians; where lengths vary also the mean
-length on both sides, and a row whose means differ by more than a tenth says that it does not count.
+    python tests/bench.py [--json] [--only WORD] [--growth | --gpu]
 
-    memory       peak of log-probabilities against full logits                      under a minute
-    step         a whole GRPO step against TRL's GRPOTrainer: seconds and peak memory     (needs trl, peft, datasets)
-                 5M and 25M parameters, DoRA with beta 0.001 and LoRA with beta 0       about half an hour
-    levenshtein  against the textbook and rapidfuzz                                 seconds
-    sandbox      a program against a fresh interpreter                              seconds
-    sampling     against transformers' generate                                     minutes
-    training     grpo.accumulate against one padded row per completion              minutes
+Every figure is the median of runs that alternate between ours and the other; only ratios travel
+from one machine to another. A row has a name, the ratio, the goal and both medians; where lengths
+vary also the mean length on both sides, and a row whose means differ by more than a tenth says that
+it does not count.
 
---only WORD keeps those whose name contains WORD ("step 5M dora", say); --growth prints instead how our cost grows
-with samples, length and vocabulary; --gpu measures on a GPU instead, with the shapes of Qwen2.5-7B (bench_gpu.py).
+    memory       peak of log-probabilities against full logits               under a minute
+    step         a whole GRPO step against TRL's GRPOTrainer, time and       half an hour
+                 memory: 5M and 25M parameters, DoRA with beta 0.001,
+                 LoRA with beta 0 (needs trl, peft and datasets)
+    levenshtein  against the textbook and rapidfuzz                          seconds
+    sandbox      a program against a fresh interpreter                       seconds
+    sampling     against transformers' generate                              minutes
+    training     grpo.accumulate against one padded row per completion       minutes
 
-What a whole step is (bench_work.py, bench_trl.py): 8 prompts of 180 to 220 tokens x 8 samples of at most 256 and
-about 100 tokens; r 64 on q and v; same model, prompts and reward; dropout 0 on both sides. TRL is at its defaults,
-which checkpoint activations; a further row turns that off, for on a CPU it costs TRL time. Memory is the peak above
-the loaded model in a process of its own. On the CPU the seconds of step, sampling 5M and 25M, training and
---growth are those of work, not of waiting, so that a machine that is shared with others can be used.
+What a whole step is (bench_work.py, bench_trl.py): 8 prompts of 180 to 220 tokens x 8 samples of at
+most 256 and about 100 tokens; r 64 on q and v; same model, prompts and reward; dropout 0 on both
+sides. TRL is at its defaults, which checkpoint activations; a further row turns that off, for on a
+CPU it costs TRL time. Memory is the peak above the loaded model in a process of its own. On the CPU
+the seconds of step, sampling 5M and 25M, training and --growth are those of work, not of waiting,
+so that a machine that is shared with others can be used.
 """
 
 import argparse
@@ -344,10 +346,10 @@ def show(figure, as_json):
 def main():
     form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure")
-    parser.add_argument("--only", default="", metavar="WORD", help="only what has this word in its name")
-    parser.add_argument("--growth", action="store_true", help="a table of our cost as the work grows")
-    parser.add_argument("--gpu", action="store_true", help="measure on a GPU, with the shapes of a 7B model")
+    parser.add_argument("--json", action="store_true", help="one JSON object per figure [off]")
+    parser.add_argument("--only", default="", metavar="WORD", help="only what has this word in its name [all]")
+    parser.add_argument("--growth", action="store_true", help="a table of our cost as the work grows [off]")
+    parser.add_argument("--gpu", action="store_true", help="measure on a GPU, with the shapes of a 7B model, bench_gpu.py [off]")
     parser.add_argument("--shrink", action="store_true", help=argparse.SUPPRESS)  # --gpu's code, small, on the CPU
     parser.add_argument("--memory", choices=("ours", "naive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
