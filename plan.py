@@ -12,9 +12,9 @@ u tokens of prompts, and r rows, c = r T tokens of completions. In bytes:
     trained    16 A with an adapter; else 4 W + 12 W / N: the gradient in fp32, and,     (eq. 2)
                in slices or with --offload not at all, weights and AdamW's moments
     sampling   2 b n k p (L + G T) + 16 p G V      keys and values; logits               (eq. 3)
-    a layer    a = b ((20 d + 6 f) c + (2 d + 2 k) r (L + T))   what its backward needs  (eq. 4)
+    a layer    a = b ((14 d + 4 f) c + (2 d + 2 k) r (L + T))   what its backward needs  (eq. 4)
     training   b n (d (u + c) + 4 k u) + a         the layers computed anew              (eq. 5)
-               b n (20 d + 6 f) u + n a            --keep-activations
+               b n (14 d + 4 f) u + n a            --keep-activations
     peak       weights + trained + max(sampling, training + 16 LOGITS)                   (eq. 6)
 
 And in seconds, with a GPU that moves B bytes/s and does C operations/s (one and a half times the limit
@@ -37,6 +37,7 @@ import parallel
 import policy
 import recode
 
+HELD_D, HELD_F = 14, 4  # eq. 4, counted in the layers of Qwen2 and checked by --dry-run
 GPU = {"name": "H100 80 GB", "bandwidth": 3.35e12, "operations": 989e12}  # bf16, dense; its data sheet's figures
 SIZES = {  # Qwen2.5-Coder: width, MLP, layers, heads, heads of keys, words, whether the output layer is the input's
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
@@ -68,9 +69,10 @@ class Shape:
     @classmethod
     def of(cls, config, r=64):
         d, n, f, V = config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.vocab_size
-        k = (getattr(config, "head_dim", None) or d // config.num_attention_heads) * config.num_key_value_heads
-        W = n * (2 * d * d + 2 * d * k + 3 * d * f) + V * d * (1 if config.tie_word_embeddings else 2)
-        return cls(d, n, f, k, V, W, n * (r * (2 * d + d + k) + d + k))
+        head = getattr(config, "head_dim", None) or d // config.num_attention_heads
+        q, k = head * config.num_attention_heads, head * config.num_key_value_heads
+        W = n * (2 * d * q + 2 * d * k + 3 * d * f) + V * d * (1 if config.tie_word_embeddings else 2)
+        return cls(d, n, f, k, V, W, n * (r * (2 * d + q + k) + q + k))
 
 
 def memory(x, config, L, prompts, ranks=1, b=2, logits=policy.LOGITS):
@@ -78,7 +80,7 @@ def memory(x, config, L, prompts, ranks=1, b=2, logits=policy.LOGITS):
     G, T, M = config.num_samples, config.max_new_tokens, config.micro_tokens
     u = min(prompts * L, max(M, L))
     r = min(prompts * G, max(M // T, 1))
-    held = (20 * x.d + 6 * x.f) * b
+    held = (HELD_D * x.d + HELD_F * x.f) * b
     layer = held * r * T + b * (2 * x.d + 2 * x.k) * r * (L + T)  # eq. 4
     anew = b * x.n * (x.d * (u + r * T) + 4 * x.k * u) + layer
     full = 4 * x.W + (0 if config.offload else 12 * x.W / ranks)
@@ -125,6 +127,7 @@ def dry_run(model, tasks, optimizer, config, update):
 
     The model is of no use afterwards, for it has learned from random rewards. Returns the exit status, 0.
     """
+    parallel.gather_weights(model)
     before, start = peak_bytes(model.device), time.perf_counter()
     longest, P, G = max((prompt for prompt, _ in tasks), key=len), config.prompts_per_step, config.num_samples
     mine = len(parallel.share(range(P)))

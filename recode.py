@@ -227,6 +227,7 @@ def export(model, adapter, output):
     print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
 
 
+SHARD = "5GB"  # of weights in a file
 CARD = """---
 base_model: {base}
 tags: [recode, code-migration]
@@ -239,7 +240,7 @@ the form of data.py: a system message, the notes in <doc>, the old code, then a 
 
 
 def write_model(model, tokenizer, directory, what):
-    """Save an ordinary checkpoint directory: config, tokenizer, model card, weights in files of 5 GB at most.
+    """Save an ordinary checkpoint directory: config, tokenizer, model card, weights in files of SHARD at most.
 
     Trained slices are put together one by one on rank 0, in bf16 if they were used in it.
     """
@@ -251,7 +252,7 @@ def write_model(model, tokenizer, directory, what):
     if parallel.RANK > 0:
         return
     try:
-        model.save_pretrained(directory, state_dict=state, max_shard_size="5GB")
+        model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD)
         tokenizer.save_pretrained(directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then --resume")

@@ -1,0 +1,97 @@
+"""plan.py: the formula against real models, --dry-run, and what an out-of-memory error says."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_model
+
+import grpo
+import plan
+import recode
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_counted(family, tied):
+    """Stops a table whose models have other sizes than the real ones; norms and biases may be missing, 2 % at most."""
+    model = random_model(family, 500, tie_word_embeddings=tied, hidden_size=128, intermediate_size=320)
+    real = sum(p.numel() for p in model.parameters())
+    assert 0.98 * real <= plan.Shape.of(model.config).W <= real
+    adapted = recode.dora.add_dora(model, 64, 64.0, 0.0, "q_proj,v_proj")
+    assert plan.Shape.of(model.config, 64).A == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("7B", 7.616), ("14B", 14.77), ("32B", 32.76)])
+def test_sizes_are_those_of_the_model_cards(name, billions):
+    """Stops a wrong width or number of layers in the table; the counts are Qwen's own."""
+    assert plan.Shape.of(plan.qwen(name)).W == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_memory_by_hand():
+    """Stops a term that is counted twice or not at all: a model of one layer, every part worked out by hand."""
+    x = plan.Shape(d=10, n=1, f=30, k=5, V=100, W=1000, A=50)
+    config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
+    parts = plan.memory(x, config, 4, 3, b=2, logits=7)
+    assert parts["weights"] == 2000 and parts["trained"] == 800
+    assert parts["sampling"] == 2 * 2 * 5 * 3 * (4 + 2 * 8) + 16 * 3 * 2 * 100
+    held = plan.HELD_D * 10 + plan.HELD_F * 30  # numbers that a layer keeps of a token
+    layer = 2 * (held * 16 + (2 * 10 + 2 * 5) * 2 * (4 + 8))
+    assert parts["training"] == 2 * (10 * (12 + 16) + 4 * 5 * 12) + layer + 16 * 7
+    assert parts["peak"] == 2800 + max(parts["sampling"], parts["training"])
+    kept = plan.memory(x, grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16, keep_activations=True), 4, 3, b=2, logits=7)
+    assert kept["training"] == 2 * held * 12 + layer + 16 * 7
+    full = grpo.Config(adapter="none", beta=0.0)
+    assert plan.memory(x, full, 4, 1, ranks=4)["trained"] == 4000 + 12 * 1000 / 4
+    full.offload = True
+    assert plan.memory(x, full, 4, 1, ranks=4)["trained"] == 4000
+
+
+@pytest.mark.parametrize("more", ["", "--adapter lora --keep-activations", "--adapter none --beta 0"])
+def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, capsys):
+    """Stops a dry run that tries less than the worst, or that claims, writes or trains a run directory."""
+    rows[3]["old_code"] += "\ny = 1" * 20
+    seen, real = [], recode.sample
+    monkeypatch.setattr(recode, "sample", lambda *args: seen.append(args) or real(*args))
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "keep").write_text("mine")
+    flags = f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --output {output} --dry-run --prompts-per-step 2 "
+    flags += f"--num-samples 3 --max-new-tokens 8 --r 4 --steps 7200 {more}"
+    assert grpo.main(flags.split()) == 0
+    [(_, prompts, num_samples, T, eos, *_)] = seen
+    assert len(prompts) == 2 and num_samples == 3 and T == 8 and eos == []
+    tokenizer = recode.load_tokenizer(checkpoints["qwen2"])
+    longest = max(len(recode.data.encode_prompt(e, tokenizer)) for e in recode.data.load_examples(write_rows(rows)))
+    assert {len(prompt) for prompt in prompts} == {longest}
+    said = capsys.readouterr().out
+    assert "7,200 steps" in said and "h at most" in said and "peak" in said
+    assert [path.name for path in output.iterdir()] == ["keep"]
+
+
+def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
+    """Stops a traceback, or advice that names no flag, where a smaller pass would do."""
+
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("sys.argv", ["grpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        recode.guard(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    for flag in ("--micro-tokens", "--keep-activations", "--num-samples", "--offload", "--dry-run", "--resume"):
+        assert flag in said
+    assert "more" not in said.split("\n")[0]
+
+
+def test_large_models_are_written_in_parts(checkpoints, tmp_path, monkeypatch):
+    """Stops a single file of many gigabytes, and parts that do not load as the same model."""
+    monkeypatch.setattr(recode, "SHARD", "100KB")
+    model = recode.load_model(checkpoints["llama"])
+    recode.write_model(model, recode.load_tokenizer(checkpoints["llama"]), tmp_path, "A test.")
+    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(parts) > 2 and json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    again = recode.load_model(str(tmp_path))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert "A test." in (tmp_path / "README.md").read_text()
