@@ -189,10 +189,10 @@ def load(args):
     return dora.load_adapter(model, args.adapter) if args.adapter else model
 
 
-def complete(model, tokenizer, batch, seed, args):
+def complete(model, tokenizer, batch, seeds, args):
     """Sample `num_samples` completions of every (problem, prompt) of a batch: rows for the log."""
     eos, n = recode.eos_ids(model, tokenizer), args.num_samples
-    settings = n, args.max_new_tokens, eos, args.temperature, seed, args.top_p
+    settings = n, args.max_new_tokens, eos, args.temperature, seeds, args.top_p
     tokens, mask, _ = recode.sample(model, [prompt for _, prompt in batch], *settings)
     rows = []
     for i, (ids, kept) in enumerate(zip(tokens.cpu(), mask.cpu())):
@@ -222,8 +222,8 @@ def evaluate(found, directory, box, args):
                 known = {key for key, row in log.rows.items() if "completion" in row}
                 if missing := {(problem.name, j) for problem, j in keys} - known:
                     model = model or load(args)
-                    seed = args.seed * 1_000_003 + batch[0]  # hangs on a problem, and not on how many ranks there are
-                    rows = complete(model, tokenizer, [tasks[i] for i in batch], seed, args)
+                    seeds = [args.seed * 1_000_003 + i for i in batch]  # a problem's own, whoever samples it
+                    rows = complete(model, tokenizer, [tasks[i] for i in batch], seeds, args)
                     log.append([row for row in rows if (row["problem"], row["sample"]) in missing])
                     tokens += sum(row["tokens"] for row in rows)
                 jobs += [pool.submit(settle, *key) for key in keys if "passed" not in log.rows[key[0].name, key[1]]]
