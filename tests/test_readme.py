@@ -28,7 +28,9 @@ import recode
 
 README = (ROOT / "README.md").read_text()
 SHORT = {  # settings that make a command take seconds
-    **dict.fromkeys(("grpo.py", "dapo.py", "sft.py"), "--steps 1 --prompts-per-step 2 --max-new-tokens 16 --model tiny"),
+    **dict.fromkeys(
+        ("grpo.py", "dapo.py", "sft.py"), "--steps 1 --prompts-per-step 2 --max-new-tokens 16 --model tiny"
+    ),
     "eval.py": "--data few.jsonl --num-samples 1 --k 1 --max-new-tokens 16",
     "data.py": "--model tiny",
     "recode.py": "--num-samples 2 --max-new-tokens 16",
@@ -152,7 +154,9 @@ def test_commands_run(place, monkeypatch):
 
     monkeypatch.setattr(experiments, "SPLITS", experiments.SPLITS[:1])
     few = data.load_examples("few.jsonl")
-    monkeypatch.setattr(experiments.data, "load_examples", lambda *args, real=data.load_examples: real(*args)[:20] or few)
+    monkeypatch.setattr(
+        experiments.data, "load_examples", lambda *args, real=data.load_examples: real(*args)[:20] or few
+    )
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = 0
     for line in blocks():
