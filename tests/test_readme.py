@@ -1,0 +1,251 @@
+"""README.md against the code: its commands run or are at least understood, its files and quoted lines are there.
+
+A command runs, in a copy of the project, if it needs no GPU and no network: a hub id gives way to the embedded model,
+and what would take minutes gets SHORT settings. The others (CHECKED) must name files and flags that there are.
+"""
+
+import contextlib
+import importlib
+import inspect
+import io
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import ROOT
+from torch.distributed.run import get_args_parser
+
+import data
+import parallel
+import recode
+
+README = (ROOT / "README.md").read_text()
+SHORT = {  # settings that make a command take seconds
+    **dict.fromkeys(
+        ("grpo.py", "dapo.py", "sft.py"), "--steps 1 --prompts-per-step 2 --max-new-tokens 16 --model tiny"
+    ),
+    "eval.py": "--data few.jsonl --num-samples 1 --k 1 --max-new-tokens 16",
+    "data.py": "--model tiny",
+    "recode.py": "--num-samples 2 --max-new-tokens 16",
+}
+CHECKED = re.compile(  # not run: why
+    r"^pip |-m pytest"  # the network; itself
+    r"|torchrun|--adapter none"  # several processes, which test_parallel.py starts
+    r"|experiments\.py|bench\.py"  # long, whatever their settings
+    r"|--task "  # other data than there is here
+)
+OTHERS = re.compile(r"(vllm|python llama\.cpp/\S+) ")  # other people's programs
+MAKES = ("old.py", "my.jsonl", "few.jsonl", "HumanEval.jsonl.gz", "FILE")  # files that are the reader's own
+
+
+def blocks():
+    """The commands of all bash blocks, in order; a line that goes on is one with its next."""
+    for block in re.findall(r"(?ms)^```bash\n(.*?)^```", README):
+        for line in re.sub(r"\\\n\s*|(?<=\|)\n\s*", " ", block).splitlines():
+            if line and not line.startswith("#") and not re.match(r"\w+=", line):
+                yield line
+
+
+def inline():
+    """The commands within sentences and tables."""
+    found = re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+    return [" ".join(command.split()) for command in found if not OTHERS.match(command)]
+
+
+def simple(command):
+    """The words of every program that a line starts, one list each."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|&")
+    lexer.whitespace_split = True
+    return [list(words) for mark, words in itertools.groupby(lexer, lambda word: word in ("|", "&&")) if not mark]
+
+
+def flags_of(module):
+    """The flags that --help of a program shows; none for one that takes none."""
+    if "main" not in vars(module):
+        return set()
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        with mock.patch("sys.argv", [module.__name__, "--help"]):
+            module.main(*[["--help"]] * len(inspect.signature(module.main).parameters))
+    return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
+
+
+def parse(script, argv):
+    """Have a script's own parser look at `argv`, if it has one that does nothing else; else compare with its help."""
+    module = importlib.import_module(Path(script).stem)
+    if "Config" in vars(module):
+        return recode.parse_config(module.Config, argv, "")
+    if function := getattr(module, "parse", None) or getattr(module, "parse_migration", None):
+        return function(argv)
+    if unknown := {word.partition("=")[0] for word in argv if word.startswith("--")} - flags_of(module):
+        raise data.BadInput(f"{script}: no flag {unknown}")
+
+
+def understand(words, monkeypatch):
+    """Fail if a program, a file or a flag of a command is not there."""
+    if words[0] == "srun":
+        words = words[1:]
+    if words[0] == "torchrun":
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                args = get_args_parser().parse_args(words[1:])
+            except SystemExit:
+                raise data.BadInput(said.getvalue())
+        monkeypatch.setattr(parallel, "WORLD", int(args.nproc_per_node) * int(args.nnodes.split(":")[-1]))
+        words = ["python", args.training_script, *args.training_script_args]
+    if words[0] == "pip":
+        words, files = [], words[words.index("-r") + 1 :] if "-r" in words else []
+    elif words[:3] == ["python", "-m", "pytest"]:
+        words, files = [], [word for word in words[3:] if not word.startswith("-")]
+    else:
+        assert words[0] == "python", f"{words[0]}: no rule for it"
+        files = [words[1], *(word for word in words[2:] if re.fullmatch(r"[\w./-]+\.(py|jsonl|txt|gz)", word))]
+    for name in files:
+        assert name in MAKES or (ROOT / name).exists(), f"no file {name}"
+    if words:
+        parse(words[1], [word for word in words[2:] if word != "..."])
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A copy of the project, in which commands may write, with the files that the README says are the reader's."""
+    for path in (*ROOT.glob("*.py"), ROOT / "tiny", ROOT / "figures"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    few = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()[:20]
+    for name in ("my.jsonl", "few.jsonl"):
+        (tmp_path / name).write_text("\n".join(few) + "\n")
+    (tmp_path / "old.py").write_text("import numpy\nx = numpy.in1d(a, b)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recode, "__file__", str(tmp_path / "recode.py"))
+    return tmp_path
+
+
+def carry_out(words):
+    """Run one command in this process, since a new one spends seconds on imports: (exit status, what it printed)."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(shown):
+        if words[1] == "-c":
+            exec(words[2].replace("Qwen/Qwen2.5-Coder-7B-Instruct", "tiny"), {})
+            return 0, shown.getvalue()
+        script, argv = words[1], words[2:]
+        module = importlib.import_module(Path(script).stem)
+        if "main" not in vars(module):
+            return subprocess.run([sys.executable, script], stdout=subprocess.DEVNULL).returncode, ""
+        if "--compare" not in argv and not {"--dry-run"} & set(argv):
+            parse(script, argv)  # before the settings that make it short may hide a mistake
+        extra = [] if "--compare" in argv else SHORT.get(script, "").split()
+        if script in ("grpo.py", "dapo.py", "sft.py"):
+            extra += ["--heldout", ""]
+        return module.main([*argv, *extra]), shown.getvalue()
+
+
+def runnable(words):
+    return not CHECKED.search(" ".join(words)) and not OTHERS.match(" ".join(words))
+
+
+def test_commands_run(place, monkeypatch):
+    """Stops a command in the README that fails, because a flag, a file, a function or an order has changed."""
+    import experiments
+
+    monkeypatch.setattr(experiments, "SPLITS", experiments.SPLITS[:1])
+    few = data.load_examples("few.jsonl")
+    monkeypatch.setattr(
+        experiments.data, "load_examples", lambda *args, real=data.load_examples: real(*args)[:20] or few
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = 0
+    for line in blocks():
+        if " | " in line:
+            done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+            assert done.returncode in (0, 1, 3) and "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
+        else:
+            for words in filter(runnable, simple(line)):
+                status, shown = carry_out(words)
+                fine = (0, 1, 3) if words[1] == "recode.py" else (0,)
+                assert status in fine, f"{line}\n{shown}"
+                ran += 1
+    assert ran > 20
+    assert (place / "figures" / "compare.svg").exists() and (place / "merged" / "config.json").exists()
+
+
+def test_commands_are_understood(place, monkeypatch):
+    """Stops a stale flag, value or file in the commands that no test can run, and in those within sentences."""
+    found = [words for line in blocks() for words in simple(line) if CHECKED.search(" ".join(words))]
+    found += [words for line in inline() for words in simple(line)]
+    assert len(found) > 20
+    for words in found:
+        with monkeypatch.context() as patch:
+            understand(words, patch)
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("python grpo.py --kl 0.1", "kl"),
+        ("python eval.py --task humaneval --data HumanEval.jsonl.gz --reference", "reference"),
+        ("python experiments.py --seeds 3", "seeds"),
+        ("python ppo.py", "ppo.py"),
+        ("torchrun --nproc-per-gpu 8 dapo.py", "nproc-per-gpu"),
+        ("torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-Coder-7B-Instruct", "8 ranks"),
+        ("python -m pytest tests/test_nothing.py", "test_nothing"),
+        ("make all", "no rule"),
+    ],
+)
+def test_a_stale_command_is_found(place, monkeypatch, line, word):
+    """Stops rules so lenient that a command which cannot work passes them."""
+    with pytest.raises((AssertionError, data.BadInput), match=word):
+        understand(simple(line)[0], monkeypatch)
+
+
+def test_files_and_their_lines():
+    """Stops a table that lacks a file, names one that is gone, or states a wrong number of lines."""
+    table = README.partition("## The files")[2].partition("\n## ")[0]
+    stated = dict(re.findall(r"(?m)^\| `([\w/]+\.py)` \| (\d+) \|", table))
+    counts = {name: str(len((ROOT / name).read_text().splitlines())) for name in stated}
+    assert stated == counts, "\n".join(f"| `{n}` | {c} |" for n, c in counts.items() if stated[n] != c)
+    assert {path.name for path in ROOT.glob("*.py")} <= stated.keys()
+    for name, function in re.findall(r"`(\w+\.py):([\w.]+)`", README):  # file.py:name, file.py:Class.name
+        owner = importlib.import_module(name.removesuffix(".py"))
+        for part in function.split("."):
+            assert hasattr(owner, part), f"{name} has no {function}"
+            owner = getattr(owner, part)
+    for name in re.findall(r"`(test_\w+\.py)`", README):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_equations_quote_the_code():
+    """Stops a line of code in the table of equations that stands nowhere any more, or under another number."""
+    table = README.partition("## The equations")[2].partition("\n## ")[0]
+    rows = re.findall(r"(?m)^\| `(\w+\.py)` \| (?:(\d+) )?\| (.+?) \| `(.+)` \|$", table)
+    assert len(rows) > 20
+    for name, number, _, line in rows:
+        text = (ROOT / name).read_text()
+        assert line in map(str.strip, text.splitlines()), f"{name}: {line}"
+        assert "# eq. " not in line or re.search(rf"# eq\. {number}\b", line), line
+    for script in ("grpo", "reward", "dora", "eval"):
+        numbers = set(re.findall(r"\(eq\. (\d+)\)", (ROOT / f"{script}.py").read_text()))
+        assert numbers == {number for name, number, *_ in rows if name == f"{script}.py"}, script
+
+
+def test_failures_are_the_words_of_the_code():
+    """Stops a message in the table of failures that no program gives any more."""
+    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
+    table = README.partition("## When something goes wrong")[2].partition("\n## ")[0]
+    messages = re.findall(r"(?m)^\| `([^`]+ [^`]+)` \|", table)
+    assert len(messages) > 10
+    for message in messages:
+        for part in filter(None, map(str.strip, message.replace("No space left on device", "").split("..."))):
+            assert part in sources, part
+
+
+def test_form():
+    """Stops paths of one machine, and prose that is wider than the code."""
+    assert not re.findall(r"(?<![\w.:/~*])/[a-z]\w*/", README.replace("#!/bin/bash", ""))
+    prose = re.sub(r"(?ms)^```.*?^```", "", README)
+    assert not [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
