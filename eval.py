@@ -47,15 +47,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import dora
 import problems
 import recode
 import reward
 from data import BadInput
+from parallel import LOCAL_RANK, RANK, WORLD
 from plot import fit
 from run import read_settings, write
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 JUDGES = max(1, os.cpu_count() // WORLD)  # at a time
 
 # ------------------------------------------------------------------------- 1. verdicts
@@ -184,9 +183,8 @@ def claim(directory, args):
 def load(args):
     """The model on this rank's device, with its adapter."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = recode.load_model(args.model)
-    return dora.load_adapter(model, args.adapter) if args.adapter else model
+        torch.cuda.set_device(LOCAL_RANK)
+    return recode.load_policy(args.model, args.adapter)
 
 
 def complete(model, tokenizer, batch, seeds, args):

@@ -359,8 +359,8 @@ def pieces(lengths, budget):
 def passes(model, batch, config):
     """This rank's rows of a Batch, a micro-batch at a time, longest first: (part, its log-probabilities (B, T)).
 
-    A rank takes every WORLD-th prompt. Call backward() on each before the next: what belongs to the prompts follows when all of their rows
-    are through. No pass holds more than config.micro_tokens tokens, padding included.
+    A rank takes every WORLD-th prompt. Call backward() on each before the next: what belongs to the prompts
+    follows when all of their rows are through. No pass holds more than config.micro_tokens tokens, padding included.
     """
     parallel.gather_weights(model)
     mine = (batch.group % parallel.WORLD == parallel.RANK).nonzero()[:, 0]

@@ -349,6 +349,25 @@ def table(before, after):
 # ------------------------------------------------------------------------- 5. set-up
 
 
+def load_trainable(config):
+    """The model with what is trained of it: an adapter, or all weights in slices. Prints its lines of the header."""
+    print(f"model     {config.model}", flush=True)
+    torch.manual_seed(config.seed)
+    model = load_model(config.model)
+    if config.adapter != "none":
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
+    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
+    what = {"dora": f"DoRA, r {config.r}, on {config.targets}", "lora": f"LoRA, r {config.r}, on {config.targets}"}
+    print(f"          {trained:,} trained: {what.get(config.adapter, 'all weights, in fp32')}")
+    if config.adapter == "none":
+        parallel.shard(model, config.offload)
+    if not config.keep_activations:
+        recompute = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        recompute({"use_reentrant": False})  # the second is its name in transformers 5.17
+    return model
+
+
 def set_up(config):
     """Everything a training script starts from: (run, model, tokenizer, train tasks, held-out tasks).
 
@@ -368,20 +387,7 @@ def set_up(config):
     print(f"held out  {len(heldout):,} tasks" + (f" of {config.heldout}" if heldout else "; --heldout sets some aside"))
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
-    print(f"model     {config.model}", flush=True)
-    torch.manual_seed(config.seed)
-    model = load_model(config.model)
-    if config.adapter != "none":
-        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
-    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
-    what = {"dora": f"DoRA, r {config.r}, on {config.targets}", "lora": f"LoRA, r {config.r}, on {config.targets}"}
-    print(f"          {trained:,} trained: {what.get(config.adapter, 'all weights, in fp32')}")
-    if config.adapter == "none":
-        parallel.shard(model, config.offload)
-    if not config.keep_activations:
-        recompute = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        recompute({"use_reentrant": False})  # the second is its name in transformers 5.17
+    model = load_trainable(config)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
