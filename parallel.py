@@ -27,6 +27,7 @@ What to know before running it:
   3. A checkpoint of all weights passes through rank 0's CPU memory whole, 12 bytes a weight.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -156,6 +157,20 @@ def gather_weights(model):
     """See to it that every rank has the whole weights; they stay until the next reduce()."""
     for module in slices(model):
         module.unshard()
+
+
+@contextlib.contextmanager
+def unhooked(model):
+    """Inside, FSDP2 stays out of forward(), as long as weights are gathered: a CUDA graph cannot be recorded
+    while its hooks let other streams wait for this one."""
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in slices(model)]
+    for module, before, after in hooks:
+        module._forward_pre_hooks, module._forward_hooks = type(before)(), type(after)()
+    try:
+        yield
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def free_weights(model):

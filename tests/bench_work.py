@@ -139,7 +139,7 @@ def make_tasks(spec, vocab):
 def our_config(spec):
     """Our settings; dropout 0 on both sides, because with it PEFT's DoRA has to do W x twice."""
     sizes = {"prompts_per_step": spec.prompts, "num_samples": spec.num_samples, "max_new_tokens": spec.new_tokens}
-    passes = {"micro_tokens": 1024, "keep_activations": True} if spec.device == "cpu" else {}
+    passes = {"micro_tokens": 512, "keep_activations": True} if spec.device == "cpu" else {}
     settings = {"adapter": spec.adapter, "beta": spec.beta, "max_prompt_tokens": spec.longest}
     return grpo.Config(model="", dropout=0.0, lr=1e-6, **settings, **sizes, **passes)
 

@@ -219,6 +219,29 @@ def test_small_steps_are_not_rounded_away(monkeypatch):
     torch.testing.assert_close(norm, torch.full_like(norm, 0.998), atol=1e-5, rtol=0)
 
 
+def test_a_graph_is_recorded_without_fsdp(monkeypatch, capsys):
+    """Stops FSDP2's hooks from running while a CUDA graph is recorded: they fork streams, and recording fails.
+    The stand-in frees a layer's weights; a hook would gather them again."""
+    model = random_model("qwen2")
+    parallel.shard(model, offload=False)
+
+    def capture(step):
+        model.model.layers[0].reshard()
+        with pytest.raises(RuntimeError, match="DTensor"):
+            step()
+        parallel.gather_weights(model)
+        return lambda: None, step()
+
+    monkeypatch.setattr("policy.Decoder.graphs", True)
+    monkeypatch.setattr("policy.capture", capture)
+    monkeypatch.setattr("policy.on_gpu", lambda model: True)
+    parallel.gather_weights(model)
+    recode.sample(model, [[5, 6, 7]], 2, 1, [3])
+    assert not capsys.readouterr().err
+    parallel.free_weights(model)
+    model(torch.tensor([[5, 6]]))  # the hooks are back
+
+
 # ------------------------------------------------------------------------- refused, and failed
 
 
