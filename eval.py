@@ -189,15 +189,12 @@ def load(args):
 
 def complete(model, tokenizer, batch, seeds, args):
     """Sample `num_samples` completions of every (problem, prompt) of a batch: rows for the log."""
-    eos, n = recode.eos_ids(model, tokenizer), args.num_samples
-    settings = n, args.max_new_tokens, eos, args.temperature, seeds, args.top_p
-    tokens, mask, _ = recode.sample(model, [prompt for _, prompt in batch], *settings)
-    rows = []
-    for i, (ids, kept) in enumerate(zip(tokens.cpu(), mask.cpu())):
-        ids = ids[kept].tolist()
-        row = {"problem": batch[i // n][0].name, "sample": i % n, "tokens": len(ids), "cut": ids[-1] not in eos}
-        rows.append(row | {"completion": recode.decode(tokenizer, ids, eos)})
-    return rows
+    prompts, n = [prompt for _, prompt in batch], args.num_samples
+    answers = recode.complete(model, tokenizer, prompts, n, args.max_new_tokens, args.temperature, seeds, args.top_p)
+    return [
+        {"problem": batch[i // n][0].name, "sample": i % n, "tokens": len(ids), "cut": cut, "completion": text}
+        for i, (ids, text, cut, _) in enumerate(zip(*answers, strict=True))
+    ]
 
 
 def evaluate(found, directory, box, args):

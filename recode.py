@@ -275,33 +275,36 @@ class Group:
     cut: list = ()
 
 
+def complete(model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0):
+    """What sample() draws, as four lists with an item for each of its rows: the ids of a completion with their
+    EOS, its text without, whether it was cut at max_new_tokens, its log-probability."""
+    eos = eos_ids(model, tokenizer)
+    tokens, mask, logps = sample(model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p)
+    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
+    plain = [[i for i in ids if i not in eos] for ids in rows]
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in plain]
+    return rows, texts, [ids[-1] not in eos for ids in rows], logps.sum(1).tolist()
+
+
 def rollout(model, tokenizer, tasks, config, num_samples, temperature, seed):
     """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took.
 
     Every rank does its share. What is drawn for task i hangs on seed + i, so it does not matter who draws it.
     """
-    eos, started, rows, lost = eos_ids(model, tokenizer), time.perf_counter(), [], False
+    started, groups, answers = time.perf_counter(), [], ([], [], [], [])
     parallel.gather_weights(model)
     mine, seeds = parallel.share(tasks), parallel.share(range(seed, seed + len(tasks)))
     if mine:  # else there are fewer tasks than ranks
         prompts = [prompt for prompt, _ in mine]
-        tokens, mask, logps = sample(model, prompts, num_samples, config.max_new_tokens, eos, temperature, seeds)
-        rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
-        lost = not logps.isfinite().all()  # weights that overflowed: no rewards, so that the run sees it and ends
-    sampled, groups = time.perf_counter(), []
+        answers = complete(model, tokenizer, prompts, num_samples, config.max_new_tokens, temperature, seeds)
+    sampled = time.perf_counter()
+    lost = not all(map(math.isfinite, answers[-1]))  # weights that overflowed: no rewards, so that the run ends
     for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
-        completions = rows[i * num_samples : (i + 1) * num_samples]
-        texts = [decode(tokenizer, ids, eos) for ids in completions]
+        completions, texts, cut, _ = (column[i * num_samples : (i + 1) * num_samples] for column in answers)
         rewards = [math.nan if lost else reward.score(text, example.new_code, config.correctness) for text in texts]
-        cut = [ids[-1] not in eos for ids in completions]
         groups.append(Group(prompt, example, completions, texts, rewards, cut))
     groups = parallel.gather(groups)
     return groups, {"seconds_sample": sampled - started, "seconds_score": time.perf_counter() - sampled}
-
-
-def decode(tokenizer, ids, eos):
-    """The text of a completion without its EOS."""
-    return tokenizer.decode([i for i in ids if i not in eos], clean_up_tokenization_spaces=False)
 
 
 def judge(groups):
@@ -471,17 +474,16 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
     Of `num_samples` answers those without code or that do not parse are left out. Of the others that
     one is taken which they agree with most, and of equals the likeliest. None if no answer is left.
     """
-    prompt, eos = data.encode_prompt(example, tokenizer), eos_ids(model, tokenizer)
-    tokens, mask, logps = sample(model, [prompt], num_samples, max_new_tokens, eos, temperature, seed)
-    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
-    codes = [reward.extract_code(decode(tokenizer, ids, eos)) or "" for ids in rows]
+    prompt = data.encode_prompt(example, tokenizer)
+    _, texts, cut, logps = complete(model, tokenizer, [prompt], num_samples, max_new_tokens, temperature, seed)
+    codes = [reward.extract_code(text) or "" for text in texts]
     some = [i for i, code in enumerate(codes) if reward.strip_comments(code)]
     usable = [i for i in some if reward.parses(codes[i])]
     shares = agreement([codes[i] for i in usable])
-    best = max(zip(shares, logps.sum(1)[usable].tolist(), usable), default=(None, None, None))
+    best = max(zip(shares, (logps[i] for i in usable), usable), default=(None, None, None))
     details = {
         "answers": num_samples, "usable": len(usable), "without_code": num_samples - len(some),
-        "not_parsed": len(some) - len(usable), "cut": sum(ids[-1] not in eos for ids in rows),
+        "not_parsed": len(some) - len(usable), "cut": sum(cut),
         "agreement": best[0] if len(usable) > 1 else None,
     }  # fmt: skip
     return codes[best[2]] if usable else None, details

@@ -108,7 +108,7 @@ def test_every_try_draws_other_samples(collect):
     """Stops a refill that repeats the noise of the draw before it."""
     seen, sample = [], recode.sample
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recode, "sample", lambda *args: seen.append(args[-1]) or sample(*args))
+        patch.setattr(recode, "sample", lambda *args: seen.append(args[6]) or sample(*args))
         collect([(2.0, 2.0)] * 12, max_tries=4)
     assert len(seen) == len(set(seen)) == 4
 

@@ -18,7 +18,7 @@ def test_a_target_earns_the_full_reward(tokenizer):
     """Stops a target in a form that the reward punishes, without its EOS, or that differs from the reference."""
     ids = data.encode_target(ROW, tokenizer)
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
-    text = recode.decode(tokenizer, ids, [tokenizer.eos_token_id])
+    text = tokenizer.decode(ids[:-1])
     assert reward.score(text, ROW.new_code) == 3.0 and reward.extract_code(text) == ROW.new_code
     assert text.startswith("\n\n</think>")
 
