@@ -61,8 +61,8 @@ class DoRALinear(nn.Module):
         if not self.enabled:
             return y
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        up = (self.scale * self.lora_B).to(x.dtype)
-        y = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.T).view_as(y)  # W x + s B A x
+        up = self.lora_B.to(x.dtype).T  # (r, out)
+        y = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up, alpha=self.scale).view_as(y)  # W x + s B A x
         if self.magnitude is None:
             return y
         gain = (self.magnitude / self.norm() - 1).to(x.dtype)  # beyond 1, for in bf16 there is little room next to 1

@@ -222,7 +222,7 @@ def pick(logits, temperature, noise, top_p=1.0):
             rare = rising.cumsum(-1) <= 1 - top_p  # (B, V) cut where transformers cuts
             rare[:, -1] = False  # the likeliest always stays
             probs = probs.masked_fill(rare.scatter(-1, order, rare), 0)
-        cumulated = probs.double().cumsum(-1)
+        cumulated = probs.cumsum(-1, dtype=torch.double)
         tokens = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
