@@ -196,7 +196,8 @@ class Decoder:
             with parallel.unhooked(self.model):
                 self.replay, self.logits = capture(self.step)
             self.replay()
-            same = torch.allclose(self.logits, expected, 1e-2, 1e-2, equal_nan=True)
+            found, expected = self.logits.float().nan_to_num(), expected.float().nan_to_num()
+            same = (found - expected).norm() <= 0.05 * expected.norm()  # 0.02 between kernels in bf16
             problem = None if same else "a CUDA graph gave other logits"
         except RuntimeError as error:
             problem = f"no CUDA graph: {str(error).splitlines()[0]}"
