@@ -12,9 +12,10 @@ u tokens of prompts, and r rows, c = r T tokens of completions. In bytes:
     trained    16 A with an adapter; else 4 W + 12 W / N: the gradient in fp32, and,     (eq. 2)
                in slices or with --offload not at all, weights and AdamW's moments
     sampling   2 b n k p (L + G T) + 16 p G V      keys and values; logits               (eq. 3)
-    a layer    a = b ((14 d + 4 f) c + (2 d + 2 k) r (L + T))   what its backward needs  (eq. 4)
-    training   b n (d (u + c) + 4 k u) + a         the layers computed anew              (eq. 5)
-               b n (14 d + 4 f) u + n a            --keep-activations
+    a layer    a = b ((11 d + 3 f) c + (2 d + 2 k) r (L + T))   what it keeps, and on    (eq. 4)
+               its way back w = b (2 d + 3 f) c more
+    training   b n (d (u + c) + 4 k u) + a + w     the layers computed anew              (eq. 5)
+               b n (11 d + 3 f) u + n a + w        --keep-activations
     peak       weights + trained + max(sampling, training + 16 LOGITS)                   (eq. 6)
 
 And in seconds, with a GPU that moves B bytes/s and does C operations/s (one and a half times the limit
@@ -37,7 +38,8 @@ import parallel
 import policy
 import recode
 
-HELD_D, HELD_F = 14, 4  # eq. 4, counted in the layers of Qwen2 and checked by --dry-run
+HELD_D, HELD_F = 11, 3  # eq. 4, counted in the layers of Qwen2 in bf16, see tests/test_plan.py
+BACK_D, BACK_F = 2, 3
 GPU = {"name": "H100 80 GB", "bandwidth": 3.35e12, "operations": 989e12}  # bf16, dense; its data sheet's figures
 SIZES = {  # Qwen2.5-Coder: width, MLP, layers, heads, heads of keys, words, whether the output layer is the input's
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
@@ -82,13 +84,14 @@ def memory(x, config, L, prompts, ranks=1, b=2, logits=policy.LOGITS):
     r = min(prompts * G, max(M // T, 1))
     held = (HELD_D * x.d + HELD_F * x.f) * b
     layer = held * r * T + b * (2 * x.d + 2 * x.k) * r * (L + T)  # eq. 4
-    anew = b * x.n * (x.d * (u + r * T) + 4 * x.k * u) + layer
+    back = (BACK_D * x.d + BACK_F * x.f) * b * r * T
+    kept = x.n * (held * u + layer) if config.keep_activations else b * x.n * (x.d * (u + r * T) + 4 * x.k * u) + layer
     full = 4 * x.W + (0 if config.offload else 12 * x.W / ranks)
     parts = {
         "weights": b * x.W,  # eq. 1
         "trained": full if config.adapter == "none" else 16 * x.A,  # eq. 2
         "sampling": 2 * b * x.n * x.k * prompts * (L + G * T) + 16 * prompts * G * x.V,  # eq. 3
-        "training": (x.n * (held * u + layer) if config.keep_activations else anew) + 16 * logits,  # eq. 5
+        "training": kept + back + 16 * logits,  # eq. 5
     }
     return parts | {"peak": parts["weights"] + parts["trained"] + max(parts["sampling"], parts["training"])}  # eq. 6
 

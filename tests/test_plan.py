@@ -1,10 +1,13 @@
 """plan.py: the formula against real models, --dry-run, and what an out-of-memory error says."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from conftest import random_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import grpo
 import plan
@@ -37,14 +40,54 @@ def test_memory_by_hand():
     assert parts["sampling"] == 2 * 2 * 5 * 3 * (4 + 2 * 8) + 16 * 3 * 2 * 100
     held = plan.HELD_D * 10 + plan.HELD_F * 30  # numbers that a layer keeps of a token
     layer = 2 * (held * 16 + (2 * 10 + 2 * 5) * 2 * (4 + 8))
-    assert parts["training"] == 2 * (10 * (12 + 16) + 4 * 5 * 12) + layer + 16 * 7
+    back = 2 * (plan.BACK_D * 10 + plan.BACK_F * 30) * 16  # and what its gradients take
+    assert parts["training"] == 2 * (10 * (12 + 16) + 4 * 5 * 12) + layer + back + 16 * 7
     assert parts["peak"] == 2800 + max(parts["sampling"], parts["training"])
     kept = plan.memory(x, grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16, keep_activations=True), 4, 3, b=2, logits=7)
-    assert kept["training"] == 2 * held * 12 + layer + 16 * 7
+    assert kept["training"] == 2 * held * 12 + layer + back + 16 * 7
     full = grpo.Config(adapter="none", beta=0.0)
     assert plan.memory(x, full, 4, 1, ranks=4)["trained"] == 4000 + 12 * 1000 / 4
     full.offload = True
     assert plan.memory(x, full, 4, 1, ranks=4)["trained"] == 4000
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and still alive, and their peak."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known, self.now, self.peak = {p.untyped_storage()._cdata for p in model.parameters()}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in {x.untyped_storage() for x in tree_iter(out) if isinstance(x, torch.Tensor)}:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.now, self.peak = self.now + size, max(self.peak, self.now + size)
+                weakref.finalize(storage, self.gone, key, size)
+        return out
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("keep", [True, False])
+def test_training_memory_is_that_of_the_tensors_alive(layers, keep):
+    """Stops a formula that forgets what a layer holds, or counts all layers where they are computed anew."""
+    sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 8, "num_hidden_layers": layers}
+    model = recode.dora.add_dora(random_model("qwen2", **sizes).bfloat16(), 4, 4.0, 0.01, "q_proj,v_proj")
+    if not keep:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = grpo.Config(num_samples=8, max_new_tokens=64, micro_tokens=512, beta=0.0, keep_activations=keep)
+    group = recode.Group([5] * 64, None, torch.randint(4, 97, (8, 64)).tolist())
+    batch = recode.make_batch([group], torch.randn(1, 8), "cpu")
+    with Alive(model) as alive:
+        grpo.accumulate(model, batch, config)
+    formula = plan.memory(plan.Shape.of(model.config, 4), config, 64, 1, b=2, logits=0)["training"]
+    assert 0.9 <= formula / alive.peak <= 1.1
 
 
 @pytest.mark.parametrize("more", ["", "--adapter lora --keep-activations", "--adapter none --beta 0"])
