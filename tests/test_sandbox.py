@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import lock
 import sandbox
-import wire
-import zygote
+from sandbox import lock, wire, zygote
 
-ROOT = Path(sandbox.__file__).parent
+ROOT = Path(sandbox.__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is for Linux")
 
@@ -119,8 +117,7 @@ def test_hostile_as_a_normal_user():
     if not pythons:
         pytest.skip("no Python 3.11 that a normal user may run")
     with tempfile.TemporaryDirectory() as place:
-        for file in ("sandbox.py", "zygote.py", "judge.py", "lock.py", "wire.py"):
-            shutil.copy(ROOT / file, place)
+        shutil.copytree(ROOT / "sandbox", Path(place) / "sandbox")
         canary, _ = make_canary(place)
         for path in (Path(place), canary, *canary.rglob("*")):
             os.chown(path, 65534, 65534)
@@ -345,10 +342,10 @@ def start_with(monkeypatch, code):
 @pytest.mark.parametrize(
     "lack",
     [
-        "import ctypes; lock = sys.modules['lock']; lock.SYS_LANDLOCK_CREATE_RULESET = 9999",
-        "sys.modules['lock'].FS_ALL = 1 << 40",
-        "sys.modules['lock'].FILTER = bytes(8)",
-        "sys.modules['lock'].platform.machine = lambda: 'aarch64'",
+        "import ctypes; lock = sys.modules['sandbox.lock']; lock.SYS_LANDLOCK_CREATE_RULESET = 9999",
+        "sys.modules['sandbox.lock'].FS_ALL = 1 << 40",
+        "sys.modules['sandbox.lock'].FILTER = bytes(8)",
+        "sys.modules['sandbox.lock'].platform.machine = lambda: 'aarch64'",
     ],
 )
 def test_fails_closed(monkeypatch, tmp_path, lack):

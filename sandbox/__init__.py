@@ -51,12 +51,16 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-from wire import Broken, read, write
-from zygote import remove
+from sandbox.wire import Broken, read, write
+from sandbox.zygote import remove
 
 GRACE = 20  # seconds that a zygote may answer late, before it is replaced
-# Our own directory is on the zygote's path, and hence readable, only while it imports zygote.py.
-START = "import sys; sys.path.insert(0, sys.argv.pop()); import zygote; del sys.path[0]; zygote.serve()"
+# The project's root is on the zygote's path, and hence readable, only while it imports zygote.py.
+START = (
+    "import sys; sys.path.insert(0, sys.argv.pop()); from sandbox import zygote; "
+    "del sys.path[0]; zygote.serve()"
+)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Unavailable(RuntimeError):
@@ -86,7 +90,7 @@ class Worker:
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         environment = kept | threads | {"MALLOC_ARENA_MAX": "2", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # huge pages: less for a fork to copy, 2 ms less
-        command = [sys.executable, "-P", "-B", "-c", START, os.path.dirname(os.path.abspath(__file__))]
+        command = [sys.executable, "-P", "-B", "-c", START, ROOT]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=self.home,
             start_new_session=True, bufsize=0,

@@ -21,9 +21,9 @@ import signal
 import tempfile
 import time
 
-from judge import joint_judge, program, split_judge
-from lock import lock, prctl
-from wire import Broken, Peer, describe, read, write
+from sandbox.judge import joint_judge, program, split_judge
+from sandbox.lock import lock, prctl
+from sandbox.wire import Broken, Peer, describe, read, write
 
 THREADS, FILES, DISK = 256, 5000, 128 << 20  # of one program; bytes on disk
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36

@@ -16,7 +16,7 @@ import re
 import sys
 import types
 
-from wire import Uncarried, describe
+from sandbox.wire import Uncarried, describe
 
 ALIASES = {"np": "numpy", "pd": "pandas", "F": "torch.nn.functional", "nn": "torch.nn", "sp": "sympy"}
 
