@@ -40,10 +40,10 @@ from pathlib import Path
 import torch
 
 import data
-import dora
-import parallel
-import plan
 import recode
+import training.config
+import training.run
+from training import dora, parallel
 
 
 @dataclass
@@ -186,31 +186,31 @@ def update(model, optimizer, batch, config):
 
 def main(argv=None):
     """Train. The exit status: 0 when done, 1 when the loss was lost, 130 when stopped by a signal."""
-    config = recode.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = recode.set_up(config)
+    config = training.config.parse_config(Config, argv, __doc__)
+    run, model, tokenizer, tasks, heldout = training.run.set_up(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     if config.dry_run:
-        return plan.dry_run(model, tasks, optimizer, config, update)
+        return training.run.dry_run(model, tasks, optimizer, config, update)
     if config.resume:
         state = run.load(model, optimizer)
     else:
         before = recode.evaluate(model, tokenizer, heldout, config) if heldout else {}
         state = {"step": 0, "position": 0, "lost": 0, "before": before}
-        recode.save(run, model, optimizer, state)  # from here on there is always something to go on from
+        training.run.save(run, model, optimizer, state)  # from here on there is always something to go on from
     with run.progress(state["step"]) as stop:
-        while state["step"] < config.steps and state["lost"] < recode.LOST and not parallel.together(stop.asked):
+        while state["step"] < config.steps and state["lost"] < training.run.LOST and not parallel.together(stop.asked):
             torch.manual_seed((config.seed * 1_000_003 + state["step"]) * parallel.WORLD + parallel.RANK)  # dropout
             batch, figures, groups, state["position"] = collect(model, tokenizer, tasks, state["position"], config)
-            figures["lr"] = optimizer.param_groups[0]["lr"] = recode.learning_rate(state["step"], config)
+            figures["lr"] = optimizer.param_groups[0]["lr"] = training.run.learning_rate(state["step"], config)
             figures |= update(model, optimizer, batch, config)
             state["step"] += 1
             state["lost"] = state["lost"] + 1 if figures["skipped"] else 0
             run.log({"step": state["step"], **figures}, groups)
             if state["step"] % config.save_every == 0 and not state["lost"]:
-                recode.save(run, model, optimizer, state)
-    return recode.finish(run, model, tokenizer, optimizer, heldout, state)
+                training.run.save(run, model, optimizer, state)
+    return training.run.finish(run, model, tokenizer, optimizer, heldout, state)
 
 
 if __name__ == "__main__":
-    recode.guard(main)
+    parallel.guard(main)

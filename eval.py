@@ -7,7 +7,7 @@
     python eval.py --compare runs/eval runs/eval-grpo   models side by side, all their tasks
     python eval.py --task humaneval --data HumanEval.jsonl.gz --references    is all well here?
 
-Tasks and their data: problems.py. An --output is one model, and each of its tasks a directory in
+Tasks and their data: tasks.py. An --output is one model, and each of its tasks a directory in
 it: config.json, samples.jsonl (every completion and its verdict), table.md and table.json. Stopped,
 or killed, the same command goes on where it was.
 
@@ -47,13 +47,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import problems
 import recode
 import reward
-from data import BadInput
-from parallel import LOCAL_RANK, RANK, WORLD
-from plot import fit
-from run import read_settings, write
+import tasks
+from training import loading, parallel
+from training.config import BadInput, Parser, read_settings
+from training.files import write
+from training.parallel import LOCAL_RANK, RANK, WORLD
 
 JUDGES = max(1, os.cpu_count() // WORLD)  # at a time
 
@@ -184,7 +184,7 @@ def load(args):
     """The model on this rank's device, with its adapter."""
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    return recode.load_policy(args.model, args.adapter)
+    return loading.load_policy(args.model, args.adapter)
 
 
 def complete(model, tokenizer, batch, seeds, args):
@@ -199,9 +199,9 @@ def complete(model, tokenizer, batch, seeds, args):
 
 def evaluate(found, directory, box, args):
     """Sample and judge what the log does not hold yet; judges work while the next batch is sampled."""
-    log, tokenizer, model = Log(directory), recode.load_tokenizer(args.model), None
-    tasks = [(problem, problems.encode(problem, tokenizer, args.no_update)) for problem in found]
-    order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i][1]))  # longest first: too big shows at once
+    log, tokenizer, model = Log(directory), loading.load_tokenizer(args.model), None
+    prompts = [(problem, tasks.encode(problem, tokenizer, args.no_update)) for problem in found]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i][1]))  # longest first: too big shows at once
     batches = [order[i : i + args.batch] for i in range(0, len(order), args.batch)][RANK::WORLD]
     jobs, tokens, started = [], 0, time.perf_counter()
 
@@ -218,7 +218,7 @@ def evaluate(found, directory, box, args):
                 if missing := {(problem.name, j) for problem, j in keys} - known:
                     model = model or load(args)
                     seeds = [args.seed * 1_000_003 + i for i in batch]  # a problem's own, whoever samples it
-                    rows = complete(model, tokenizer, [tasks[i] for i in batch], seeds, args)
+                    rows = complete(model, tokenizer, [prompts[i] for i in batch], seeds, args)
                     log.append([row for row in rows if (row["problem"], row["sample"]) in missing])
                     tokens += sum(row["tokens"] for row in rows)
                 jobs += [pool.submit(settle, *key) for key in keys if "passed" not in log.rows[key[0].name, key[1]]]
@@ -287,6 +287,33 @@ def cell(name, values, sign=""):
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
+def fit(markdown, width=100):
+    """Markdown tables for a screen: columns straight, asterisks bare, a table wider than `width` cut into several.
+
+    Every part begins with the first column. Lines that belong to no table stay as they are.
+    """
+    result, table = [], []
+    for line in [*markdown.split("\n"), ""]:
+        if line.startswith("|"):
+            table.append([cell.strip().replace("\\*", "*") for cell in line.strip("|").split("|")])
+            continue
+        widths = [max(map(len, column)) for column in zip(*(row for row in table if set("".join(row)) - set("-")))]
+        start = 1
+        while start < len(widths):
+            end = start + 1
+            while end < len(widths) and widths[0] + sum(widths[start : end + 1]) + 3 * (end + 2 - start) + 1 <= width:
+                end += 1
+            columns = [0, *range(start, end)]
+            for i, row in enumerate(table):
+                cells = [("-" * widths[c] if i == 1 else row[c]).ljust(widths[c]) for c in columns]
+                result.append(f"| {' | '.join(cells)} |")
+            start = end
+            result += [""] * (start < len(widths))
+        table = []
+        result.append(line)
+    return "\n".join(result[:-1])
+
+
 def markdown(*lines):
     """A Markdown table whose columns are straight on the screen too; the first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -324,7 +351,7 @@ def compare(runs):
         if name not in ("format", "no_code", "cut")
     ]
     columns = [
-        (task, name) for task in problems.TASKS for name in names if any(values(run, task, name) for run in runs)
+        (task, name) for task in tasks.TASKS for name in names if any(values(run, task, name) for run in runs)
     ]
     lines = [["", *(f"{task} {HEADINGS.get(name, name)}" for task, name in columns)]]
     for run in runs:
@@ -346,11 +373,11 @@ def compare(runs):
 
 def parse(argv):
     """The checked arguments; data and length that are not given come from the checkpoint's defaults.json."""
-    parser, tiny = recode.Parser(__doc__), os.path.relpath(Path(__file__).parent / "tiny")
+    parser, tiny = Parser(__doc__), os.path.relpath(Path(__file__).parent / "tiny")
     add = parser.add_argument_group("what is evaluated, and where that is kept").add_argument
     add("--model", default=tiny, metavar="X", help="checkpoint directory or hub id [tiny]")
     add("--adapter", default="", metavar="X", help="adapter directory over it, runs/grpo/adapter say [none]")
-    add("--task", default="migration", choices=problems.TASKS, help="what is asked [migration]")
+    add("--task", default="migration", choices=tasks.TASKS, help="what is asked [migration]")
     text = "JSONL file or hub id of the problems [the task's, or the checkpoint's]"
     add("--data", default="", metavar="X", help=text)
     add("--output", default="runs/eval", metavar="X", help="directory of this model's evaluations [runs/eval]")
@@ -374,7 +401,7 @@ def parse(argv):
     args.k = args.k or [k for k in (1, 5) if k <= args.num_samples]
     if args.task == "migration" and defaults.get("heldout"):
         args.data = args.data or str(beside.with_name(defaults["heldout"]))
-    args.data = args.data or problems.SOURCES.get(args.task, "")
+    args.data = args.data or tasks.SOURCES.get(args.task, "")
     return check(args)
 
 
@@ -402,7 +429,7 @@ def main(argv=None):
     if args.compare:
         print(fit(compare(args.compare)), end="")
         return 0
-    found, directory = problems.load(args.task, args.data), Path(args.output) / args.task
+    found, directory = tasks.load(args.task, args.data), Path(args.output) / args.task
     if args.references:
         with open_sandbox(found, args.unsafe) as box:
             return references(found, box)
@@ -425,4 +452,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    recode.guard(main)
+    parallel.guard(main)

@@ -1,265 +1,400 @@
-"""The machinery: what GRPO, DAPO and SFT share, in the order in which a run meets it.
+"""The policy: drawing completions from a model, and the log-probabilities of what was drawn.
 
-  1. the command line    every field of a script's Config is a flag
-  2. loading             a checkpoint directory or a hub id, through transformers
-  3. export              a trained adapter (dora.py) merged into an ordinary checkpoint
-  4. rollouts            completions and their rewards, the figures that describe them, held-out tasks
-  5. set-up              model, tokenizer, tasks, run directory and the header that tells of them
-  6. migration           what all of it is for: a trained model rewrites a file
+Both do the same two passes. The first runs a prompt once, all but its last token, and keeps its keys
+and values. The second runs the completions of its group, and every one of them looks at what was kept:
 
-    python recode.py old.py --model runs/grpo --library numpy --version 2.0 --update "np.in1d is gone; use np.isin"
+    prompt       p1 p2 p3 p4
+    pass 1       p1 p2 p3                              once for the group
+    pass 2                p4 o1 o2 o3 ... o(n-1)       for every completion o, from the prompt's last token on
+    predicts              o1 o2 o3 o4 ... on
 
-Nothing is merged for sampling: in bf16 a merge would round half of a small update away, and the
-probabilities that are trained would not be those that were sampled from.
+When sampling, pass 2 goes token by token (Decoder); when scoring, all at once (token_logps). In training
+the gradient comes back in two stages: micro-batch by micro-batch as far as the keys and values of the
+prompts, and then, once, through the prompts themselves (shared_prompts).
+
+transformers lets the attention function be exchanged; everything else is the model's own code. It must
+be full softmax attention: no sliding window, no soft cap.
 """
 
-import argparse
+import contextlib
 import dataclasses
-import inspect
-import json
 import math
-import os
-import re
-import shutil
 import sys
-import textwrap
 import time
-from collections import Counter
-from pathlib import Path
 from statistics import fmean as mean
 
-import huggingface_hub
-import safetensors.torch
 import torch
-import transformers
-from torch.distributed.tensor import DTensor
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import data
-import dora
-import parallel
-import patch
 import reward
-from data import BadInput
-from policy import Batch, batch_logps, make_batch, passes, sample, token_logps  # noqa: F401, asked for by these names
-from run import Run, read_settings, style, write
+from training import parallel
+from training.config import BadInput
+from training.loading import eos_ids
 
-# ------------------------------------------------------------------------- 1. the command line
-
-MAY_BE_ZERO = ("seed", "dropout", "beta", "warmup", "weight_decay", "overlong_cache")  # every other number is above 0
+# ------------------------------------------------------------------------- 1. a prompt and its completions
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line for a mistake, help of at most 100 columns, and no abbreviated flags."""
-
-    def __init__(self, description):
-        columns = min(100, shutil.get_terminal_size((100, 24)).columns)
-        form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=columns)
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
-
-    def error(self, message):
-        raise BadInput(f"{message}; see --help")
+def attention(module, query, key, value, mask, attend=None, **kwargs):
+    """What the layers of a model call: `attend`, if forward() passes one, else what they called before."""
+    if attend is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return attend(module, query, key, value, mask, **kwargs), None
 
 
-def parse_config(Config, argv, doc):
-    """A checked Config: its own defaults, then those of the checkpoint, then the flags of `argv`.
+AttentionInterface.register("shared_prompt", attention)
+AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
-    The comment behind a field is the help of its flag, the comment above some fields their heading.
-    MODEL/defaults.json holds the checkpoint's defaults; "data" and "heldout" in it may name files
-    beside it. Raises BadInput for an unknown flag or a value that makes no sense.
+
+def forward(model, ids, positions, mask, attend):
+    """Hidden states (B, T, d) for ids and positions (B, T), with attend(module, query, key, value, mask) inside."""
+    if model.config._attn_implementation != "shared_prompt":
+        model.set_attn_implementation("shared_prompt")
+    out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False, attend=attend)
+    return out.last_hidden_state
+
+
+def pad(rows, device):
+    """Lists of ids, padded on the right with 0 to (rows, longest), and their lengths (rows,)."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row)
+    return ids.to(device), lengths.to(device)
+
+
+class Prompts:
+    """P prompts, run once: the keys and values of all layers, {layer: (P, heads, L, dim)}, and the last tokens.
+
+    L is the longest prompt without its last token; `visible` (P, L) says which columns are no padding.
     """
-    parser = Parser(doc)
-    parser.epilog = "Defaults are in brackets; those that a checkpoint brings (tiny/defaults.json) go before them."
-    group, defaults = parser, {field.name: field.default for field in dataclasses.fields(Config)}
-    for line in inspect.getsource(Config).splitlines():
-        if heading := re.fullmatch(r"    # (.+)", line):
-            group = parser.add_argument_group(heading[1])
-        elif field := re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line):
-            name, default = field[1], defaults[field[1]]
-            kind = {"action": "store_true"} if default is False else {"type": type(default), "metavar": "X"}
-            shown = "off" if default is False else "none" if default == "" else default
-            text = f"{field[2]} [{shown}]".replace("%", "%%")
-            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    path = Path(given.get("model", defaults["model"])) / "defaults.json"
-    for name, value in read_settings(path).items() if path.is_file() else ():
-        wanted = type(defaults.get(name))
-        if name not in defaults or not isinstance(value, int | float if wanted is float else wanted):
-            raise BadInput(f"{path}: {name!r}: {value!r} is no setting of this script")
-        beside = path.parent / value if name in ("data", "heldout") else None
-        given.setdefault(name, str(beside) if beside and beside.is_file() else value)
-    return check(Config(**given))
+
+    def __init__(self, model, prompts):
+        self.keys, self.values = {}, {}
+        ids, _ = pad([prompt[:-1] or [0] for prompt in prompts], model.device)  # (P, L), at least one column
+        self.lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)  # (P,)
+        self.last = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)  # (P,)
+        columns = torch.arange(ids.shape[1], device=model.device)
+        self.visible = columns < self.lengths[:, None]  # (P, L)
+        causal = (columns <= columns[:, None])[None, None]  # (1, 1, L, L); padding is right of all that counts
+        forward(model, ids, columns[None], causal, self.keep)
+        if len(self.keys) != model.config.num_hidden_layers:
+            raise BadInput(f"model: {model.config.model_type} does not let its attention be exchanged; not supported")
+
+    def keep(self, module, query, key, value, mask, **kwargs):
+        self.keys[module.layer_idx], self.values[module.layer_idx] = key, value
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
 
 
-def check(config):
-    """`config` itself, if its values make sense; else BadInput naming the flag."""
-    for name, value in vars(config).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-                raise BadInput(f"{flag} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
-    if config.seed >= 2**32:
-        raise BadInput(f"--seed {config.seed}: must be below 2**32")
-    if config.num_samples == 1 < type(config).num_samples:
-        raise BadInput("--num-samples 1: advantages compare the samples of a group; give at least 2")
-    if config.prompts_per_step % config.updates:
-        raise BadInput(f"--updates {config.updates}: must divide --prompts-per-step {config.prompts_per_step}")
-    if config.dropout >= 1 or config.warmup > 1:
-        raise BadInput("--dropout must be below 1 and --warmup at most 1: both are shares")
-    if vars(config).get("overlong_cache", 0) > config.max_new_tokens:
-        raise BadInput(f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens {config.max_new_tokens}")
-    if config.prompts_per_step < parallel.WORLD:
-        raise BadInput(f"--prompts-per-step {config.prompts_per_step}: at least one for each of {parallel.WORLD} ranks")
-    if config.adapter not in ("dora", "lora", "none"):
-        raise BadInput(f"--adapter {config.adapter!r}: give dora, lora or none")
-    if config.adapter == "none" and config.beta:
-        raise BadInput("--adapter none: without an adapter to switch off there is no reference policy; give --beta 0")
-    if config.offload and config.adapter != "none":
-        raise BadInput("--offload: there is nothing to move to the CPU but with --adapter none")
-    if config.correctness not in reward.CORRECTNESS:
-        raise BadInput(f"--correctness {config.correctness!r}: give one of {', '.join(reward.CORRECTNESS)}")
-    return config
+@contextlib.contextmanager
+def shared_prompts(model, prompts):
+    """Prompts whose gradient waits: backward passes inside end at their keys and values, and what has
+    gathered there goes through the prompts once, when the block is left."""
+    shared = Prompts(model, prompts)
+    kept = [shared.keys, shared.values]
+    graph = [x for store in kept for x in store.values()]
+    for store in kept:
+        store.update({layer: x.detach().requires_grad_(x.requires_grad) for layer, x in store.items()})
+    leaves = [x for store in kept for x in store.values()]
+    yield shared
+    ends = [(x, leaf.grad) for x, leaf in zip(graph, leaves, strict=True) if leaf.grad is not None]
+    if ends:
+        torch.autograd.backward(*zip(*ends))
 
 
-OUT_OF_MEMORY = """
-  In this order: a smaller --micro-tokens (half, say; changes no result); no --keep-activations; fewer
-  --prompts-per-step or --num-samples; shorter --max-new-tokens or --max-prompt-tokens; with --adapter none,
-  --offload or more GPUs. --dry-run tries the largest step first. What was saved goes on with --resume."""
+# ------------------------------------------------------------------------- 2. sampling
 
 
-def guard(main):
-    """Run `main` as a program: its result is the exit status, bad input one line and status 2."""
-    try:
-        status = main(sys.argv[1:])
-        parallel.end()
-        sys.exit(status)
-    except BadInput as error:
-        parallel.say(error)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        parallel.say(f"{first_line(error)} {OUT_OF_MEMORY}")
-        sys.exit(1)
-    except RuntimeError:
-        if not parallel.failed():
-            raise
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if parallel.RANK == 0:
-            print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+def capture(step):
+    """step() as a CUDA graph: a function that runs it again on the same memory, and the tensor it fills."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    return graph.replay, out
 
 
-# ------------------------------------------------------------------------- 2. loading
+def on_gpu(model):
+    return model.device.type == "cuda"
 
 
-def load_tokenizer(model):
-    """The tokenizer of a checkpoint directory or hub id. BadInput without one, or without an EOS."""
-    path = Path(model)
-    if path.is_dir() and not any(
-        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    ):
-        raise BadInput(f"model: no tokenizer in {model!r}; save one there with tokenizer.save_pretrained")
-    if not path.is_dir() and (path.exists() or not data.HUB_ID.fullmatch(model)):
-        raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
-    huggingface_hub.logging.set_verbosity_error()  # its retries are no news; their outcome is
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model: no tokenizer for {model!r}: {first_line(error)}; give a checkpoint directory")
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"model: the tokenizer of {model!r} has no EOS token; set tokenizer.eos_token and save it")
-    return tokenizer
+class Decoder:
+    """The completions of P prompts, a token for all of them at each step.
 
-
-def load_model(model):
-    """The causal language model of a directory or hub id: fp32 on the CPU, bf16 on a GPU, eval mode.
-
-    For a toy of under two million parameters torch is set to one thread: several win little where the
-    cores are free, and where they are not (a shared machine) waiting for each other costs ten times the work.
+    The prompts' keys and values are looked at where they are, never copied for a row: the queries of a
+    group stand side by side as if they were one sequence. Those of the completions have `width` columns
+    that fill up from the left. All that a step reads has a fixed place, so on a GPU it is recorded once
+    as a CUDA graph and then repeated, until rows leave or the columns are full. The first step of every
+    graph is checked against the same step without one; should they differ, there are no more graphs.
     """
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
-    if device == "cpu" and loaded.num_parameters() < 2_000_000:
-        torch.set_num_threads(1)
-    return loaded.to(device).eval()
+
+    graphs = True  # until one has failed
+
+    def __init__(self, model, prompts, num_samples):
+        self.model, self.prompts, self.num_samples = model, prompts, num_samples
+        self.block = 256 if on_gpu(model) else 64  # every new width is a new graph
+        self.rows = torch.arange(len(prompts.last) * num_samples, device=model.device)  # (B,) who is left
+        self.shared = [(k.contiguous(), v.contiguous()) for k, v in zip(prompts.keys.values(), prompts.values.values())]
+        self.keys = [k.new_zeros(len(self.rows), k.shape[1], 0, k.shape[3]) for k, _ in self.shared]
+        self.values = [k.clone() for k in self.keys]
+        self.t = torch.zeros(1, dtype=torch.long, device=model.device)  # tokens so far
+        self.tokens = prompts.last.repeat_interleave(num_samples)  # (B,)
+        self.replay, self.logits = None, None
+
+    def keep(self, rows):
+        """Go on with some rows of the batch only; rows (B,) bool."""
+        self.rows, self.tokens, self.replay = self.rows[rows], self.tokens[rows], None
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+
+    def next(self, t):
+        """The logits (B, V) of token t, which stay valid until the next call."""
+        self.t.fill_(t)
+        if t == self.keys[0].shape[2]:
+            self.keys = [F.pad(k, (0, 0, 0, self.block)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, self.block)) for v in self.values]
+            self.replay = None
+        if self.replay:
+            self.replay()
+            return self.logits
+        logits = self.step()
+        if Decoder.graphs and on_gpu(self.model):
+            self.record(logits)
+        return logits
+
+    def step(self):
+        """The logits (B, V) that follow self.tokens, the tokens number self.t of their rows."""
+        group = self.rows // self.num_samples
+        width = torch.arange(self.keys[0].shape[2], device=self.t.device)
+        later = (width > self.t).expand(len(group), -1)  # (B, width)
+        hidden = torch.cat([~self.prompts.visible[group], later], 1)[:, None, None]  # (B, 1, 1, L + width)
+        positions = self.prompts.lengths[group] + self.t  # (B,)
+        last = forward(self.model, self.tokens[:, None], positions[:, None], hidden, self.attend)[:, 0]  # (B, d)
+        return self.model.get_output_embeddings()(last)  # (B, V)
+
+    def attend(self, module, query, key, value, hidden, scaling, **_):
+        """Softmax over the columns of prompt and completion that are not hidden. query (B, heads, 1, dim)."""
+        keys, values = self.keys[module.layer_idx], self.values[module.layer_idx]  # (B, H, width, dim)
+        keys.index_copy_(2, self.t, key)
+        values.index_copy_(2, self.t, value)
+        shared_keys, shared_values = self.shared[module.layer_idx]  # (P, H, L, dim)
+        B, H, L = len(keys), keys.shape[1], shared_keys.shape[2]
+        query = query.view(B, H, -1, query.shape[-1]) * scaling  # (B, H, R, dim), R heads share one key
+        scores = torch.cat([self.each(query, shared_keys.mT), query @ keys.mT], -1)  # (B, H, R, L + width)
+        probs = scores.masked_fill_(hidden, -torch.inf).softmax(-1, torch.float32).to(values.dtype)
+        mixed = self.each(probs[..., :L], shared_values) + probs[..., L:] @ values  # (B, H, R, dim)
+        return mixed.reshape(B, 1, -1, mixed.shape[-1])
+
+    def each(self, x, shared):
+        """x (B, H, R, n) @ shared (P, H, n, m), for every row that of its prompt: (B, H, R, m)."""
+        P, (B, H, R, n), m = len(shared), x.shape, shared.shape[-1]
+        if B < P * self.num_samples:  # rows that have left have nothing to ask
+            x = x.new_zeros(P * self.num_samples, H, R, n).index_copy(0, self.rows, x)
+        x = x.view(P, self.num_samples, H, R, n).transpose(1, 2).reshape(P, H, -1, n)
+        x = (x @ shared).view(P, H, self.num_samples, R, m).transpose(1, 2).reshape(-1, H, R, m)
+        return x if B == len(x) else x[self.rows]
+
+    def record(self, expected):
+        """Make the step a graph that has to give the `expected` logits for the present token."""
+        try:
+            with parallel.unhooked(self.model):
+                self.replay, self.logits = capture(self.step)
+            self.replay()
+            found, expected = self.logits.float().nan_to_num(), expected.float().nan_to_num()
+            same = (found - expected).norm() <= 0.05 * expected.norm()  # 0.02 between kernels in bf16
+            problem = None if same else "a CUDA graph gave other logits"
+        except RuntimeError as error:
+            problem = f"no CUDA graph: {str(error).splitlines()[0]}"
+        if problem:
+            Decoder.graphs, self.replay = False, None
+            print(f"warning   {problem}; decoding goes on without graphs, several times slower", file=sys.stderr)
 
 
-def eos_ids(model, tokenizer):
-    """The ids that end a completion, list[int]: what `generate` would stop at, and the tokenizer's own."""
-    listed = model.generation_config.eos_token_id  # an int, a list of them, or None
-    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    return sorted({tokenizer.eos_token_id, *listed})
+def pick(logits, temperature, noise, top_p=1.0):
+    """One token a row, (B,), and its log-probability, (B,): argmax at temperature 0, else by `noise`.
 
-
-def first_line(error):
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-# ------------------------------------------------------------------------- 3. export
+    noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulated probabilities.
+    With top_p < 1 only the likeliest tokens whose probabilities sum up to top_p can be picked; the
+    log-probability is that of the whole distribution all the same.
+    """
+    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        tokens = logps.argmax(-1, keepdim=True)
+    else:
+        probs = logps.exp()  # (B, V)
+        if top_p < 1:
+            rising, order = probs.sort(-1)
+            rare = rising.cumsum(-1) <= 1 - top_p  # (B, V) cut where transformers cuts
+            rare[:, -1] = False  # the likeliest always stays
+            probs = probs.masked_fill(rare.scatter(-1, order, rare), 0)
+        cumulated = probs.cumsum(-1, dtype=torch.double)
+        tokens = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 
 @torch.no_grad()
-def export(model, adapter, output):
-    """Merge an adapter into its model and save it as an ordinary checkpoint directory, in W's dtype.
+def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0):
+    """Complete each prompt `num_samples` times.
 
-    Prints how much of the update survives the rounding to that dtype. vLLM and others load the result.
+    prompts: list of P lists of ids, of any lengths; eos: list of ids that end a completion; seed: an
+    int, or a list of P ints. The chance of prompt i hangs on its seed alone (seed + i, for an int), not
+    on the other prompts.
+    Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and
+    T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask covers a
+    completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
+    Temperature 0 is greedy and equals transformers' generate token for token. top_p < 1 leaves the
+    unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
     """
-    tokenizer = load_tokenizer(model)
-    merged = dora.load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
-    wanted = lost = 0.0
-    for name, layer in dora.dora_layers(merged).items():
-        W = layer.base.weight.float()
-        exact = W + layer.scale * layer.lora_B @ layer.lora_A
-        if layer.magnitude is not None:
-            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of dora.py
-        layer.base.weight.copy_(exact)
-        wanted += (exact - W).square().sum().item()
-        lost += (exact - layer.base.weight.float()).square().sum().item()
-        parent, _, leaf = name.rpartition(".")
-        setattr(merged.get_submodule(parent), leaf, layer.base)
-    write_model(merged, tokenizer, output, f"{model} with the adapter {adapter} merged into it.")
-    share = math.sqrt(lost / max(wanted, 1e-30))
-    print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
+    model.eval()
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    draw = lambda s: torch.rand(max_new_tokens, num_samples, generator=torch.Generator().manual_seed(s))
+    noise = torch.cat([draw(s) for s in seeds], 1).T.to(model.device)  # (B, max_new_tokens)
+    decoder = Decoder(model, Prompts(model, prompts), num_samples)
+    tokens = torch.zeros(noise.shape, dtype=torch.long, device=model.device)  # (B, T)
+    mask, logps, eos = tokens.bool(), tokens.float(), torch.tensor(eos, device=model.device)
+    share = 0.5 if on_gpu(model) else 0.8  # what leaving costs: a new graph, a copy of the cache
+    alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # which rows of the batch have not ended
+    for t in range(max_new_tokens):
+        rows = decoder.rows
+        drawn, logps[rows, t] = pick(decoder.next(t), temperature, noise[rows, t, None], top_p)
+        tokens[rows, t], mask[rows, t] = drawn, alive
+        decoder.tokens.copy_(drawn)
+        alive &= ~torch.isin(drawn, eos)
+        left = int(alive.sum())
+        if left == 0:
+            break
+        if left <= share * len(rows):
+            decoder.keep(alive)
+            alive = alive[alive]
+    return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
 
-SHARD = "5GB"  # of weights in a file
-CARD = """---
-base_model: {base}
-tags: [recode, code-migration]
----
-{what}
+# ------------------------------------------------------------------------- 3. log-probabilities
 
-It was trained to follow the update notes that a prompt shows (ReCode, arXiv 2506.20495). Prompt and answer have
-the form of data.py: a system message, the notes in <doc>, the old code, then a thought and <answer>.
-"""
+LOGITS = 9_000_000  # logits held at once: 36 MB in fp32; below 32 MiB glibc would not give them back
+ON_GPU = 16  # times as many there, or the output layer would be read more than used
 
 
-def write_model(model, tokenizer, directory, what):
-    """Save an ordinary checkpoint directory: config, tokenizer, model card, weights in files of SHARD at most.
+def token_logps(model, prompts, tokens, mask, temperature=1.0, group=None):
+    """log pi(token t of row b | its prompt and the tokens before), (B, T) fp32, 0 outside the mask.
 
-    Trained slices are put together one by one on rank 0, in bf16 if they were used in it.
+    prompts: list of B lists of ids, or, with group (B,) int64, of P lists or Prompts, where group[b] is
+    the prompt of row b. tokens (B, T) int64; mask (B, T) bool, true on a first stretch of every row.
+    Differentiable. The output layer sees completion positions only, a few at a time, and is computed
+    again in the backward pass, so the (B, T, V) logits never exist.
     """
-    state, base = {}, model.config.name_or_path
-    for name, p in model.named_parameters():
-        x = parallel.whole(p.detach())
-        x = x.bfloat16() if isinstance(p, DTensor) and x.is_cuda else x
-        state[name] = x.cpu() if parallel.RANK == 0 else None
-    if parallel.RANK > 0:
-        return
-    try:
-        model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD)
-        tokenizer.save_pretrained(directory)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then --resume")
-    write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())
+    if not isinstance(prompts, Prompts):
+        prompts = Prompts(model, prompts)
+    group = torch.arange(len(tokens), device=tokens.device) if group is None else group
+    T = int(mask.sum(1).max())
+    ids = torch.cat([prompts.last[group][:, None], tokens[:, : T - 1]], 1).masked_fill(~mask[:, :T], 0)  # (B, T)
+    t = torch.arange(T, device=ids.device)
+    before = prompts.visible[group][:, None, None].expand(-1, 1, T, -1)  # (B, 1, T, L)
+    causal = (t <= t[:, None]).expand(len(ids), 1, T, T)
+
+    def attend(module, query, key, value, mask, **kwargs):
+        key = torch.cat([prompts.keys[module.layer_idx][group], key], 2)  # (B, heads, L + T, dim)
+        value = torch.cat([prompts.values[module.layer_idx][group], value], 2)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+
+    positions = prompts.lengths[group][:, None] + t  # (B, T)
+    hidden = forward(model, ids, positions, torch.cat([before, causal], -1), attend)[mask[:, :T]]  # (N, d)
+    head = model.get_output_embeddings()
+
+    def logps_of(hidden, targets):
+        logits = head(hidden).float() / temperature
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    parts = max(1, len(hidden) * head.weight.shape[0] // (LOGITS * (ON_GPU if on_gpu(model) else 1)))
+    chunks = [
+        checkpoint(logps_of, h, y, use_reentrant=False, preserve_rng_state=False)
+        for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True)
+    ]
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(chunks))  # (B, T)
 
 
-# ------------------------------------------------------------------------- 4. rollouts and their figures
+@dataclasses.dataclass
+class Batch:
+    """B completions of P prompts with all that an update needs; tensors are (B, T) or (B,)."""
+
+    prompts: list
+    group: torch.Tensor  # which prompt is a row's
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    old_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+    rows: torch.Tensor | None = None  # of a part that passes() gives: its rows in the whole
+
+    def select(self, rows):
+        """The part with only `rows`, an index tensor, in that order, and the prompts that they need."""
+        chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        used, chosen["group"] = self.group[rows].unique(return_inverse=True)
+        return dataclasses.replace(self, prompts=[self.prompts[i] for i in used.tolist()], **chosen)
+
+    def between(self, start, end):
+        """The part of prompts start, ..., end - 1."""
+        return self.select(((self.group >= start) & (self.group < end)).nonzero()[:, 0])
+
+    def shares(self, size):
+        """Parts of `size` prompts each, the last one perhaps of fewer."""
+        return [self.between(start, start + size) for start in range(0, len(self.prompts), size)]
+
+
+def make_batch(groups, advantages, device):
+    """The Batch of all completions of some Groups, whose advantages are (groups, num_samples)."""
+    tokens, lengths = pad([ids for group in groups for ids in group.completions], device)  # (B, T), (B,)
+    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # (B, T)
+    group = torch.arange(len(groups), device=device).repeat_interleave(advantages.shape[1])  # (B,)
+    return Batch([group.prompt for group in groups], group, tokens, mask, advantages.flatten().to(device))
+
+
+def pieces(lengths, budget):
+    """Cut a list of lengths into [start, end) with (end - start) * longest <= budget, or of one item."""
+    start = longest = 0
+    for i, n in enumerate(lengths):
+        longest = max(longest, n)
+        if i > start and (i + 1 - start) * longest > budget:
+            yield start, i
+            start, longest = i, n
+    if lengths:
+        yield start, len(lengths)
+
+
+def passes(model, batch, config):
+    """This rank's rows of a Batch, a micro-batch at a time, longest first: (part, its log-probabilities (B, T)).
+
+    A rank takes every WORLD-th prompt. Call backward() on each before the next: what belongs to the prompts
+    follows when all of their rows are through. No pass holds more than config.micro_tokens tokens, padding included.
+    """
+    parallel.gather_weights(model)
+    mine = (batch.group % parallel.WORLD == parallel.RANK).nonzero()[:, 0]
+    batch = dataclasses.replace(batch, rows=torch.arange(len(batch.mask), device=batch.mask.device)).select(mine)
+    for start, end in pieces([len(prompt) for prompt in batch.prompts], config.micro_tokens):
+        whole = batch.between(start, end)
+        lengths, order = whole.mask.sum(1).sort(descending=True, stable=True)
+        with shared_prompts(model, whole.prompts) as prompts:
+            for first, last in pieces(lengths.tolist(), config.micro_tokens):
+                rows = order[first:last]
+                part, group = whole.select(rows), whole.group[rows]
+                yield part, token_logps(model, prompts, part.tokens, part.mask, config.temperature, group)
+
+
+@torch.no_grad()
+def batch_logps(model, batch, config):
+    """The log-probabilities of a whole Batch without gradient or dropout, (B, T): all ranks' rows, on every rank."""
+    model.eval()
+    logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    for part, found in passes(model, batch, config):
+        logps[part.rows] = found
+    return parallel.add(logps)
+
+
+# ------------------------------------------------------------------------- 4. groups and their figures
 
 
 @dataclasses.dataclass
@@ -339,272 +474,3 @@ def evaluate(model, tokenizer, tasks, config):
         greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
         sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
     return judge(greedy) | {"reward": judge(sampled)["reward"]}
-
-
-def table(before, after):
-    """The held-out figures side by side, as text."""
-    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES", "reward": "sampled reward"}
-    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
-    rows += [f"  {names[k]:<16}{before[k]:9.3f}{after[k]:9.3f}{after[k] - before[k]:+9.3f}" for k in names]
-    return "\n".join(rows)
-
-
-# ------------------------------------------------------------------------- 5. set-up
-
-
-def load_trainable(config):
-    """The model with what is trained of it: an adapter, or all weights in slices. Prints its lines of the header."""
-    print(f"model     {config.model}", flush=True)
-    torch.manual_seed(config.seed)
-    model = load_model(config.model)
-    if config.adapter != "none":
-        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
-    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
-    what = {"dora": f"DoRA, r {config.r}, on {config.targets}", "lora": f"LoRA, r {config.r}, on {config.targets}"}
-    print(f"          {trained:,} trained: {what.get(config.adapter, 'all weights, in fp32')}")
-    if config.adapter == "none":
-        parallel.shard(model, config.offload)
-    if not config.keep_activations:
-        recompute = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        recompute({"use_reentrant": False})  # the second is its name in transformers 5.17
-    return model
-
-
-def set_up(config):
-    """Everything a training script starts from: (run, model, tokenizer, train tasks, held-out tasks).
-
-    Checks what can be checked before anything slow is done, and prints the header. A task is
-    (prompt ids, Example).
-    """
-    parallel.start()
-    run, dropped = Run(config), Counter()
-    tokenizer = load_tokenizer(config.model)
-    examples = data.load_examples(config.data, dropped)
-    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
-    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
-    heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter()) if heldout else []
-    print(f"data      {config.data}: {len(train):,} tasks kept, {sum(dropped.values()):,} rows dropped")
-    for reason, count in dropped.items():
-        print(f"          {count:,} dropped: {reason}")
-    print(f"held out  {len(heldout):,} tasks" + (f" of {config.heldout}" if heldout else "; --heldout sets some aside"))
-    if tokenizer.chat_template is None:
-        print("warning   the tokenizer has no chat template; prompts are plain text")
-    model = load_trainable(config)
-    if parallel.WORLD > 1:
-        print(f"ranks     {parallel.WORLD}, each its share of the prompts")
-    defaults = Path(config.model) / "defaults.json"
-    if defaults.is_file() and not config.quiet:
-        listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
-        print(textwrap.fill(f"defaults  {listed}", 100, subsequent_indent=" " * 10))
-    print(
-        f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions"
-    )
-    if not config.dry_run:
-        run.begin()
-    return run, model, tokenizer, train, heldout
-
-
-LOST = 3  # updates in a row that are not finite, before a run gives up
-
-
-def learning_rate(step, config):
-    """The rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0 at the last step's end."""
-    warm = config.warmup * config.steps
-    if step < warm:
-        return config.lr * (step + 1) / (warm + 1)
-    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
-
-
-def save(run, model, optimizer, state):
-    """A checkpoint to go on from, and the adapter as it is now."""
-    run.save(parallel.full_state(model, optimizer), state)
-    if run.config.adapter != "none":
-        dora.save_adapter(model, run.config, run.path / "adapter")
-
-
-def finish(run, model, tokenizer, optimizer, heldout, state):
-    """After the loop: save, say what came out of it, and return the exit status."""
-    if state["lost"] == LOST:
-        print(f"stopped: loss or gradient not finite {LOST} times in a row, up to step {state['step']}")
-        print(f"the last checkpoint before is kept in {run.path}; lower --lr and start anew")
-        return 1
-    save(run, model, optimizer, state)
-    if run.config.adapter == "none":
-        write_model(model, tokenizer, run.path / "model", f"{run.config.model} trained by {' '.join(sys.argv)}.")
-    if state["step"] < run.config.steps:
-        again = sys.argv if run.config.resume else [*sys.argv, "--resume"]
-        start = f"torchrun --nproc-per-node {parallel.LOCAL_WORLD}" if parallel.WORLD > 1 else "python"
-        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {start} {' '.join(again)}")
-        return 130
-    if heldout:
-        figures = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, run.config)}
-        write(run.path / "heldout.json", json.dumps(figures, indent=2).encode())
-        print(table(**figures))
-    kept = "model" if run.config.adapter == "none" else "adapter"
-    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and {kept}/")
-    return 0
-
-
-# ------------------------------------------------------------------------- 6. migration
-
-USAGE = """Rewrite a Python file for a new version of a library, as the update notes say, and print the diff.
-
-    python recode.py old.py --model runs/grpo --library numpy --version 2.0 \\
-        --update "np.in1d was removed; use np.isin"
-    git show HEAD:old.py | python recode.py - --library numpy --version 2.0 --update-file notes.txt
-
-The model answers several times. Answers without code, or whose code does not parse, are left out;
-of the others the one is taken that they agree with most. Read the diff before you trust it: nothing
-is run. The exit status is 0 if there is nothing to change, 1 if there is, 2 for bad input, 3 if no
-answer is usable.
-"""
-
-
-def agreement(codes):
-    """How much the others resemble each code, list[float]: the mean ES to them, comments aside; 0.0 without others."""
-    codes = [reward.strip_comments(code) for code in codes]
-    others = [[reward.similarity(a, b) for j, b in enumerate(codes) if j != i] for i, a in enumerate(codes)]
-    return [mean(row) if row else 0.0 for row in others]
-
-
-def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=0.8, seed=0):
-    """The new code of `example`, whose new_code is not looked at, and how it was found: (str or None, dict).
-
-    Of `num_samples` answers those without code or that do not parse are left out. Of the others that
-    one is taken which they agree with most, and of equals the likeliest. None if no answer is left.
-    """
-    prompt = data.encode_prompt(example, tokenizer)
-    _, texts, cut, logps = complete(model, tokenizer, [prompt], num_samples, max_new_tokens, temperature, seed)
-    codes = [reward.extract_code(text) or "" for text in texts]
-    some = [i for i, code in enumerate(codes) if reward.strip_comments(code)]
-    usable = [i for i in some if reward.parses(codes[i])]
-    shares = agreement([codes[i] for i in usable])
-    best = max(zip(shares, (logps[i] for i in usable), usable), default=(None, None, None))
-    details = {
-        "answers": num_samples, "usable": len(usable), "without_code": num_samples - len(some),
-        "not_parsed": len(some) - len(usable), "cut": sum(cut),
-        "agreement": best[0] if len(usable) > 1 else None,
-    }  # fmt: skip
-    return codes[best[2]] if usable else None, details
-
-
-def open_policy(name):
-    """What --model names, as (base model, adapter directory or "", settings that it brings).
-
-    A run directory stands for its adapter over the model that it began with, or for its model/.
-    """
-    path, beside = Path(name), Path(name) / "defaults.json"
-    if (path / "model" / "config.json").is_file():
-        return str(path / "model"), "", read_settings(path / "config.json")
-    if not (path / "adapter" / "adapter_config.json").is_file():
-        return name, "", read_settings(beside) if beside.is_file() else {}
-    settings = read_settings(path / "config.json")
-    base, output = str(settings.get("model", "")), str(Path(settings.get("output", "")))
-    began = Path(str(path.resolve()).removesuffix(output))  # where the run was started; its paths are relative to it
-    places = [place / base for place in (began, Path(), Path(__file__).parent) if (place / base).is_dir()]
-    return str(places[0]) if base and places else base, str(path / "adapter"), settings
-
-
-def load_policy(base, adapter):
-    """The model in eval mode, with its adapter if there is one. BadInput if the two do not fit."""
-    model = load_model(base)
-    try:
-        return dora.load_adapter(model, adapter) if adapter else model
-    except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise BadInput(f"--model: {adapter} does not fit {base}, or is damaged: {first_line(error)}")
-
-
-def parse_migration(argv):
-    """The checked arguments of this file as a program."""
-    parser = Parser(USAGE)
-    parser.add_argument("file", help="Python file to migrate, - for stdin")
-    group = parser.add_argument_group("what changed")
-    group.add_argument("--library", required=True, metavar="X", help="name of the library (required)")
-    group.add_argument("--version", required=True, metavar="X", help="its new version (required)")
-    notes = group.add_mutually_exclusive_group(required=True)
-    notes.add_argument("--update", metavar="TEXT", help="what changed, in words (this or the next is required)")
-    notes.add_argument("--update-file", metavar="FILE", help="the same from a file: release notes, say")
-    group = parser.add_argument_group("who answers")
-    group.add_argument("--model", metavar="X", help="run directory, checkpoint directory or hub id [tiny, a toy]")
-    group.add_argument("--num-samples", default=8, type=int, metavar="X", help="answers to choose from [8]")
-    group.add_argument("--temperature", default=0.8, type=float, metavar="X", help="of the answers, 0 is greedy [0.8]")
-    group.add_argument("--max-prompt-tokens", type=int, metavar="X", help="longer is refused [what the model can take]")
-    text = "longer answers are cut [as in training, or twice the file if that is more]"
-    group.add_argument("--max-new-tokens", type=int, metavar="X", help=text)
-    group.add_argument("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
-    group = parser.add_argument_group("what becomes of it")
-    group.add_argument("--write", action="store_true", help="change the file; a copy stays in FILE.bak [off]")
-    group.add_argument("--json", action="store_true", help="one JSON object in place of the diff [off]")
-    args = parser.parse_args(argv)
-    if min(args.num_samples, args.max_new_tokens or 1, args.max_prompt_tokens or 1) < 1:
-        raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens must be at least 1")
-    if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**32:
-        raise BadInput("--temperature must be at least 0, --seed in [0, 2**32)")
-    args.num_samples = args.num_samples if args.temperature else 1  # all would be equal, and that is no agreement
-    if args.write and args.file == "-":
-        raise BadInput("--write: there is no file to write when the code comes from stdin")
-    args.update = patch.read_text(args.update_file) if args.update is None else args.update
-    for flag, value in (("--library", args.library), ("--version", args.version), ("the update", args.update)):
-        if not value.strip() or re.search("[\ud800-\udfff]", value):
-            raise BadInput(f"{flag}: empty, or not valid Unicode; say what changed in which library")
-    if args.model is None:
-        print("note: without --model the embedded toy answers, which knows made-up libraries only", file=sys.stderr)
-        args.model = os.path.relpath(Path(__file__).parent / "tiny")
-    return args
-
-
-def room(model, tokenizer, example, settings, args):
-    """How many tokens an answer may have, at most what the model's context leaves. BadInput for too long a prompt."""
-    prompt, code = len(data.encode_prompt(example, tokenizer)), len(tokenizer.encode(example.old_code))
-    if args.max_prompt_tokens and prompt > args.max_prompt_tokens:
-        raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {args.max_prompt_tokens:,} at most")
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    new = args.max_new_tokens or min(max(settings.get("max_new_tokens", 1024), 2 * code), context - prompt)
-    if prompt + max(new, code) > context:
-        raise BadInput(f"the prompt has {prompt:,} tokens: no room for the answer in {context:,}; give less at a time")
-    return new
-
-
-def report(args, text, code, details):
-    """Print what came out of a migration, write it if asked to, and return the exit status."""
-    after = text if code is None else patch.splice(text, code)
-    lines = patch.unified(text, after, "stdin" if args.file == "-" else args.file)
-    backup = patch.overwrite(args.file, text, after) if args.write and lines else None
-    if args.json:
-        known = {name: vars(args)[name] for name in ("file", "library", "version", "model")}
-        found = {"changed": bool(lines), "code": None if code is None else after, "diff": "".join(lines)}
-        print(json.dumps(known | found | {"backup": backup and str(backup)} | details))
-    else:
-        colours = {"+": "32", "-": "31", "@": "36"}
-        print("".join(style(line, colours[line[0]]) if line[0] in colours else line for line in lines), end="")
-    counts = f"{details['without_code']} without code, {details['not_parsed']} that do not parse"
-    if code is None:
-        way_out = "raise --max-new-tokens" if details["cut"] else "try another --seed or --model"
-        print(f"error: no answer is usable: {counts}, {details['cut']} cut; {way_out}", file=sys.stderr)
-        return 3
-    agree = "" if details["agreement"] is None else f", agreement {details['agreement']:.2f}"
-    print(f"{details['usable']} of {details['answers']} answers are usable{agree}", file=sys.stderr)
-    if backup:
-        print(f"written; the old one is {backup}", file=sys.stderr)
-    elif not lines:
-        print("the answer equals the file: nothing to change", file=sys.stderr)
-    return 1 if lines else 0
-
-
-def main(argv=None):
-    """Migrate a file. The exit status: 0 nothing to change, 1 changed, 3 no answer is usable."""
-    args = parse_migration(argv)
-    text, code = patch.read_code(args.file)
-    if args.write:
-        patch.check_writable(args.file)
-    example = data.Example(args.library, args.version.removeprefix("=="), "", args.update.strip(), code, "")
-    base, adapter, settings = open_policy(args.model)
-    tokenizer, model = load_tokenizer(base), load_policy(base, adapter)
-    new_tokens = room(model, tokenizer, example, settings, args)
-    code, details = migrate(model, tokenizer, example, args.num_samples, new_tokens, args.temperature, args.seed)
-    return report(args, text, code, details)
-
-
-if __name__ == "__main__":
-    guard(main)

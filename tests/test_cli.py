@@ -21,12 +21,13 @@ import safetensors.torch
 import torch
 
 import dapo
-import recode
 import reward
-import run
+from training import run
 import sft
 from conftest import FAMILIES, ROOT, ROWS, SCRIPTS
-from data import BadInput
+from training.config import BadInput
+from training import parallel
+import training.config
 
 SMALL = {"steps": 2, "prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 8, "r": 4}
 
@@ -72,7 +73,7 @@ def refused(script, settings, write_rows, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags(settings | changes)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            recode.guard(script.main)
+            parallel.guard(script.main)
         stderr = capfd.readouterr().err
         assert stop.value.code == 2 and re.fullmatch(r"error: .+\n", stderr), stderr
         assert contents(output) == before
@@ -179,10 +180,10 @@ def test_paper_defaults(script, capsys):
         "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, "updates": 1, "r": 64, "alpha": 64.0, "dropout": 0.01,
         "targets": "q_proj,v_proj", "lr": 5e-5, "warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0,
     }  # fmt: skip
-    config = recode.parse_config(script.Config, ["--model", "some/model"], "doc")
+    config = training.config.parse_config(script.Config, ["--model", "some/model"], "doc")
     paper |= OTHERWISE[script.__name__]
     assert {name: value for name, value in paper.items() if name in vars(config)}.items() <= vars(config).items()
-    config = recode.parse_config(script.Config, [], "doc")
+    config = training.config.parse_config(script.Config, [], "doc")
     assert Path(config.data).is_file() and Path(config.heldout).is_file()
     assert Path(config.model).resolve() == ROOT / "tiny"
     with pytest.raises(SystemExit) as stop:

@@ -9,6 +9,7 @@ import dapo
 import data
 import recode
 import reward
+from training import loading
 
 CASES = [case for case in GOLDEN["cases"] if "dapo" in case["name"]]
 
@@ -65,7 +66,7 @@ ORDER = [task[0] for task in data.draw(TASKS, 0, 20, 42)]
 @pytest.fixture
 def collect(checkpoints, tokenizer, monkeypatch):
     """collect(scores, **settings): dapo.collect from the start of TASKS; scores are given to the groups by turns."""
-    model = recode.load_model(checkpoints["qwen2"])
+    model = loading.load_model(checkpoints["qwen2"])
     monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
 
     def run(scores, **settings):
@@ -142,7 +143,7 @@ def test_spread_is_looked_for_before_the_punishment_of_length(collect):
 
 def test_an_empty_rollout_changes_nothing(checkpoints):
     """Stops a crash, a skipped step that counts as a lost run, or weights that move where there is nothing to learn."""
-    model = recode.load_model(checkpoints["qwen2"])
+    model = loading.load_model(checkpoints["qwen2"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     batch = recode.make_batch([], torch.zeros(0, 8), "cpu")

@@ -19,8 +19,10 @@ from collections import Counter
 import pytest
 
 import data
+from tools import check_data
 from conftest import ROOT, ROWS, SHARED
-from data import BadInput, Example
+from data import Example
+from training.config import BadInput
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
 
@@ -241,12 +243,13 @@ def test_hub(hub, tmp_path):
 
 REFUSED = """
 import sys, time; time.sleep = lambda seconds: None  # between the hub's retries
-import grpo, recode
+import grpo
+from training import parallel
 rows, output = sys.argv[1:]
 for source in (["--data", rows, "--model", "acme/none"], ["--data", "acme/None"]):
     sys.argv[1:] = ["--output", output, *source]
     try:
-        recode.guard(grpo.main)
+        parallel.guard(grpo.main)
     except SystemExit as error:
         print(error.code)
 """
@@ -267,8 +270,8 @@ def test_hub_out_of_reach(hub, write_rows, rows, tmp_path, trouble):
 
 
 def look(capsys, *argv):
-    """The lines that `python data.py` prints."""
-    assert data.main(list(argv)) == 0
+    """The lines that `python -m tools.check_data` prints."""
+    assert check_data.main(list(argv)) == 0
     return capsys.readouterr().out.split("\n")
 
 
@@ -308,8 +311,8 @@ def test_own_data_set_shows_prompts(rows, write_rows, capsys):
 
 def test_own_data_set_as_a_program(write_rows, rows):
     """Stops an exit status or a traceback that hides that nothing is usable."""
-    done = python(os.environ, "data.py", write_rows([rows[0] | {"old_code": ""}]))
+    done = python(os.environ, "-m", "tools.check_data", write_rows([rows[0] | {"old_code": ""}]))
     assert done.returncode == 2 and "1 dropped: no update note or no code (line 1)" in done.stdout
     assert done.stderr.startswith("error: data: no usable row") and done.stderr.count("\n") == 1
-    done = python(os.environ, "data.py", write_rows(["{"]))
+    done = python(os.environ, "-m", "tools.check_data", write_rows(["{"]))
     assert done.returncode == 2 and "line 1: not JSON" in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""eval.py and problems.py: estimators against their definitions, data files, prompts, verdicts, runs that are killed.
+"""eval.py and tasks.py: estimators against their definitions, data files, prompts, verdicts, runs that are killed.
 
 Tests that run code need the sandbox's Linux. ../shared/data, where it exists, holds two of the benchmarks.
 """
@@ -22,10 +22,12 @@ from conftest import ROOT, SHARED
 
 import data
 import eval
-import problems
+import tasks
 import recode
 import reward
-from data import BadInput
+from training import loading
+from training.config import BadInput
+from training import parallel
 
 UPDATE = {  # of our own making: a function of the standard library gets a second argument
     "description": "colorsys.rgb_to_yiq takes a scale.",
@@ -93,7 +95,7 @@ def answer(code, thought="so"):
 
 @pytest.fixture
 def arena(write_rows):
-    return problems.load("codeupdatearena", write_rows(arena_rows("flat")))
+    return tasks.load("codeupdatearena", write_rows(arena_rows("flat")))
 
 
 # ------------------------------------------------------------------------- figures
@@ -156,7 +158,7 @@ def table_of(found, verdicts, ks=(1,)):
 
 def test_table_by_group():
     """Stops groups that lose or repeat problems, and a row per library where every task has its own."""
-    found = [problems.Problem(f"p{i}", "ab"[i > 0], f"kind{i}", update="x") for i in range(3)]
+    found = [tasks.Problem(f"p{i}", "ab"[i > 0], f"kind{i}", update="x") for i in range(3)]
     result = table_of(found, ["uu", "uf", "nf"])
     table = result["table"]
     assert {group: row["problems"] for group, row in table.items()} == {
@@ -166,19 +168,19 @@ def test_table_by_group():
     head, _, first, *_ = eval.show(result).splitlines()
     assert re.split(r" *\| *", head) == ["", "", "problems", "pass@1", "UPass@1", "format", "no code", "cut", ""]
     assert re.split(r" *\| *", first)[1:4] == ["all", "3", "50.0 [0.0, 100.0]"]
-    many = [problems.Problem(f"p{i}", f"lib{i}") for i in range(21)]
+    many = [tasks.Problem(f"p{i}", f"lib{i}") for i in range(21)]
     assert list(table_of(many, ["u"] * 21)["table"]) == ["all"]
 
 
 def test_compare_by_hand(tmp_path):
     """Stops a change against another run than the first, unpaired problems, tasks that are only in one run."""
-    found = [problems.Problem(f"p{i}", "lib", "kind", update="x") for i in range(4)]
+    found = [tasks.Problem(f"p{i}", "lib", "kind", update="x") for i in range(4)]
     for run, verdicts in {"base": "uuff", "grpo": "uuuf", "sft": "ffff"}.items():
         path = tmp_path / run / "codeupdatearena"
         path.mkdir(parents=True)
         (path / "table.json").write_text(json.dumps(table_of(found, list(verdicts))))
     (tmp_path / "grpo" / "humaneval+").mkdir()
-    plain = [problems.Problem("h0")]
+    plain = [tasks.Problem("h0")]
     (tmp_path / "grpo/humaneval+/table.json").write_text(json.dumps(table_of(plain, ["p"])))
     runs = [str(tmp_path / run) for run in ("base", "grpo", "sft")]
     head, _, *lines = [re.split(r" *\| *", line) for line in eval.compare(runs).splitlines()]
@@ -197,7 +199,7 @@ def test_compare_by_hand(tmp_path):
 
 def test_three_schemas_are_one(write_rows):
     """Stops a release of CodeUpdateArena that cannot be read, or whose fields land in each other's places."""
-    load = lambda schema: problems.load("codeupdatearena", write_rows(arena_rows(schema)))
+    load = lambda schema: tasks.load("codeupdatearena", write_rows(arena_rows(schema)))
     first = load("grouped")
     assert load("nested") == first == load("flat") and [p.name for p in first] == ["p0", "p1"]
     one = first[0]
@@ -212,7 +214,7 @@ def test_tests_are_parted_by_the_parser(write_rows):
     code = (
         "import functools\n" + TESTS + "\n@functools.cache\ndef test_last():\n    pass\n\ndef helper():\n    return 1\n"
     )
-    (one,) = problems.load("codeupdatearena", write_rows([arena_rows("flat")[0] | {"unit_tests": code}]))
+    (one,) = tasks.load("codeupdatearena", write_rows([arena_rows("flat")[0] | {"unit_tests": code}]))
     assert [test.count("def test_") for test in one.tests] == [1, 1, 1] and "- expected" in one.tests[0]
     assert all("import functools" in test and "def helper" in test for test in one.tests)
     assert "@functools.cache\ndef test_last" in one.tests[2]
@@ -227,7 +229,7 @@ def test_tests_are_parted_by_the_parser(write_rows):
 ])  # fmt: skip
 def test_update_statement(write_rows, kind, expected):
     """Stops a renamed function that keeps its old name, or a new one that takes another's place."""
-    found = problems.load("codeupdatearena", write_rows(arena_rows("flat", RENAMED | {"update_type": kind})))
+    found = tasks.load("codeupdatearena", write_rows(arena_rows("flat", RENAMED | {"update_type": kind})))
     assert {problem.update for problem in found} == {expected}
 
 
@@ -252,7 +254,7 @@ def test_a_broken_row_is_named(write_rows, spoilt, word):
     rows = arena_rows("flat")
     path = write_rows([rows[0], "", rows[1] | spoilt if isinstance(spoilt, dict) else spoilt])
     with pytest.raises(BadInput, match=f"^{re.escape(path)}, line 3: .*{re.escape(word)}") as error:
-        problems.load("codeupdatearena", path)
+        tasks.load("codeupdatearena", path)
     assert "\n" not in str(error.value)
 
 
@@ -264,15 +266,15 @@ def test_bad_files(write_rows, tmp_path, monkeypatch):
         ("file is empty", write_rows([])),
     ):
         with pytest.raises(BadInput, match=word):
-            problems.load("humaneval", path)
+            tasks.load("humaneval", path)
     (tmp_path / "cut.gz").write_bytes(gzip.compress(json.dumps(HUMAN).encode())[:-20])
     with pytest.raises(BadInput, match="cut.gz: cannot be unpacked"):
-        problems.load("humaneval", str(tmp_path / "cut.gz"))
+        tasks.load("humaneval", str(tmp_path / "cut.gz"))
     with pytest.raises(BadInput, match="2 problems of .* are called 'Own/0'"):
-        problems.load("humaneval", write_rows([HUMAN, HUMAN]))
+        tasks.load("humaneval", write_rows([HUMAN, HUMAN]))
     for name in HUMAN:
         with pytest.raises(BadInput, match=f"line 2: field '{name}' is missing"):
-            problems.load("humaneval", write_rows([HUMAN, {k: v for k, v in HUMAN.items() if k != name}]))
+            tasks.load("humaneval", write_rows([HUMAN, {k: v for k, v in HUMAN.items() if k != name}]))
 
 
 def test_hub_ids(monkeypatch, tmp_path):
@@ -284,11 +286,11 @@ def test_hub_ids(monkeypatch, tmp_path):
         raise OSError("no network\nmore")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    for task, source in problems.SOURCES.items():
+    for task, source in tasks.SOURCES.items():
         with pytest.raises(
             BadInput, match=re.escape(f"cannot fetch {source!r} from the hub (no network); give a local")
         ):
-            problems.load(task, source)
+            tasks.load(task, source)
     assert asked == [
         ("leo-liuzy/CodeUpdateArena", "arena-ungrouped.jsonl", "dataset"),
         ("evalplus/humanevalplus", "test.jsonl", "dataset"),
@@ -301,22 +303,22 @@ def test_prompts_ask_as_training_does(arena, tokenizer, write_rows, rows):
         r"(system\n).*?(<\|im_end\|>\n<\|im_start\|>user\n).*(Reason inside)", r"\1\2\3", text, flags=re.S
     )
     trained = tokenizer.decode(data.encode_prompt(data.Example(**rows[0]), tokenizer))
-    (human,) = problems.load("humaneval", write_rows([HUMAN]))
+    (human,) = tasks.load("humaneval", write_rows([HUMAN]))
     for problem in (arena[0], human):
-        text = tokenizer.decode(problems.encode(problem, tokenizer))
+        text = tokenizer.decode(tasks.encode(problem, tokenizer))
         complete = "give the complete new code", "give the complete code"
         assert frame(text) == frame(trained).replace(*complete) and text.endswith(data.OPENING)
         assert problem.note in text and problem.question in text
-        bare = tokenizer.decode(problems.encode(problem, tokenizer, no_update=True))
+        bare = tokenizer.decode(tasks.encode(problem, tokenizer, no_update=True))
         assert ("update notes" in text) == bool(problem.note) and "update notes" not in bare
         assert problem.question in bare and "<doc>" not in bare and UPDATE["docstring"] not in bare
-    (first, *_) = problems.load("migration", write_rows(rows))
-    assert problems.encode(first, tokenizer) == data.encode_prompt(first.example, tokenizer)
-    bare = tokenizer.decode(problems.encode(first, tokenizer, no_update=True))
+    (first, *_) = tasks.load("migration", write_rows(rows))
+    assert tasks.encode(first, tokenizer) == data.encode_prompt(first.example, tokenizer)
+    bare = tokenizer.decode(tasks.encode(first, tokenizer, no_update=True))
     assert "double_0" in trained and "double_0" not in bare and "twice_0" in bare
     tokenizer = type("Bare", (), {"chat_template": None, "encode": lambda self, text: text})()
-    plain = problems.encode(arena[0], tokenizer)
-    assert plain.endswith("\n\n" + data.OPENING) and arena[0].question + problems.REQUEST in plain
+    plain = tasks.encode(arena[0], tokenizer)
+    assert plain.endswith("\n\n" + data.OPENING) and arena[0].question + tasks.REQUEST in plain
 
 
 # ------------------------------------------------------------------------- verdicts
@@ -362,7 +364,7 @@ def test_verdict_needs_the_update(arena):
 
 def test_verdict_on_a_migration(write_rows, rows):
     """Stops figures that are not those of the rewards, or code that is run where nothing needs to be."""
-    (problem, *_) = problems.load("migration", write_rows(rows))
+    (problem, *_) = tasks.load("migration", write_rows(rows))
     for code in (rows[0]["new_code"], rows[0]["old_code"], "x = (", None):
         text = "no code" if code is None else answer(code)
         got = eval.judge(problem, text, None)
@@ -403,7 +405,7 @@ def test_arena_in_the_sandbox(write_rows, box_for, capsys):
     renamed = {"ref_solution": SOLVED["ref_solution"].replace("rgb_to_yiq", "luma_of").replace("scale=255", "")}
     renamed = {k: v.replace("255", "1") for k, v in (SOLVED | renamed).items()}
     rows = [*arena_rows("nested", count=1), arena_rows("flat", RENAMED, 1)[0] | renamed | {"prog_syn_id": "renamed"}]
-    found = problems.load("codeupdatearena", write_rows(rows))
+    found = tasks.load("codeupdatearena", write_rows(rows))
     box = box_for(found)
     assert eval.references(found, box) == 0
     assert "2 of 2 pass, 0 without the update" in capsys.readouterr().out
@@ -422,7 +424,7 @@ def test_values_that_no_wire_carries(write_rows, box_for, capsys):
         "ref_solution": code,
         "unit_tests": "def test():\n    assert 0.2 < luma().luma < 0.4\n",
     }
-    found = problems.load("codeupdatearena", write_rows([row]))
+    found = tasks.load("codeupdatearena", write_rows([row]))
     assert eval.references(found, box_for(found)) == 0
     assert "1 of 1 pass, 0 without the update; 1 passes were judged in process" in capsys.readouterr().out
 
@@ -430,7 +432,7 @@ def test_values_that_no_wire_carries(write_rows, box_for, capsys):
 def test_arena_from_end_to_end(command, write_rows, box_for, monkeypatch, tmp_path):
     """Stops verdicts that end up with the wrong sample, or figures that are not those of the log."""
     path = write_rows(arena_rows("flat"), "arena.jsonl")
-    box_for(problems.load("codeupdatearena", path)).close()
+    box_for(tasks.load("codeupdatearena", path)).close()
     knows = "def luma(r, g, b):\n    return (0.3 * r + 0.59 * g + 0.11 * b) / 255"
     texts = {
         "p0": [answer(SOLVED["ref_solution"]), answer(knows), "?"],
@@ -454,7 +456,7 @@ def test_humaneval_in_the_sandbox(write_rows, box_for, capsys):
     """Stops a reference that fails, an empty body that passes, and floats that must agree to the last bit."""
     bare = {k: v for k, v in HUMAN.items() if k != "test"}
     roots = ROOTS | {"base_input": [[[3, 2]]], "plus_input": [[[-1, 4]]], "atol": 1e-4}
-    found = problems.load("humaneval", write_rows([HUMAN])) + problems.load(
+    found = tasks.load("humaneval", write_rows([HUMAN])) + tasks.load(
         "humaneval+", write_rows([bare | PLUS, roots])
     )
     box = box_for(found)
@@ -539,7 +541,7 @@ def test_killed_runs_go_on(command, tmp_path, monkeypatch):
     assert calls["batches"] == 3 + 1 + torn and calls["judged"] == 18 + (not torn)
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
     assert (log.parent / "table.md").read_text() == (tmp_path / "whole/migration/table.md").read_text()
-    monkeypatch.setattr(recode, "load_model", None)  # nothing is left that needs it
+    monkeypatch.setattr(loading, "load_model", None)  # nothing is left that needs it
     done = calls.copy()
     assert eval.main(command("--k", "3")) == 0 and calls == done
 
@@ -547,7 +549,7 @@ def test_killed_runs_go_on(command, tmp_path, monkeypatch):
 def test_ranks_share_the_work(command, tmp_path, monkeypatch):
     """Stops samples that hang on the number of ranks, prompts that two ranks sample, or none."""
     assert eval.main(command(output="whole")) == 0
-    found = problems.load("migration", command()[3])
+    found = tasks.load("migration", command()[3])
     for rank in (1, 0):
         monkeypatch.setattr(eval, "RANK", rank)
         monkeypatch.setattr(eval, "WORLD", 2)
@@ -622,7 +624,7 @@ def test_bad_settings(command, tmp_path, monkeypatch, capfd, changes, word):
     """Stops a setting that makes no sense from costing an hour before it is noticed, or a traceback."""
     monkeypatch.setattr("sys.argv", ["eval.py", *command(*changes)])
     with pytest.raises(SystemExit) as stop:
-        recode.guard(eval.main)
+        parallel.guard(eval.main)
     stderr = capfd.readouterr().err.split("\r")[-1]
     assert stop.value.code == 2 and word in stderr and not list(tmp_path.glob("run/*/samples*"))
     assert re.search(r"^error: .+\n$", stderr, re.MULTILINE) and "Traceback" not in stderr
@@ -659,16 +661,16 @@ def shared(name):
 
 def test_real_humaneval(box_for, capsys):
     """Stops a HumanEval that is not HumanEval: 164 canonical solutions pass, 164 empty bodies fail."""
-    found = problems.load("humaneval", shared("HumanEval.jsonl.gz"))
+    found = tasks.load("humaneval", shared("HumanEval.jsonl.gz"))
     assert eval.references(found, box_for(found)) == 0
     assert "references: 164 of 164 pass, 0 with an empty body" in capsys.readouterr().out
 
 
 def test_real_arena(box_for, capsys, tokenizer):
     """Stops a loader that loses problems or tests; some references run, with the update and without."""
-    found = problems.load("codeupdatearena", shared("codeupdatearena-part.jsonl"))
+    found = tasks.load("codeupdatearena", shared("codeupdatearena-part.jsonl"))
     assert len(found) == 296 and sum(len(problem.tests) for problem in found) == 1863
-    assert all(problems.encode(problem, tokenizer) for problem in found)
+    assert all(tasks.encode(problem, tokenizer) for problem in found)
     some = [p for p in found if p.package in ("math", "re", "itertools") and "scipy" not in p.setup][::10]
     assert eval.references(some, box_for(some)) == 0
     assert f"references: {len(some)} of {len(some)} pass, 0 without" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""experiments.py: the control, going on after a stop, the table; its figures are in the README as they came out."""
+"""tools/experiments.py: the control, going on after a stop, the table; its figures are in the README as they came out."""
 
 import json
 from xml.etree import ElementTree
@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import ROOT
 
-import experiments
+from tools import experiments
 import reward
 
 SMALL = ["--prompts-per-step", "2", "--max-new-tokens", "8"]

@@ -11,6 +11,7 @@ import data
 import grpo
 import recode
 import reward
+from training import loading
 
 # ------------------------------------------------------------------------- the objective
 
@@ -86,7 +87,7 @@ def test_token_weights_by_hand():
 
 def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
     """Stops equal prompts that merge into one group, and a group without spread that still pushes."""
-    model = recode.load_model(checkpoints["qwen2"])
+    model = loading.load_model(checkpoints["qwen2"])
     a, b = (([5, 6, 7, n], data.Example("lib", "2.0", "", f"note {n}", "a = 1", f"a = {n}")) for n in (8, 9))
     scores, asked = iter([1.0, 2.0, 3.0, 6.0, 2.0, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0, 4.0]), []
     monkeypatch.setattr(reward, "score", lambda text, target, _: asked.append(target) or next(scores))

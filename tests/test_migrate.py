@@ -1,4 +1,4 @@
-"""recode.py as a program: which answer is taken, what becomes of the file, which model answers.
+"""migrate.py as a program: which answer is taken, what becomes of the file, which model answers.
 
 Most tests put answers into the sampler's mouth: what a small model says is beside the point.
 """
@@ -18,11 +18,13 @@ import torch
 from conftest import ROOT, ROWS, random_model
 
 import data
-import dora
+from training import dora
 import grpo
-import policy
+import migrate
 import recode
-from data import BadInput
+from training.config import BadInput
+from training import loading
+from training import parallel
 
 EXAMPLE = data.Example(**ROWS[0])
 MODEL = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
@@ -39,7 +41,7 @@ def say(monkeypatch, tokenizer):
 
     def start(texts, logps=None):
         rows = [tokenizer.encode(text) + [tokenizer.eos_token_id] * (not text.endswith("...")) for text in texts]
-        tokens, lengths = policy.pad(rows, "cpu")
+        tokens, lengths = recode.pad(rows, "cpu")
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         values = torch.zeros(mask.shape)
         values[:, 0] = torch.tensor([0.0] * len(rows) if logps is None else logps)
@@ -49,23 +51,23 @@ def say(monkeypatch, tokenizer):
     return start
 
 
-def migrate(tokenizer, n):
-    return recode.migrate(MODEL, tokenizer, EXAMPLE, n, 64)
+def answer_with(tokenizer, n):
+    return migrate.migrate(MODEL, tokenizer, EXAMPLE, n, 64)
 
 
 def test_the_answer_that_the_others_agree_with(say, tokenizer):
     """Stops a choice by likelihood or by order alone: the odd one out is likely and comes first."""
-    code, details = migrate(tokenizer, say([answer("import os"), answer(NEW), answer(NEW)], [-1.0, -9.0, -9.0]))
+    code, details = answer_with(tokenizer, say([answer("import os"), answer(NEW), answer(NEW)], [-1.0, -9.0, -9.0]))
     assert code == NEW and details["usable"] == 3 and details["cut"] == 0
     # ab shares one of two characters with each of the others, which share none with each other
-    code, details = migrate(tokenizer, say([answer(code) for code in ("aa", "ab", "bb")]))
+    code, details = answer_with(tokenizer, say([answer(code) for code in ("aa", "ab", "bb")]))
     assert code == "ab" and details["agreement"] == 0.5
 
 
 def test_of_equals_the_likeliest(say, tokenizer):
     """Stops ties that the order decides, and comments that count as disagreement."""
     n = say(["no code", answer(NEW + "  # one"), answer(NEW + "  # two"), answer(NEW)], [-1.5, -3.0, -1.0, -2.0])
-    code, details = migrate(tokenizer, n)
+    code, details = answer_with(tokenizer, n)
     assert code.endswith("# two") and details["agreement"] == 1
 
 
@@ -73,10 +75,10 @@ def test_what_is_no_answer_is_left_out(say, tokenizer):
     """Stops code that does not parse, or none at all, from being taken because several samples agree on it."""
     broken, empty = answer("x = ("), answer("# nothing")
     n = say([broken, broken, "no code", empty, answer(NEW), "no end ..."])
-    code, details = migrate(tokenizer, n)
+    code, details = answer_with(tokenizer, n)
     assert code == NEW and details == {
         "answers": 6, "usable": 1, "without_code": 3, "not_parsed": 2, "cut": 1, "agreement": None}  # fmt: skip
-    code, details = migrate(tokenizer, say([broken, "..."]))
+    code, details = answer_with(tokenizer, say([broken, "..."]))
     assert code is None and (details["usable"], details["agreement"]) == (0, None)
 
 
@@ -85,7 +87,7 @@ def test_what_is_no_answer_is_left_out(say, tokenizer):
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, say, checkpoints):
-    """program(content, code, *flags): the exit status of recode.main on a file of these bytes, old.py in tmp_path."""
+    """program(content, code, *flags): the exit status of migrate.main on a file of these bytes, old.py in tmp_path."""
 
     def run(content, code, *flags, file="old.py"):
         if content is not None:
@@ -94,7 +96,7 @@ def program(tmp_path, monkeypatch, say, checkpoints):
             say([answer(code)] * 2)
         argv = [file, "--library", "np", "--version", "2.0", "--model", checkpoints["qwen2"], *flags]
         argv += [] if {"--update", "--update-file"} & set(flags) else ["--update", "in1d is now isin"]
-        return recode.main(argv)
+        return migrate.main(argv)
 
     monkeypatch.chdir(tmp_path)
     return run
@@ -178,9 +180,9 @@ def test_a_full_disk_harms_nothing(program, tmp_path, monkeypatch, step):
 
 def test_a_file_that_changes_meanwhile(program, tmp_path, monkeypatch):
     """Stops --write from undoing what the user typed while the model was at work."""
-    migrate = recode.migrate
-    edit = lambda *args: (tmp_path / "old.py").write_text("mine = 1\n") and migrate(*args)
-    monkeypatch.setattr(recode, "migrate", edit)
+    real = migrate.migrate
+    edit = lambda *args: (tmp_path / "old.py").write_text("mine = 1\n") and real(*args)
+    monkeypatch.setattr(migrate, "migrate", edit)
     with pytest.raises(BadInput, match="changed while"):
         program(OLD.encode(), NEW, "--write")
     assert (tmp_path / "old.py").read_text() == "mine = 1\n"
@@ -221,9 +223,9 @@ def test_bad_files(program, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="--write: there is no file"):
         program(None, NEW, "--write", file="-")
     with pytest.raises(BadInput, match="one of the arguments --update --update-file is required"):
-        recode.main(["old.py", "--library", "np", "--version", "2"])
+        migrate.main(["old.py", "--library", "np", "--version", "2"])
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anything
-    monkeypatch.setattr(recode, "load_policy", lambda *_: pytest.fail("looked at the rights too late"))
+    monkeypatch.setattr(loading, "load_policy", lambda *_: pytest.fail("looked at the rights too late"))
     with pytest.raises(BadInput, match="no right to write"):
         program(OLD.encode(), NEW, "--write")
 
@@ -248,7 +250,7 @@ def test_json(program, tmp_path, capsys):
 def test_greedy_is_one_answer(program, monkeypatch, capsys):
     """Stops eight equal answers from passing for agreement, and settings from getting lost on their way."""
     seen = []
-    monkeypatch.setattr(recode, "migrate", lambda m, t, e, *settings: seen.append(settings) or (NEW, ZERO))
+    monkeypatch.setattr(migrate, "migrate", lambda m, t, e, *settings: seen.append(settings) or (NEW, ZERO))
     assert program(OLD.encode(), None, "--temperature", "0", "--max-new-tokens", "7", "--seed", "3") == 1
     assert program(OLD.encode(), None, "--max-new-tokens", "7", "--num-samples", "5") == 1
     assert seen == [(1, 7, 0.0, 3), (5, 7, 0.8, 42)] and "agreement" not in capsys.readouterr().err
@@ -257,7 +259,7 @@ def test_greedy_is_one_answer(program, monkeypatch, capsys):
 def test_room_for_the_answer(program, tmp_path, tokenizer, monkeypatch):
     """Stops an answer from being cut because the file is longer than what the model was trained on."""
     seen = []
-    monkeypatch.setattr(recode, "migrate", lambda m, t, e, n, new, *more: seen.append(new) or (NEW, ZERO))
+    monkeypatch.setattr(migrate, "migrate", lambda m, t, e, n, new, *more: seen.append(new) or (NEW, ZERO))
     long, longer = ("\n".join(f"x = lib.call_{i}(a)" for i in range(count)) for count in (60, 99))
     for content in (OLD, long, longer):
         assert program(content.encode(), None) == 1
@@ -269,7 +271,7 @@ def test_room_for_the_answer(program, tmp_path, tokenizer, monkeypatch):
 def test_stdin_and_notes_from_a_file(program, tmp_path, monkeypatch, capsys):
     """Stops notes or code from getting lost on their way into the prompt, which is that of training."""
     seen = []
-    monkeypatch.setattr(recode, "migrate", lambda m, t, example, *more: seen.append(example) or (NEW, ZERO))
+    monkeypatch.setattr(migrate, "migrate", lambda m, t, example, *more: seen.append(example) or (NEW, ZERO))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((OLD + "\r\n").replace("\n", "\r\n").encode())))
     (tmp_path / "notes").write_text("\nin1d is gone.\nUse isin.\n")
     with pytest.raises(BadInput, match="mixes"):
@@ -309,11 +311,11 @@ def test_run_directory(trained, tmp_path, monkeypatch, place):
     path, model = trained
     monkeypatch.chdir(tmp_path / place)
     (tmp_path / "base").mkdir()  # another project's
-    base, adapter, settings = recode.open_policy(os.path.relpath(path))
+    base, adapter, settings = loading.open_policy(os.path.relpath(path))
     assert settings["max_new_tokens"] == 7
     ids = torch.arange(5, 15)[None]
-    torch.testing.assert_close(recode.load_policy(base, adapter)(ids).logits, model.eval()(ids).logits)
-    assert not torch.allclose(recode.load_policy(base, "")(ids).logits, model(ids).logits)
+    torch.testing.assert_close(loading.load_policy(base, adapter)(ids).logits, model.eval()(ids).logits)
+    assert not torch.allclose(loading.load_policy(base, "")(ids).logits, model(ids).logits)
 
 
 def test_full_model_of_a_run(trained):
@@ -321,34 +323,34 @@ def test_full_model_of_a_run(trained):
     path, _ = trained
     shutil.rmtree(path / "adapter")
     shutil.move(path.parent.parent / "base", path / "model")
-    base, adapter, _ = recode.open_policy(str(path))
-    assert (base, adapter) == (str(path / "model"), "") and recode.load_tokenizer(base)
-    assert recode.open_policy("acme/model") == ("acme/model", "", {})
-    assert recode.open_policy(str(ROOT / "tiny"))[2]["max_new_tokens"] == 64
+    base, adapter, _ = loading.open_policy(str(path))
+    assert (base, adapter) == (str(path / "model"), "") and loading.load_tokenizer(base)
+    assert loading.open_policy("acme/model") == ("acme/model", "", {})
+    assert loading.open_policy(str(ROOT / "tiny"))[2]["max_new_tokens"] == 64
 
 
 def test_an_adapter_of_another_model(trained, checkpoints):
     """Stops a traceback where the base has been replaced since, or the adapter is damaged."""
     path, _ = trained
     with pytest.raises(BadInput, match="does not fit"):
-        recode.load_policy(str(ROOT / "tiny"), str(path / "adapter"))
+        loading.load_policy(str(ROOT / "tiny"), str(path / "adapter"))
     weights = path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(BadInput, match="does not fit"):
-        recode.load_policy(checkpoints["qwen2"], str(path / "adapter"))
+        loading.load_policy(checkpoints["qwen2"], str(path / "adapter"))
 
 
 def test_as_a_program(tmp_path, monkeypatch, capsys):
     """Stops a first try without --model from leaving the user in the dark, or bad input from passing for a change."""
     row = json.loads((ROOT / "tiny" / "heldout.jsonl").read_text().splitlines()[3])
     (tmp_path / "old.py").write_text(row["old_code"] + "\n")
-    command = [sys.executable, str(ROOT / "recode.py"), "old.py", "--library", row["dependency"]]
+    command = [sys.executable, str(ROOT / "migrate.py"), "old.py", "--library", row["dependency"]]
     command += ["--version", row["new_version"], "--update", row["update_info"], "--num-samples", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode in (0, 1, 3) and "toy answers, which knows made-up libraries only" in done.stderr
     assert "Traceback" not in done.stderr and bool(done.stdout) == (done.returncode == 1)
     monkeypatch.setattr(sys, "argv", [*command[1:], "--nothing"])
     with pytest.raises(SystemExit) as stop:
-        recode.guard(recode.main)
+        parallel.guard(migrate.main)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1

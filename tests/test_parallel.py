@@ -1,4 +1,4 @@
-"""parallel.py: two ranks (gloo) do what one process does, whatever is trained; one that fails takes the other along."""
+"""training/parallel.py: two ranks (gloo) do what one process does, whatever is trained; one that fails takes the other along."""
 
 import json
 import math
@@ -21,11 +21,13 @@ from test_update import brute_force, policy, ragged, same, score
 import dapo
 import data
 import grpo
-import parallel
+from training import parallel
 import recode
 import reward
-import run
+from training import run
 import sft
+from training import loading
+import training.config
 
 CASES = [(script, adapter) for script in (grpo, dapo, sft) for adapter in ("dora", "none")]
 NAMES = [f"{script.__name__}-{adapter}" for script, adapter in CASES]
@@ -166,7 +168,7 @@ def test_run_is_that_of_one_process(name, base):
 def test_all_weights_are_exported(base, tokenizer):
     """Stops a model/ that is a slice, or that is not what was trained."""
     for name in ("dapo-none-1", "dapo-none-2"):
-        model, saved = recode.load_model(str(base / name / "model")), leavings(base / name)[2]
+        model, saved = loading.load_model(str(base / name / "model")), leavings(base / name)[2]
         trained = dict(model.named_parameters())
         assert trained.keys() == saved["trained"].keys()
         assert all(torch.equal(trained[key], x) for key, x in saved["trained"].items())
@@ -189,7 +191,7 @@ def test_the_number_of_ranks_may_change(name, base):
     script, adapter = CASES[NAMES.index(name)]
     saved = leavings(base / f"{name}-2to1")[2]
     assert saved["state"]["step"] == 2
-    model = policy() if adapter == "dora" else recode.load_model(str(base / "model"))
+    model = policy() if adapter == "dora" else loading.load_model(str(base / "model"))
     if adapter == "none":
         parallel.shard(model, offload=False)
         optimizer = torch.optim.AdamW(model.parameters())
@@ -232,9 +234,9 @@ def test_a_graph_is_recorded_without_fsdp(monkeypatch, capsys):
         parallel.gather_weights(model)
         return lambda: None, step()
 
-    monkeypatch.setattr("policy.Decoder.graphs", True)
-    monkeypatch.setattr("policy.capture", capture)
-    monkeypatch.setattr("policy.on_gpu", lambda model: True)
+    monkeypatch.setattr("recode.Decoder.graphs", True)
+    monkeypatch.setattr("recode.capture", capture)
+    monkeypatch.setattr("recode.on_gpu", lambda model: True)
     parallel.gather_weights(model)
     recode.sample(model, [[5, 6, 7]], 2, 1, [3])
     assert not capsys.readouterr().err
@@ -256,9 +258,9 @@ def test_a_graph_is_recorded_without_fsdp(monkeypatch, capsys):
 )
 def test_refused(flags, world, word, monkeypatch):
     """Stops a KL to a policy that no longer exists, and ranks that would have nothing to do."""
-    monkeypatch.setattr(parallel, "WORLD", world)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(data.BadInput, match=word):
-        recode.parse_config(grpo.Config, flags.split(), "")
+        training.config.parse_config(grpo.Config, flags.split(), "")
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +292,7 @@ def fail(how, base):
 
     with patch.object(run.Run, "log", logged):
         more = ["--data", "nowhere.jsonl"] if how == "same error" else []
-        recode.guard(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
+        parallel.guard(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
 
 
 def test_a_dead_rank_ends_the_job(ends, base):

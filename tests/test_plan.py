@@ -1,4 +1,4 @@
-"""plan.py: the formula against real models, --dry-run, and what an out-of-memory error says."""
+"""tools/plan.py: the formula against real models, --dry-run, and what an out-of-memory error says."""
 
 import json
 import weakref
@@ -10,8 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import grpo
-import plan
+from tools import plan
 import recode
+import data
+from training import dora
+from training import loading
+from training import parallel
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -21,7 +25,7 @@ def test_weights_are_counted(family, tied):
     model = random_model(family, 500, tie_word_embeddings=tied, hidden_size=128, intermediate_size=320)
     real = sum(p.numel() for p in model.parameters())
     assert 0.98 * real <= plan.Shape.of(model.config).W <= real
-    adapted = recode.dora.add_dora(model, 64, 64.0, 0.0, "q_proj,v_proj")
+    adapted = dora.add_dora(model, 64, 64.0, 0.0, "q_proj,v_proj")
     assert plan.Shape.of(model.config, 64).A == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
@@ -78,7 +82,7 @@ class Alive(TorchDispatchMode):
 def test_training_memory_is_that_of_the_tensors_alive(layers, keep):
     """Stops a formula that forgets what a layer holds, or counts all layers where they are computed anew."""
     sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 8, "num_hidden_layers": layers}
-    model = recode.dora.add_dora(random_model("qwen2", **sizes).bfloat16(), 4, 4.0, 0.01, "q_proj,v_proj")
+    model = dora.add_dora(random_model("qwen2", **sizes).bfloat16(), 4, 4.0, 0.01, "q_proj,v_proj")
     if not keep:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = grpo.Config(num_samples=8, max_new_tokens=64, micro_tokens=512, beta=0.0, keep_activations=keep)
@@ -104,8 +108,8 @@ def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, cap
     assert grpo.main(flags.split()) == 0
     [(_, prompts, num_samples, T, eos, *_)] = seen
     assert len(prompts) == 2 and num_samples == 3 and T == 8 and eos == []
-    tokenizer = recode.load_tokenizer(checkpoints["qwen2"])
-    longest = max(len(recode.data.encode_prompt(e, tokenizer)) for e in recode.data.load_examples(write_rows(rows)))
+    tokenizer = loading.load_tokenizer(checkpoints["qwen2"])
+    longest = max(len(data.encode_prompt(e, tokenizer)) for e in data.load_examples(write_rows(rows)))
     assert {len(prompt) for prompt in prompts} == {longest}
     said = capsys.readouterr().out
     assert "7,200 steps" in said and "h at most" in said and "peak" in said
@@ -120,7 +124,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["grpo.py"])
     with pytest.raises(SystemExit) as stop:
-        recode.guard(main)
+        parallel.guard(main)
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB.")
     for flag in ("--micro-tokens", "--keep-activations", "--num-samples", "--offload", "--dry-run", "--resume"):
@@ -130,11 +134,11 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
 
 def test_large_models_are_written_in_parts(checkpoints, tmp_path, monkeypatch):
     """Stops a single file of many gigabytes, and parts that do not load as the same model."""
-    monkeypatch.setattr(recode, "SHARD", "100KB")
-    model = recode.load_model(checkpoints["llama"])
-    recode.write_model(model, recode.load_tokenizer(checkpoints["llama"]), tmp_path, "A test.")
+    monkeypatch.setattr(loading, "SHARD", "100KB")
+    model = loading.load_model(checkpoints["llama"])
+    loading.write_model(model, loading.load_tokenizer(checkpoints["llama"]), tmp_path, "A test.")
     parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(parts) > 2 and json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    again = recode.load_model(str(tmp_path))
+    again = loading.load_model(str(tmp_path))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert "A test." in (tmp_path / "README.md").read_text()

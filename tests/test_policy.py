@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 import grpo
-import dora
-import policy
+from training import dora
 import recode
 from conftest import FAMILIES
+from training import loading
 
 FEW = "q_proj,v_proj"
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -129,7 +129,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     for family, path in checkpoints.items():
         adapted = adapt(AutoModelForCausalLM.from_pretrained(path), targets=ALL)
         dora.save_adapter(adapted, config(targets=ALL), tmp_path / family)
-        recode.export(path, tmp_path / family, tmp_path / f"{family}-merged")
+        loading.export(path, tmp_path / family, tmp_path / f"{family}-merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-merged")
         torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
         assert "loses 0.00%" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "half")
     adapted = adapt(half.float(), targets=ALL)
     dora.save_adapter(adapted, config(targets=ALL), tmp_path / "adapter")
-    recode.export(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
+    loading.export(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
     printed = float(re.search(r"loses ([\d.]+)%", capsys.readouterr().out)[1])
     lost = wanted = 0.0
     for layer in dora.dora_layers(adapted).values():
@@ -254,9 +254,9 @@ def test_seed_decides():
 def test_eos_is_kept_and_leaving_rows_change_nothing(monkeypatch):
     """Stops a mask without the EOS, text after it, and rows whose luck hangs on who has left the batch."""
     model, eos, T, kept = random_model("qwen2"), [3, 7, 11, 20, 31, 44, 60], 30, []
-    real = policy.Decoder.keep
+    real = recode.Decoder.keep
     monkeypatch.setattr(
-        policy.Decoder, "keep", lambda decoder, rows: kept.append(int(rows.sum())) or real(decoder, rows)
+        recode.Decoder, "keep", lambda decoder, rows: kept.append(int(rows.sum())) or real(decoder, rows)
     )
     tokens, mask, logps = recode.sample(model, PROMPTS, 6, T, eos, seed=3)
     assert len(kept) > 3 and kept[-1] < 10
@@ -290,7 +290,7 @@ def test_first_token_frequencies(temperature):
 def survivors(logits, top_p, draws=4000):
     """(B, V) bool: which tokens pick() can choose, found by asking for evenly spread noise."""
     noise = (torch.arange(draws) / draws)[:, None]
-    rows = [policy.pick(row.expand(draws, -1), 0.8, noise, top_p)[0] for row in logits]
+    rows = [recode.pick(row.expand(draws, -1), 0.8, noise, top_p)[0] for row in logits]
     return torch.stack([torch.bincount(tokens, minlength=logits.shape[1]) > 0 for tokens in rows])
 
 
@@ -308,7 +308,7 @@ def test_top_p_frequencies_and_log_probabilities():
     """Stops shares that are not those of the softmax cut off and scaled up, and log-probabilities of the cut one."""
     torch.manual_seed(1)
     logits, N = 2 * torch.randn(1, 12), 20_000
-    tokens, logps = policy.pick(logits.expand(N, -1), 0.8, torch.rand(N, 1), 0.7)
+    tokens, logps = recode.pick(logits.expand(N, -1), 0.8, torch.rand(N, 1), 0.7)
     probs = TopPLogitsWarper(0.7)(None, logits / 0.8).softmax(-1)[0]
     torch.testing.assert_close(torch.bincount(tokens, minlength=12) / N, probs, atol=0.02, rtol=0)
     torch.testing.assert_close(logps, (logits / 0.8).log_softmax(-1)[0, tokens])
@@ -320,7 +320,7 @@ def test_without_top_p_nothing_changes():
     logits, noise = torch.randn(50, 300), torch.rand(50, 1)
     cumulated = logits.log_softmax(-1).exp().double().cumsum(-1)
     expected = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)[:, 0]
-    assert torch.equal(policy.pick(logits, 1.0, noise)[0], expected)
+    assert torch.equal(recode.pick(logits, 1.0, noise)[0], expected)
     model = random_model("qwen2")
     draw = lambda **more: recode.sample(model, PROMPTS, 2, 8, [3], seed=1, **more)[0]
     assert torch.equal(draw(), draw(top_p=1.0)) and not torch.equal(draw(), draw(top_p=0.3))
@@ -370,18 +370,18 @@ def test_graphs(fault, monkeypatch, capsys):
 
         return replay, out
 
-    monkeypatch.setattr(policy, "capture", capture)
-    monkeypatch.setattr(policy.Decoder, "graphs", True)
-    monkeypatch.setattr(policy, "on_gpu", lambda model: True)
+    monkeypatch.setattr(recode, "capture", capture)
+    monkeypatch.setattr(recode.Decoder, "graphs", True)
+    monkeypatch.setattr(recode, "on_gpu", lambda model: True)
     found = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     said = capsys.readouterr().err
     if fault in ("other logits", "no capture"):
-        assert not policy.Decoder.graphs and len(recorded) <= 1 and said.count("warning") == 1
+        assert not recode.Decoder.graphs and len(recorded) <= 1 and said.count("warning") == 1
     else:
         sizes = [rows for rows, _ in recorded]
-        assert policy.Decoder.graphs and not said and sizes[0] == 16 and len(recorded) < 10
+        assert recode.Decoder.graphs and not said and sizes[0] == 16 and len(recorded) < 10
         assert all(b <= a / 2 for a, b in zip(sizes, sizes[1:])) and sizes[-1] < 16
 
 
@@ -399,7 +399,7 @@ def completions(V=97, seed=0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_logps_equal_full_logits(family, logits_at_once, monkeypatch):
     """Stops an off-by-one, a chunk lost, or a gradient that recomputation changes; values and all gradients."""
-    monkeypatch.setattr(policy, "LOGITS", logits_at_once)
+    monkeypatch.setattr(recode, "LOGITS", logits_at_once)
     model = adapt(random_model(family)).requires_grad_(True)
     tokens, mask = completions()
     weights, parameters = torch.randn(4, 8), [p for p in model.parameters()]
@@ -463,18 +463,18 @@ def test_a_shared_prompt_changes_nothing(family, checkpointed):
 
 def test_a_shared_prompt_runs_once(monkeypatch):
     """Stops a prompt that is computed again for every micro-batch of its group: the saving would be gone."""
-    model, seen, real = adapt(random_model("qwen2")), [], policy.Prompts.__init__
+    model, seen, real = adapt(random_model("qwen2")), [], recode.Prompts.__init__
     note = lambda self, model, prompts: seen.append(len(prompts)) or real(self, model, prompts)
-    monkeypatch.setattr(policy.Prompts, "__init__", note)
+    monkeypatch.setattr(recode.Prompts, "__init__", note)
     group, tokens = torch.arange(4).repeat_interleave(3), torch.ones(12, 6, dtype=torch.long)
     batch = recode.Batch(PROMPTS, group, tokens, tokens > 0, torch.zeros(12))
-    assert len(list(policy.passes(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1 and sum(seen) == 4
+    assert len(list(recode.passes(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1 and sum(seen) == 4
 
 
 def test_logits_are_never_whole(monkeypatch):
     """Stops (B, T, V) logits, and chunks that are kept for the backward pass: both bound no memory."""
     V = 5000
-    monkeypatch.setattr(policy, "LOGITS", 4 * V)
+    monkeypatch.setattr(recode, "LOGITS", 4 * V)
     model = adapt(random_model("qwen2", V, hidden_size=16, intermediate_size=24))
     tokens, mask = completions(V)
     tokens, mask, prompts, saved = tokens.repeat(3, 1), mask.repeat(3, 1), PROMPTS * 3, Counter()

@@ -23,8 +23,8 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 import data
-import parallel
-import recode
+import migrate
+import training.config
 
 README = (ROOT / "README.md").read_text()
 SHORT = {  # settings that make a command take seconds
@@ -32,13 +32,13 @@ SHORT = {  # settings that make a command take seconds
         ("grpo.py", "dapo.py", "sft.py"), "--steps 1 --prompts-per-step 2 --max-new-tokens 16 --model tiny"
     ),
     "eval.py": "--data few.jsonl --num-samples 1 --k 1 --max-new-tokens 16",
-    "data.py": "--model tiny",
-    "recode.py": "--num-samples 2 --max-new-tokens 16",
+    "tools.check_data": "--model tiny",
+    "migrate.py": "--num-samples 2 --max-new-tokens 16",
 }
 CHECKED = re.compile(  # not run: why
     r"^pip |-m pytest"  # the network; itself
     r"|torchrun|--adapter none"  # several processes, which test_parallel.py starts
-    r"|experiments\.py|bench\.py"  # long, whatever their settings
+    r"|tools\.experiments|bench\.py"  # long, whatever their settings
     r"|--task "  # other data than there is here
 )
 OTHERS = re.compile(r"(vllm|python llama\.cpp/\S+) ")  # other people's programs
@@ -76,11 +76,21 @@ def flags_of(module):
     return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
 
 
+def split(words):
+    """(script or module, its arguments) of a command's words: python FILE ..., python -m MODULE ..."""
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+def load(script):
+    """The module of grpo.py, bench/bench.py or tools.plan."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
 def parse(script, argv):
     """Have a script's own parser look at `argv`, if it has one that does nothing else; else compare with its help."""
-    module = importlib.import_module(Path(script).stem)
+    module = load(script)
     if "Config" in vars(module):
-        return recode.parse_config(module.Config, argv, "")
+        return training.config.parse_config(module.Config, argv, "")
     if function := getattr(module, "parse", None) or getattr(module, "parse_migration", None):
         return function(argv)
     if unknown := {word.partition("=")[0] for word in argv if word.startswith("--")} - flags_of(module):
@@ -97,7 +107,8 @@ def understand(words, monkeypatch):
                 args = get_args_parser().parse_args(words[1:])
             except SystemExit:
                 raise data.BadInput(said.getvalue())
-        monkeypatch.setattr(parallel, "WORLD", int(args.nproc_per_node) * int(args.nnodes.split(":")[-1]))
+        ranks = int(args.nproc_per_node) * int(args.nnodes.split(":")[-1])
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
         words = ["python", args.training_script, *args.training_script_args]
     if words[0] == "pip":
         words, files = [], words[words.index("-r") + 1 :] if "-r" in words else []
@@ -105,24 +116,28 @@ def understand(words, monkeypatch):
         words, files = [], [word for word in words[3:] if not word.startswith("-")]
     else:
         assert words[0] == "python", f"{words[0]}: no rule for it"
-        files = [words[1], *(word for word in words[2:] if re.fullmatch(r"[\w./-]+\.(py|jsonl|txt|gz)", word))]
+        script, argv = split(words)
+        files = [script.replace(".", "/") + ".py" if words[1] == "-m" else script]
+        files += [word for word in argv if re.fullmatch(r"[\w./-]+\.(py|jsonl|txt|gz)", word)]
     for name in files:
         assert name in MAKES or (ROOT / name).exists(), f"no file {name}"
     if words:
-        parse(words[1], [word for word in words[2:] if word != "..."])
+        script, argv = split(words)
+        parse(script, [word for word in argv if word != "..."])
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A copy of the project, in which commands may write, with the files that the README says are the reader's."""
-    for path in (*ROOT.glob("*.py"), ROOT / "tiny", ROOT / "figures"):
+    folders = ("training", "tasks", "sandbox", "tools", "tiny", "figures")
+    for path in (*ROOT.glob("*.py"), *(ROOT / folder for folder in folders)):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     few = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()[:20]
     for name in ("my.jsonl", "few.jsonl"):
         (tmp_path / name).write_text("\n".join(few) + "\n")
     (tmp_path / "old.py").write_text("import numpy\nx = numpy.in1d(a, b)\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recode, "__file__", str(tmp_path / "recode.py"))
+    monkeypatch.setattr(migrate, "__file__", str(tmp_path / "migrate.py"))
     return tmp_path
 
 
@@ -132,10 +147,11 @@ def carry_out(words):
         if words[1] == "-c":
             exec(words[2].replace("Qwen/Qwen2.5-Coder-7B-Instruct", "tiny"), {})
             return 0, shown.getvalue()
-        script, argv = words[1], words[2:]
-        module = importlib.import_module(Path(script).stem)
+        script, argv = split(words)
+        module = load(script)
         if "main" not in vars(module):
-            return subprocess.run([sys.executable, script], stdout=subprocess.DEVNULL).returncode, ""
+            command = [sys.executable, *words[1:]]
+            return subprocess.run(command, stdout=subprocess.DEVNULL).returncode, ""
         if "--compare" not in argv and not {"--dry-run"} & set(argv):
             parse(script, argv)  # before the settings that make it short may hide a mistake
         extra = [] if "--compare" in argv else SHORT.get(script, "").split()
@@ -150,7 +166,7 @@ def runnable(words):
 
 def test_commands_run(place, monkeypatch):
     """Stops a command in the README that fails, because a flag, a file, a function or an order has changed."""
-    import experiments
+    from tools import experiments
 
     monkeypatch.setattr(experiments, "SPLITS", experiments.SPLITS[:1])
     few = data.load_examples("few.jsonl")
@@ -166,7 +182,7 @@ def test_commands_run(place, monkeypatch):
         else:
             for words in filter(runnable, simple(line)):
                 status, shown = carry_out(words)
-                fine = (0, 1, 3) if words[1] == "recode.py" else (0,)
+                fine = (0, 1, 3) if words[1] == "migrate.py" else (0,)
                 assert status in fine, f"{line}\n{shown}"
                 ran += 1
     assert ran > 20
@@ -188,7 +204,7 @@ def test_commands_are_understood(place, monkeypatch):
     [
         ("python grpo.py --kl 0.1", "kl"),
         ("python eval.py --task humaneval --data HumanEval.jsonl.gz --reference", "reference"),
-        ("python experiments.py --seeds 3", "seeds"),
+        ("python -m tools.experiments --seeds 3", "seeds"),
         ("python ppo.py", "ppo.py"),
         ("torchrun --nproc-per-gpu 8 dapo.py", "nproc-per-gpu"),
         ("torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-Coder-7B-Instruct", "8 ranks"),
@@ -202,15 +218,14 @@ def test_a_stale_command_is_found(place, monkeypatch, line, word):
         understand(simple(line)[0], monkeypatch)
 
 
-def test_files_and_their_lines():
-    """Stops a table that lacks a file, names one that is gone, or states a wrong number of lines."""
+def test_files():
+    """Stops a table that lacks a file, or names one that is gone."""
     table = README.partition("## The files")[2].partition("\n## ")[0]
-    stated = dict(re.findall(r"(?m)^\| `([\w/]+\.py)` \| (\d+) \|", table))
-    counts = {name: str(len((ROOT / name).read_text().splitlines())) for name in stated}
-    assert stated == counts, "\n".join(f"| `{n}` | {c} |" for n, c in counts.items() if stated[n] != c)
-    assert {path.name for path in ROOT.glob("*.py")} <= stated.keys()
-    for name, function in re.findall(r"`(\w+\.py):([\w.]+)`", README):  # file.py:name, file.py:Class.name
-        owner = importlib.import_module(name.removesuffix(".py"))
+    stated = re.findall(r"(?m)^\| `([\w/]+\.py)` \|", table)
+    assert all((ROOT / name).is_file() for name in stated)
+    assert {path.name for path in ROOT.glob("*.py")} <= set(stated)
+    for name, function in re.findall(r"`([\w/]+\.py):([\w.]+)`", README):  # file.py:name, file.py:Class.name
+        owner = load(name)
         for part in function.split("."):
             assert hasattr(owner, part), f"{name} has no {function}"
             owner = getattr(owner, part)
@@ -221,20 +236,20 @@ def test_files_and_their_lines():
 def test_equations_quote_the_code():
     """Stops a line of code in the table of equations that stands nowhere any more, or under another number."""
     table = README.partition("## The equations")[2].partition("\n## ")[0]
-    rows = re.findall(r"(?m)^\| `(\w+\.py)` \| (?:(\d+) )?\| (.+?) \| `(.+)` \|$", table)
+    rows = re.findall(r"(?m)^\| `([\w/]+\.py)` \| (?:(\d+) )?\| (.+?) \| `(.+)` \|$", table)
     assert len(rows) > 20
     for name, number, _, line in rows:
         text = (ROOT / name).read_text()
         assert line in map(str.strip, text.splitlines()), f"{name}: {line}"
         assert "# eq. " not in line or re.search(rf"# eq\. {number}\b", line), line
-    for script in ("grpo", "reward", "dora", "eval"):
+    for script in ("grpo", "reward", "training/dora", "eval"):
         numbers = set(re.findall(r"\(eq\. (\d+)\)", (ROOT / f"{script}.py").read_text()))
         assert numbers == {number for name, number, *_ in rows if name == f"{script}.py"}, script
 
 
 def test_failures_are_the_words_of_the_code():
     """Stops a message in the table of failures that no program gives any more."""
-    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("training/*.py")))
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
     table = README.partition("## When something goes wrong")[2].partition("\n## ")[0]
     messages = re.findall(r"(?m)^\| `([^`]+ [^`]+)` \|", table)

@@ -14,10 +14,11 @@ from conftest import ROOT, SCRIPTS
 
 import data
 import grpo
-import plot
 import recode
-import run
-from data import BadInput
+from training import run
+from training.config import BadInput
+import eval
+import tools.compare
 
 SMALL = ["--prompts-per-step", "2", "--num-samples", "2", "--max-new-tokens", "8", "--r", "4", "--save-every", "2"]
 
@@ -188,7 +189,7 @@ def test_samples_give_no_commands(tokenizer):
     assert all(line == "" or line.startswith("    | ") for line in text.split("\n"))
 
 
-PROGRAMS = "grpo dapo sft eval experiments recode data plot tiny/make tests/bench".split()
+PROGRAMS = "grpo dapo sft eval migrate tools/experiments tools/compare tools/check_data tiny/make bench/bench".split()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -226,7 +227,7 @@ def test_runs_side_by_side(tmp_path, capsys):
     second = write_run(tmp_path / "c", [0.25] * 4 + [None])
     with open(f"{second}/metrics.jsonl", "a") as file:
         file.write('{"step": 6, "e')  # it is being written
-    assert plot.main([first, second, "--output", str(tmp_path / "new/x.svg")]) == 0
+    assert tools.compare.main([first, second, "--output", str(tmp_path / "new/x.svg")]) == 0
     _, one, two, done = capsys.readouterr().out.splitlines()
     assert one.split()[1:] == ["20", "0.750", "1.500", "0.500"] and two.split()[1:] == ["5", "0.250", "-1.500", "0.500"]
     assert one.startswith(first) and done == f"done: {tmp_path}/new/x.svg"
@@ -247,10 +248,10 @@ def test_runs_that_are_none(tmp_path):
     """Stops a traceback for a directory that is no run, or for one that has not made a step."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="empty: no metrics.jsonl there"):
-        plot.main([str(tmp_path / "empty")])
+        tools.compare.main([str(tmp_path / "empty")])
     (tmp_path / "empty/metrics.jsonl").write_text("")
     with pytest.raises(BadInput, match="no step"):
-        plot.main([str(tmp_path / "empty"), "--output", str(tmp_path / "x.svg")])
+        tools.compare.main([str(tmp_path / "empty"), "--output", str(tmp_path / "x.svg")])
     assert not (tmp_path / "x.svg").exists()
 
 
@@ -259,7 +260,7 @@ def test_tables_fit_the_screen():
     head = ["", *(f"figure {i}" for i in range(9))]
     rows = [[f"run {i}", *(f"{i}.{j} [0.00, 1.00]" for j in range(9))] for i in range(3)]
     text = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * 10, *rows)) + "\n\nthe end"
-    lines = plot.fit(text).split("\n")
+    lines = eval.fit(text).split("\n")
     assert max(map(len, lines)) <= 100 and lines[-2:] == ["", "the end"]
     tables = [part.split("\n") for part in "\n".join(lines[:-2]).split("\n\n")]
     cells = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table] for table in tables]
@@ -269,6 +270,6 @@ def test_tables_fit_the_screen():
             assert [table[i][0] for table in cells] == [row[0]] * len(tables)
             assert [cell for table in cells for cell in table[i][1:]] == row[1:]
     for width, count in ((88, 1), (89, 2)):  # 100 columns and 101
-        assert plot.fit(f"| a | {'b' * width} | c |\n|---|---|---|\n| 1 | 2 | 3 |").count("| a |") == count
+        assert eval.fit(f"| a | {'b' * width} | c |\n|---|---|---|\n| 1 | 2 | 3 |").count("| a |") == count
     small = "| a | b |\n|---|---|\n| 1 | 2 |"
-    assert plot.fit(small) == "| a | b |\n| - | - |\n| 1 | 2 |" and plot.fit("no table\n") == "no table\n"
+    assert eval.fit(small) == "| a | b |\n| - | - |\n| 1 | 2 |" and eval.fit("no table\n") == "no table\n"

@@ -6,7 +6,7 @@ from conftest import random_model
 from torch.nn.functional import cross_entropy
 
 import data
-import dora
+from training import dora
 import recode
 import reward
 import sft

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_flatten
 
 import dapo
 import data
-import dora
+from training import dora
 import grpo
 import recode
 import reward
-import run
+from training import run
 import sft
 
 # ------------------------------------------------------------------------- one update

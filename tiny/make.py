@@ -34,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import recode
 import sft
+import training.run
+from training import parallel
+from training.config import Parser
 
 FIRST = """load save make read find draw plot sort split merge build parse scan trim pack send fetch clean check
 count fit scale shift blend smooth paint index query group filter map fold stack slice join zip rank score trace
@@ -207,7 +210,7 @@ def learn(model, tokenizer, draw, answer, steps, lr, rng):
             target = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
             groups.append(recode.Group(data.encode_prompt(example, tokenizer), example, [target]))
         batch = recode.make_batch(groups, torch.ones(BATCH, 1), model.device)
-        optimizer.param_groups[0]["lr"] = recode.learning_rate(step, config)
+        optimizer.param_groups[0]["lr"] = training.run.learning_rate(step, config)
         figures = sft.update(model, optimizer, batch, config)
         if (step + 1) % 100 == 0:
             print(f"step {step + 1:5d}  loss {figures['loss']:.4f}", flush=True)
@@ -230,7 +233,7 @@ def write_tasks(directory):
 
 def main(argv=None):
     """Make all of it. The exit status is 0."""
-    parser = recode.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("directory", nargs="?", default=Path(__file__).parent, type=Path, help="where it goes [tiny]")
     directory = parser.parse_args(argv).directory
     directory.mkdir(exist_ok=True)
@@ -248,4 +251,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    recode.guard(main)
+    parallel.guard(main)

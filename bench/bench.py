@@ -1,6 +1,6 @@
 """Side-by-side measurements, run by hand, on one core:
 
-    python tests/bench.py [--json] [--only WORD] [--growth | --gpu]
+    python bench/bench.py [--json] [--only WORD] [--growth | --gpu]
 
 Every figure is the median of runs that alternate between ours and the other; only ratios travel
 from one machine to another. A row has a name, the ratio, the goal and both medians; where lengths
@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 import reward
 
@@ -197,7 +197,7 @@ def log_probabilities(kind):
     import torch
     from conftest import random_model
 
-    import dora
+    from training import dora
     import recode
 
     torch.set_num_threads(1)

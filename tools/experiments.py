@@ -1,7 +1,7 @@
 """The paper's tables in miniature: the embedded model by every algorithm and reward, three seeds each.
 
-    python experiments.py               trains what is missing, then writes table and picture
-    python experiments.py --jobs 4      four runs at a time, each on one thread
+    python -m tools.experiments               trains what is missing, then writes table and picture
+    python -m tools.experiments --jobs 4      four runs at a time, each on one thread
 
 Every run is one call of grpo.py, dapo.py or sft.py with its default settings, on the same tasks in
 the same order. What comes out is measured by the same code on three files that no run has seen:
@@ -28,15 +28,18 @@ from tqdm import tqdm
 
 import dapo
 import data
-import dora
 import grpo
 import recode
 import reward
 import sft
-from plot import fit, svg, text
-from run import read_settings, write
+from eval import fit
+from training import loading, parallel
+from training import dora
+from training.config import Parser, read_settings
+from training.curve import svg, text
+from training.files import write
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 SEEDS = (42, 1, 2)
 SCRIPTS = {"grpo": grpo, "dapo": dapo, "sft": sft}
 RUNS = {  # what it is called, the script, its flags
@@ -59,7 +62,7 @@ COLUMNS = (  # heading, split, figure
 
 def measure(model):
     """{split: figures} of a model on the held-out files of the embedded default, by recode.evaluate."""
-    tokenizer = recode.load_tokenizer(str(HERE / "tiny"))
+    tokenizer = loading.load_tokenizer(str(HERE / "tiny"))
     config = grpo.Config(prompts_per_step=8, max_new_tokens=96)  # two calls are longer than one
     result = {}
     for split in SPLITS:
@@ -81,7 +84,7 @@ def train(name, seed, path, flags):
         )
     if status:
         raise data.BadInput(f"{name}, seed {seed}, ended with status {status}; see {path}.log, then start again")
-    model = dora.load_adapter(recode.load_model(str(HERE / "tiny")), path / "adapter")
+    model = dora.load_adapter(loading.load_model(str(HERE / "tiny")), path / "adapter")
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return measure(model) | {"seconds": sum(v for row in rows for k, v in row.items() if k.startswith("seconds"))}
 
@@ -90,7 +93,7 @@ def job(name, seed, path, flags):
     """What a worker process does: train(), or measure() for the base, with all output in a log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        base = lambda: measure(recode.load_model(str(HERE / "tiny"))) | {"seconds": 0.0}
+        base = lambda: measure(loading.load_model(str(HERE / "tiny"))) | {"seconds": 0.0}
         result = base() if name == "base" else train(name, seed, path, flags)
     write(path / "result.json", json.dumps(result, indent=2).encode())
     return result
@@ -157,7 +160,7 @@ def picture(by_name):
 
 def main(argv=None):
     """Run what is missing, write the table and the picture. The exit status is 0."""
-    parser = recode.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("where things are kept").add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory of the runs [runs/experiments]")
     add("--figures", default=HERE / "figures", type=Path, metavar="X", help="of table and picture [figures]")
@@ -178,4 +181,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    recode.guard(main)
+    parallel.guard(main)

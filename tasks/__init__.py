@@ -13,7 +13,7 @@ A source is a JSONL file, gzipped or not, or a hub id. Accepted rows:
     humaneval+       the same (the hub's file), or base_input, plus_input and atol in place of test (evalplus's
                      own): there the reference gives the expected values, and floats may differ by atol, or 1e-6
 
-    python -c "import problems; print(problems.load('humaneval', 'HumanEval.jsonl.gz')[0])"
+    python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """
 
 import ast
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
-from data import BadInput
+from training.config import BadInput
 
 SYSTEM = "You write Python code. {}Think first, then answer."
 OBEY = "Follow the update notes you are given, even where they contradict what you remember of a library. "

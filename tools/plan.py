@@ -1,6 +1,6 @@
 """What a run needs: memory and time by a small formula, and --dry-run, which holds it against a real step.
 
-    python plan.py                             the README's table, for Qwen2.5-Coder
+    python -m tools.plan                             the README's table, for Qwen2.5-Coder
     python grpo.py --model ... --dry-run       the largest step there can be, measured; then exit
 
 The model: W weights, layers n, width d, width f of the MLP, width k of the keys, V words. An adapter of
@@ -26,16 +26,10 @@ when sampling, two fifths of the peak when training, both goals rather than meas
                the reference, for layers computed anew, and for the gradient of W
 """
 
-import resource
-import sys
-import time
 from dataclasses import dataclass
 
-import torch
 from transformers import Qwen2Config
 
-import parallel
-import policy
 import recode
 
 HELD_D, HELD_F = 11, 3  # eq. 4, counted in the layers of Qwen2 in bf16, see tests/test_plan.py
@@ -77,7 +71,7 @@ class Shape:
         return cls(d, n, f, k, V, W, n * (r * (2 * d + q + k) + q + k))
 
 
-def memory(x, config, L, prompts, ranks=1, b=2, logits=policy.LOGITS):
+def memory(x, config, L, prompts, ranks=1, b=2, logits=recode.LOGITS):
     """Bytes by part, eq. 1 to 6, for a Shape, a script's Config, prompts of L tokens, `prompts` of them a rank."""
     G, T, M = config.num_samples, config.max_new_tokens, config.micro_tokens
     u = min(prompts * L, max(M, L))
@@ -111,45 +105,11 @@ def table(config):
         x, cells = Shape.of(qwen(name), config.r), []
         for adapter, ranks in (("dora", 1), ("none", 1), ("none", 2), ("none", 8)):
             config.adapter, config.beta = adapter, 0.001 if adapter == "dora" else 0.0
-            peak = memory(x, config, config.max_prompt_tokens, 1, ranks, logits=policy.LOGITS * policy.ON_GPU)["peak"]
+            peak = memory(x, config, config.max_prompt_tokens, 1, ranks, logits=recode.LOGITS * recode.ON_GPU)["peak"]
             step = sum(seconds(x, config, config.max_prompt_tokens, 1))
             cells.append(f"{peak / 1e9:.0f} GB, {step:.1f} s")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def peak_bytes(device):
-    """The most memory so far: of the GPU what torch has had allocated, of a CPU process everything."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def dry_run(model, tasks, optimizer, config, update):
-    """The largest step that can come: the longest prompt, every completion of full length. Prints what it takes.
-
-    The model is of no use afterwards, for it has learned from random rewards. Returns the exit status, 0.
-    """
-    parallel.gather_weights(model)
-    before, start = peak_bytes(model.device), time.perf_counter()
-    longest, P, G = max((prompt for prompt, _ in tasks), key=len), config.prompts_per_step, config.num_samples
-    mine = len(parallel.share(range(P)))
-    tokens, _, _ = recode.sample(model, [longest] * mine, G, config.max_new_tokens, [], config.temperature, 0)
-    sampled = time.perf_counter() - start
-    completions = [tokens[i % len(tokens)].tolist() for i in range(P * G)]
-    groups = [recode.Group(longest, None, completions[i * G : (i + 1) * G]) for i in range(P)]
-    batch = recode.make_batch(groups, torch.randn(P, G), model.device)
-    updated = update(model, optimizer, batch, config)["seconds_update"]
-    x, b = Shape.of(model.config, config.r), model.dtype.itemsize
-    logits = policy.LOGITS * (policy.ON_GPU if model.device.type == "cuda" else 1)
-    parts = memory(x, config, len(longest), mine, parallel.WORLD, b, logits)
-    hours = (sampled + updated) * config.steps / 3600
-    print(f"dry run   one step of {P} x {G} completions of {config.max_new_tokens:,} tokens, prompt {len(longest):,}")
-    print(f"          {sampled:.1f} s to sample, {updated:.1f} s to update; {config.steps:,} steps: {hours:.1f} h at most")
-    print(f"          peak {peak_bytes(model.device) / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
-    shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
-    print(f"          by the formula, in GB: {shown}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ and the gradients of all ranks are added up. Loss and gradient are therefore tho
                       once for a rollout and its update.
 
 Why the weights stay gathered for the update: FSDP2 frees and gathers them in hooks around forward(). A
-pass in two parts (policy.py), the head called by itself, and ranks with unequal numbers of micro-batches
+pass in two parts (recode.py), the head called by itself, and ranks with unequal numbers of micro-batches
 go past those hooks. So nothing moves while the micro-batches add up their gradients, 4 bytes a weight; then
 one empty pass through the whole model, an ordinary one, has the hooks sum and slice them.
 
@@ -41,7 +41,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import BadInput
+from training.config import BadInput
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets them
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -244,3 +244,34 @@ def load_state(model, optimizer, saved):
     for p, moments in zip(trained.values(), saved["optimizer"]["state"].values()):
         moments |= {key: part(x, p) for key, x in moments.items()}
     optimizer.load_state_dict(saved["optimizer"])
+
+
+# ------------------------------------------------------------------------- programs
+
+OUT_OF_MEMORY = """
+  In this order: a smaller --micro-tokens (half, say; changes no result); no --keep-activations; fewer
+  --prompts-per-step or --num-samples; shorter --max-new-tokens or --max-prompt-tokens; with --adapter none,
+  --offload or more GPUs. --dry-run tries the largest step first. What was saved goes on with --resume."""
+
+
+def guard(main):
+    """Run `main` as a program: its result is the exit status, bad input one line and status 2."""
+    try:
+        status = main(sys.argv[1:])
+        end()
+        sys.exit(status)
+    except BadInput as error:
+        say(error)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        first = str(error).strip().split("\n")[0]
+        say(f"{first} {OUT_OF_MEMORY}")
+        sys.exit(1)
+    except RuntimeError:
+        if not failed():
+            raise
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print("\nstopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""TRL's side of bench.py's whole step, in a process of its own: python tests/bench_trl.py SPEC, as bench_work.py.
+"""TRL's side of bench.py's whole step, in a process of its own: python bench/bench_trl.py SPEC, as bench_work.py.
 
 GRPOTrainer at its defaults on the same model, prompts, reward and adapter (PEFT's). Set differently is only
 what the comparison needs: the sizes of the workload, loss_type="grpo" (the paper's), fp32 on the CPU, no saving,

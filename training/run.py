@@ -17,55 +17,32 @@ import math
 import os
 import pickle
 import re
+import resource
 import secrets
 import signal
 import sys
+import textwrap
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import parallel
-from data import BadInput
-from plot import curve
+import data
+import recode
+from training import dora, parallel
+from training.config import BadInput, read_settings
+from training.curve import curve
+from training.files import write
+from training.loading import load_model, load_tokenizer, write_model
 
 MAY_CHANGE = (  # between a run and its --resume
     "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload", "micro_tokens",
     "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
-
-
-def write(path, content):
-    """Write bytes so that `path` holds either all of them or what it held before, whatever happens.
-
-    `content` may also be a function that writes to an open file. Only rank 0 writes.
-    """
-    if parallel.RANK > 0:
-        return
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        why = getattr(error, "strerror", None) or "torch.save failed, as it does on a full disk"
-        raise BadInput(f"cannot write {path}: {why}; nothing that was there is harmed")
-
-
-def read_settings(path):
-    """The JSON object in a file, as a dict."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
 
 
 # figure, heading, format of a step's row on the screen
@@ -256,3 +233,138 @@ class Run:
             os.truncate(self.path / name, size)
         self.rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
         return saved["state"]
+
+
+# ------------------------------------------------------------------------- beginning and end
+
+
+def load_trainable(config):
+    """The model with what is trained of it: an adapter, or all weights in slices. Prints its lines of the header."""
+    print(f"model     {config.model}", flush=True)
+    torch.manual_seed(config.seed)
+    model = load_model(config.model)
+    if config.adapter != "none":
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
+    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
+    what = {"dora": f"DoRA, r {config.r}, on {config.targets}", "lora": f"LoRA, r {config.r}, on {config.targets}"}
+    print(f"          {trained:,} trained: {what.get(config.adapter, 'all weights, in fp32')}")
+    if config.adapter == "none":
+        parallel.shard(model, config.offload)
+    if not config.keep_activations:
+        recompute = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        recompute({"use_reentrant": False})  # the second is its name in transformers 5.17
+    return model
+
+
+def set_up(config):
+    """Everything a training script starts from: (run, model, tokenizer, train tasks, held-out tasks).
+
+    Checks what can be checked before anything slow is done, and prints the header. A task is
+    (prompt ids, Example).
+    """
+    parallel.start()
+    run, dropped = Run(config), Counter()
+    tokenizer = load_tokenizer(config.model)
+    examples = data.load_examples(config.data, dropped)
+    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
+    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
+    heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter()) if heldout else []
+    print(f"data      {config.data}: {len(train):,} tasks kept, {sum(dropped.values()):,} rows dropped")
+    for reason, count in dropped.items():
+        print(f"          {count:,} dropped: {reason}")
+    print(f"held out  {len(heldout):,} tasks" + (f" of {config.heldout}" if heldout else "; --heldout sets some aside"))
+    if tokenizer.chat_template is None:
+        print("warning   the tokenizer has no chat template; prompts are plain text")
+    model = load_trainable(config)
+    if parallel.WORLD > 1:
+        print(f"ranks     {parallel.WORLD}, each its share of the prompts")
+    defaults = Path(config.model) / "defaults.json"
+    if defaults.is_file() and not config.quiet:
+        listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
+        print(textwrap.fill(f"defaults  {listed}", 100, subsequent_indent=" " * 10))
+    print(
+        f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions"
+    )
+    if not config.dry_run:
+        run.begin()
+    return run, model, tokenizer, train, heldout
+
+
+LOST = 3  # updates in a row that are not finite, before a run gives up
+
+
+def learning_rate(step, config):
+    """The rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0 at the last step's end."""
+    warm = config.warmup * config.steps
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
+
+
+def save(run, model, optimizer, state):
+    """A checkpoint to go on from, and the adapter as it is now."""
+    run.save(parallel.full_state(model, optimizer), state)
+    if run.config.adapter != "none":
+        dora.save_adapter(model, run.config, run.path / "adapter")
+
+
+def finish(run, model, tokenizer, optimizer, heldout, state):
+    """After the loop: save, say what came out of it, and return the exit status."""
+    if state["lost"] == LOST:
+        print(f"stopped: loss or gradient not finite {LOST} times in a row, up to step {state['step']}")
+        print(f"the last checkpoint before is kept in {run.path}; lower --lr and start anew")
+        return 1
+    save(run, model, optimizer, state)
+    if run.config.adapter == "none":
+        write_model(model, tokenizer, run.path / "model", f"{run.config.model} trained by {' '.join(sys.argv)}.")
+    if state["step"] < run.config.steps:
+        again = sys.argv if run.config.resume else [*sys.argv, "--resume"]
+        start = f"torchrun --nproc-per-node {parallel.LOCAL_WORLD}" if parallel.WORLD > 1 else "python"
+        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {start} {' '.join(again)}")
+        return 130
+    if heldout:
+        figures = {"before": state["before"], "after": recode.evaluate(model, tokenizer, heldout, run.config)}
+        if parallel.RANK == 0:
+            write(run.path / "heldout.json", json.dumps(figures, indent=2).encode())
+        print(table(**figures))
+    kept = "model" if run.config.adapter == "none" else "adapter"
+    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and {kept}/")
+    return 0
+
+
+def table(before, after):
+    """The held-out figures side by side, as text."""
+    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES", "reward": "sampled reward"}
+    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
+    rows += [f"  {names[k]:<16}{before[k]:9.3f}{after[k]:9.3f}{after[k] - before[k]:+9.3f}" for k in names]
+    return "\n".join(rows)
+
+
+def peak_bytes(device):
+    """The most memory so far: of the GPU what torch has had allocated, of a CPU process everything."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def dry_run(model, tasks, optimizer, config, update):
+    """The largest step that can come: the longest prompt, every completion of full length. Prints what it takes.
+
+    The model is of no use afterwards, for it has learned from random rewards. Returns the exit status, 0.
+    """
+    parallel.gather_weights(model)
+    before, start = peak_bytes(model.device), time.perf_counter()
+    longest, P, G = max((prompt for prompt, _ in tasks), key=len), config.prompts_per_step, config.num_samples
+    mine = len(parallel.share(range(P)))
+    tokens, _, _ = recode.sample(model, [longest] * mine, G, config.max_new_tokens, [], config.temperature, 0)
+    sampled = time.perf_counter() - start
+    completions = [tokens[i % len(tokens)].tolist() for i in range(P * G)]
+    groups = [recode.Group(longest, None, completions[i * G : (i + 1) * G]) for i in range(P)]
+    batch = recode.make_batch(groups, torch.randn(P, G), model.device)
+    updated = update(model, optimizer, batch, config)["seconds_update"]
+    hours = (sampled + updated) * config.steps / 3600
+    print(f"dry run   one step of {P} x {G} completions of {config.max_new_tokens:,} tokens, prompt {len(longest):,}")
+    print(f"          {sampled:.1f} s to sample, {updated:.1f} s to update; {config.steps:,} steps: {hours:.1f} h at most")
+    print(f"          peak {peak_bytes(model.device) / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
+    return 0

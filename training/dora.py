@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import BadInput
-from run import read_settings, write
+from training import parallel
+from training.config import BadInput, read_settings
+from training.files import write
 
 
 class DoRALinear(nn.Module):
@@ -106,6 +107,8 @@ def reference(model):
 
 def save_adapter(model, config, directory):
     """Write the adapter as PEFT does, so that PeftModel.from_pretrained(base, directory) loads it."""
+    if parallel.RANK > 0:
+        return
     tensors = {}
     for name, layer in dora_layers(model).items():
         prefix = f"base_model.model.{name}.lora_"

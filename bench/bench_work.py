@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers.utils import logging
 
 import data
-import dora
+from training import dora
 import grpo
 import recode
 

@@ -1,0 +1,1 @@
+"""Run by hand: python -m tools.NAME."""

@@ -1,0 +1,1 @@
+"""What any run needs: settings, files, loading, adapter, ranks, the run directory, the curve."""
