@@ -88,9 +88,9 @@ def judge(problem, completion, box):
     code = reward.extract_code(completion)
     verdict = {"format": reward.format_reward(completion) > 0, "no_code": code is None}
     if example := problem.example:
-        verdict |= {name: reward.CORRECTNESS[name](completion, example.new_code) for name in ("es_star", "em_star")}
-        verdict["stale"] = reward.stale(completion, example.old_code, example.new_code)
-        return verdict | {"passed": reward.em(completion, example.new_code) == 1}
+        grade = reward.grade(completion, example)
+        verdict |= {"es_star": grade.es_star, "em_star": grade.em_star, "stale": grade.stale}
+        return verdict | {"passed": grade.em == 1}
     updated = {"updated": False} if problem.update else {}
     if code is None:
         return verdict | updated | {"passed": False, "status": "no code"}
@@ -190,10 +190,12 @@ def load(args):
 def complete(model, tokenizer, batch, seeds, args):
     """Sample `num_samples` completions of every (problem, prompt) of a batch: rows for the log."""
     prompts, n = [prompt for _, prompt in batch], args.num_samples
-    answers = recode.complete(model, tokenizer, prompts, n, args.max_new_tokens, args.temperature, seeds, args.top_p)
+    answers = recode.sample_answers(
+        model, tokenizer, prompts, n, args.max_new_tokens, args.temperature, seeds, args.top_p
+    )
     return [
         {"problem": batch[i // n][0].name, "sample": i % n, "tokens": len(ids), "cut": cut, "completion": text}
-        for i, (ids, text, cut, _) in enumerate(zip(*answers, strict=True))
+        for i, (ids, text, cut, _) in enumerate(answers)
     ]
 
 
@@ -452,4 +454,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.guard(main)
+    parallel.run_main(main)

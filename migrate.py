@@ -132,7 +132,10 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
     one is taken which they agree with most, and of equals the likeliest. None if no answer is left.
     """
     prompt = data.encode_prompt(example, tokenizer)
-    _, texts, cut, logps = recode.complete(model, tokenizer, [prompt], num_samples, max_new_tokens, temperature, seed)
+    answers = recode.sample_answers(
+        model, tokenizer, [prompt], num_samples, max_new_tokens, temperature, seed
+    )
+    _, texts, cut, logps = zip(*answers)
     codes = [reward.extract_code(text) or "" for text in texts]
     some = [i for i, code in enumerate(codes) if reward.strip_comments(code)]
     usable = [i for i in some if reward.parses(codes[i])]
@@ -238,4 +241,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.guard(main)
+    parallel.run_main(main)

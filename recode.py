@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from statistics import fmean as mean
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -397,10 +398,38 @@ def batch_logps(model, batch, config):
 # ------------------------------------------------------------------------- 4. groups and their figures
 
 
+class Answer(NamedTuple):
+    """One sampled completion."""
+
+    ids: list  # token ids, with the EOS
+    text: str  # without the EOS
+    cut: bool  # whether it was cut at max_new_tokens
+    logp: float  # log-probability of the completion
+
+
+def sample_answers(
+    model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0
+):
+    """sample() as a list of Answers; answer j of prompt i has index i * num_samples + j."""
+    eos = eos_ids(model, tokenizer)
+    tokens, mask, logps = sample(
+        model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p
+    )
+    answers = []
+    for row, kept, logp in zip(tokens.cpu(), mask.cpu(), logps.sum(1).tolist(), strict=True):
+        ids = row[kept].tolist()
+        plain = [i for i in ids if i not in eos]
+        text = tokenizer.decode(plain, clean_up_tokenization_spaces=False)
+        answers.append(Answer(ids, text, ids[-1] not in eos, logp))
+    return answers
+
+
 @dataclasses.dataclass
 class Group:
-    """One task and its completions, lists of ids with their EOS. Those that were sampled also have
-    their texts, their rewards, and whether they were cut at max_new_tokens."""
+    """One task and its completions, a list of ids with their EOS each.
+
+    Sampled ones also have their texts, rewards, grades, and whether they were cut.
+    """
 
     prompt: list
     example: data.Example
@@ -408,69 +437,67 @@ class Group:
     texts: list = ()
     rewards: list = ()
     cut: list = ()
-
-
-def complete(model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0):
-    """What sample() draws, as four lists with an item for each of its rows: the ids of a completion with their
-    EOS, its text without, whether it was cut at max_new_tokens, its log-probability."""
-    eos = eos_ids(model, tokenizer)
-    tokens, mask, logps = sample(model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p)
-    rows = [ids[kept].tolist() for ids, kept in zip(tokens.cpu(), mask.cpu())]
-    plain = [[i for i in ids if i not in eos] for ids in rows]
-    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in plain]
-    return rows, texts, [ids[-1] not in eos for ids in rows], logps.sum(1).tolist()
+    grades: list = ()
 
 
 def rollout(model, tokenizer, tasks, config, num_samples, temperature, seed):
     """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took.
 
-    Every rank does its share. What is drawn for task i hangs on seed + i, so it does not matter who draws it.
+    Every rank samples its share. Task i uses seed + i, so any rank may sample it.
     """
-    started, groups, answers = time.perf_counter(), [], ([], [], [], [])
+    started, groups, answers = time.perf_counter(), [], []
     parallel.gather_weights(model)
     mine, seeds = parallel.share(tasks), parallel.share(range(seed, seed + len(tasks)))
-    if mine:  # else there are fewer tasks than ranks
+    if mine:  # there may be fewer tasks than ranks
         prompts = [prompt for prompt, _ in mine]
-        answers = complete(model, tokenizer, prompts, num_samples, config.max_new_tokens, temperature, seeds)
+        answers = sample_answers(
+            model, tokenizer, prompts, num_samples, config.max_new_tokens, temperature, seeds
+        )
     sampled = time.perf_counter()
-    lost = not all(map(math.isfinite, answers[-1]))  # weights that overflowed: no rewards, so that the run ends
+    finite = all(math.isfinite(answer.logp) for answer in answers)
     for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
-        completions, texts, cut, _ = (column[i * num_samples : (i + 1) * num_samples] for column in answers)
-        rewards = [math.nan if lost else reward.score(text, example.new_code, config.correctness) for text in texts]
-        groups.append(Group(prompt, example, completions, texts, rewards, cut))
+        group = answers[i * num_samples : (i + 1) * num_samples]
+        grades = [reward.grade(answer.text, example) for answer in group]
+        rewards = [reward.total(grade, example, config.correctness) for grade in grades]
+        if not finite:  # the weights have overflowed: NaN rewards stop the run
+            rewards = [math.nan] * num_samples
+        completions, texts, cut, _ = zip(*group)
+        groups.append(Group(prompt, example, completions, texts, rewards, cut, grades))
     groups = parallel.gather(groups)
     return groups, {"seconds_sample": sampled - started, "seconds_score": time.perf_counter() - sampled}
 
 
-def judge(groups):
-    """Means over all completions: format (a share), es, em, stale (each in [0, 1]) and reward."""
-    pairs = [(text, group.example) for group in groups for text in group.texts]
+def summarize(groups):
+    """Means over all answers: format (a share), es, em, stale (each in [0, 1]) and reward."""
+    grades = [grade for group in groups for grade in group.grades]
     return {
-        "format": mean(reward.format_reward(text) > 0 for text, _ in pairs),
-        "es": mean(reward.es(text, example.new_code) for text, example in pairs),
-        "em": mean(reward.em(text, example.new_code) for text, example in pairs),
-        "stale": mean(reward.stale(text, example.old_code, example.new_code) for text, example in pairs),
-        "reward": mean(r for group in groups for r in group.rewards),
+        "format": mean(grade.format > 0 for grade in grades),
+        "es": mean(grade.es for grade in grades),
+        "em": mean(grade.em for grade in grades),
+        "stale": mean(grade.stale for grade in grades),
+        "reward": mean(value for group in groups for value in group.rewards),
     }
 
 
 def describe(groups):
-    """The figures of a rollout: those of judge(), the spread within groups, lengths; plain floats."""
+    """The metrics of a rollout: those of summarize(), spread within groups, lengths; floats."""
     several = len(groups[0].rewards) > 1  # one answer has no spread
-    return judge(groups) | {
-        "reward_std": mean(torch.tensor(group.rewards).std().item() if several else 0.0 for group in groups),
+    lengths = [len(ids) for group in groups for ids in group.completions]
+    stds = [torch.tensor(group.rewards).std().item() if several else 0.0 for group in groups]
+    return summarize(groups) | {
+        "reward_std": mean(stds),
         "no_spread": mean(max(group.rewards) == min(group.rewards) for group in groups),
-        "completion_length": mean(len(ids) for group in groups for ids in group.completions),
+        "completion_length": mean(lengths),
         "truncated": mean(cut for group in groups for cut in group.cut),
     }
 
 
 def evaluate(model, tokenizer, tasks, config):
-    """Figures over held-out `tasks`: those of judge() for greedy answers, but the reward of sampled ones."""
+    """Figures over held-out `tasks`: those of summarize() for greedy answers, but the reward of sampled ones."""
     size, greedy, sampled = config.prompts_per_step * config.num_samples, [], []
     hidden = config.quiet or parallel.RANK > 0 or None
     for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=hidden):
         part = tasks[start : start + size]
         greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
         sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
-    return judge(greedy) | {"reward": judge(sampled)["reward"]}
+    return summarize(greedy) | {"reward": summarize(sampled)["reward"]}

@@ -1,11 +1,11 @@
 """The reward: does the answer have the right form, and how close is its code to the reference?
 
-    total = format + correctness, between -3 and 3                                       (eq. 1)
+    total = format + correctness, between -3 and 3                                        (eq. 1)
 
     format   +1   "<think>" + completion is one think block, then one answer block
              -1   anything else
-    ES       1 - Levenshtein(a, b) / max(|a|, |b|)       edit similarity, in [0, 1]        (eq. 2)
-    EM       1 if a == b else 0                          exact match
+    ES       1 - Levenshtein(a, b) / max(|a|, |b|)      edit similarity, in [0, 1]        (eq. 2)
+    EM       1 if a == b else 0                         exact match
     ES*      -2.0 if there is no code or it does not parse, else 3.5 ES - 1.5             (eq. 3)
     EM*      -2.0 likewise, +2.0 if a == b, else -1.5                                     (eq. 4)
 
@@ -13,98 +13,121 @@ a and b are the answer's code and the reference, both without comments and blank
 paper's reward; the others are its ablation. A completion is what the model wrote after the prompt's
 open "<think>", so it starts inside the think block.
 
-Where this differs from the released code, each with a test in tests/test_reward.py:
+grade() looks at an answer once: one extraction, one parse, one edit distance. A reward of your own
+is a function of that grade and of the whole example, added to CORRECTNESS:
+
+    CORRECTNESS["fresh"] = lambda grade, example: -2.0 if grade.stale else grade.es_star
+
+Deviations from the released code, each with a test in tests/test_reward.py:
   1. Strings are never replaced by placeholders, so code with more than ten of them survives.
   2. An apostrophe inside a comment does not swallow the code after it.
-  3. The blanks before a removed comment go with it.
-  4. Two empty programs are equal (no division by zero); NUL bytes, deep nesting and huge literals
-     count as code that does not parse instead of ending the training run.
-  5. Only the answer's code counts (of several fences the last, see extract_code), so nothing can
-     be smuggled in through the think block.
-  6. The total is a number, never two lists added up.
-  7. A second answer block is a format error: repeating oneself is not an answer.
+  3. The blanks before a removed comment are removed too.
+  4. Two empty programs are equal (no division by zero). NUL bytes, deep nesting and huge literals
+     count as code that does not parse; they do not end the run.
+  5. Only the answer's code counts (the last fence of several, see extract_code), so code in the
+     think block earns nothing.
+  6. The total is a number, not two lists added up.
+  7. A second answer block is a format error.
 """
 
 import ast
 import re
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 # A string literal (kept) or a comment with the blanks before it (dropped). The scan runs from left
-# to right, so a quote in a comment and a "#" in a string are both seen for what they are. Every
-# repetition is possessive (*+) and an unclosed string runs to its end of line or file, hence
-# linear time on whatever a model writes.
+# to right, so a quote in a comment and a "#" in a string are recognised for what they are. Every
+# repetition is possessive (*+), and an unclosed string runs to the end of its line or file, so the
+# time is linear whatever a model writes.
 TOKEN = re.compile(
-    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"""|\Z)|\'\'\'(?:[^'\\]|\\.|'(?!''))*+(?:\'\'\'|\Z)'''
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"""|\Z)|'''
+    r"""'''(?:[^'\\]|\\.|'(?!''))*+(?:'''|\Z)"""
     r"""|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++""",
     re.DOTALL,
 )
-FENCE, END = "```python\n", "\n```"
-MAX_CODE = 50_000  # characters; ten times what 1024 tokens of real code hold. Longer is no answer.
+FENCE = "```python\n"
+FENCE_END = "\n```"
+MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 
 
 def strip_comments(code):
-    """`code` without comments, blank lines and outer whitespace. Strings, docstrings too, stay.
+    """`code` without comments, blank lines and outer whitespace. Strings stay, docstrings too.
 
-    Never raises: what is not Python is treated as if it were. Linear in len(code).
+    Accepts any string, also what is not Python; never raises. Linear in len(code).
     """
-    code = TOKEN.sub(lambda m: "" if m["comment"] is not None else m[0], code)
+    code = TOKEN.sub(lambda match: "" if match["comment"] is not None else match[0], code)
     return "\n".join(line for line in code.split("\n") if line.strip()).strip()
 
 
 def levenshtein(a, b):
-    """Edit distance of two strings: insertions, deletions and substitutions, each at cost 1.
+    """Edit distance of two strings: insertions, deletions and substitutions cost 1 each.
 
-    One Python big integer holds a whole column of the dynamic programme as +1/-1 differences
-    between neighbours (Myers 1999, in the form of Hyyrö 2003), so a character of `b` costs a
-    handful of integer operations instead of len(a) steps. O(len(a) * len(b) / word size).
+    Bit-parallel (Myers 1999, in Hyyrö's form of 2003): one Python integer holds a whole column of
+    the dynamic programme as +1/-1 differences between neighbours, so a character of `b` costs a
+    few integer operations. O(len(a) * len(b) / word size).
     """
     start = 0
-    while start < min(len(a), len(b)) and a[start] == b[start]:
+    shorter = min(len(a), len(b))
+    while start < shorter and a[start] == b[start]:
         start += 1
     end = 0
-    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+    while end < shorter - start and a[-1 - end] == b[-1 - end]:
         end += 1
-    a, b = a[start : len(a) - end], b[start : len(b) - end]  # a shared prefix or suffix costs nothing
+    a = a[start : len(a) - end]  # a common prefix or suffix costs nothing
+    b = b[start : len(b) - end]
     if not a or not b:
         return len(a) + len(b)
     if len(a) > len(b):
         a, b = b, a  # the shorter one spans the integers
-    positions = {}  # character -> the bits of its places in a
+    positions = {}  # character -> bit mask of its positions in a
     for i, char in enumerate(a):
         positions[char] = positions.get(char, 0) | 1 << i
     ones = (1 << len(a)) - 1
-    up, down = ones, 0  # where a step down the column adds 1, where it takes 1 away
+    up = ones  # rows where the column's difference is +1
+    down = 0  # rows where it is -1
     for char in b:
         match = positions.get(char, 0)
-        diagonal = ((((match & up) + up) ^ up) | match | down) & ones  # where the diagonal step is free
-        right_up = ((down | (ones ^ (diagonal | up))) << 1 | 1) & ones  # steps to the right that add 1
-        up, down = (up & diagonal) << 1 & ones | (ones ^ (diagonal | right_up)), right_up & diagonal
-    return len(b) + up.bit_count() - down.bit_count()  # along the top row, then down the last column
+        # where the diagonal step is free
+        diagonal = ((((match & up) + up) ^ up) | match | down) & ones
+        right_up = ((down | (ones ^ (diagonal | up))) << 1 | 1) & ones  # where a step right adds 1
+        right_down = up & diagonal
+        up = (right_down << 1) & ones | (ones ^ (diagonal | right_up))
+        down = right_up & diagonal
+    return len(b) + up.bit_count() - down.bit_count()  # the top row, then the last column
 
 
 def extract_code(completion):
-    """The last python fence of the answer, stripped; None if there is none or it is over MAX_CODE.
+    """The last python fence of the answer, stripped; None if there is none or it exceeds MAX_CODE.
 
-    The answer is what follows <answer>; where that tag is missing (the format reward says so), what
-    follows </think>. An unclosed think block has no answer, but for an <answer> tag inside it.
+    The answer is what follows <answer>; without that tag (a format error), what follows </think>.
+    An unclosed think block has no answer, unless there is an <answer> tag inside it.
     """
     think, closed, tail = completion.partition("</think>")
     before, opened, answer = (tail if closed else think).partition("<answer>")
     if not opened:
         answer = before if closed else ""
-    answer, code, start = answer.partition("</answer>")[0], None, 0
-    while (start := answer.find(FENCE, start)) >= 0 and (end := answer.find(END, start + len(FENCE))) >= 0:
-        code, start = answer[start + len(FENCE) : end], end + len(END)  # linear, where a regex would be quadratic
-    return code.strip() if code is not None and len(code) <= MAX_CODE else None
+    answer = answer.partition("</answer>")[0]
+    code = None
+    start = answer.find(FENCE)
+    while start >= 0:  # find() is linear where a regex would be quadratic
+        end = answer.find(FENCE_END, start + len(FENCE))
+        if end < 0:
+            break
+        code = answer[start + len(FENCE) : end]
+        start = answer.find(FENCE, end + len(FENCE_END))
+    if code is None or len(code) > MAX_CODE:
+        return None
+    return code.strip()
 
 
 def parses(code):
-    """Whether Python's own parser takes `code`; True or False for any string at all."""
+    """Whether Python's own parser accepts `code`: True or False for any string."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd escape in the model's string is not our news
+            warnings.simplefilter("ignore")  # odd escapes in the model's strings
             ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # broken; NUL or surrogate; too deep
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # broken; NUL; too deep
         return False
     return True
 
@@ -118,7 +141,8 @@ def format_reward(completion):
         and "<think>" not in think
         and rest.startswith("<answer>")
         and rest.endswith("</answer>")
-        and rest.count("<answer>") == rest.count("</answer>") == 1
+        and rest.count("<answer>") == 1
+        and rest.count("</answer>") == 1
     )
     return 1.0 if well_formed else -1.0
 
@@ -128,38 +152,101 @@ def similarity(a, b):
     return 1.0 - levenshtein(a, b) / max(len(a), len(b), 1)  # eq. 2
 
 
+# ------------------------------------------------------------------------- one look at an answer
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What there is to know about one answer."""
+
+    completion: str
+    format: float  # +1.0 or -1.0
+    code: str | None  # the answer's code
+    parses: bool  # False without code
+    es: float  # edit similarity to the reference, in [0, 1]; 0.0 without code
+    em: float  # 1.0 if the code equals the reference, comments and blank lines aside, else 0.0
+    stale: float  # 1.0 if it repeats the old code although the update asks for a change, else 0.0
+
+    @property
+    def es_star(self):
+        return 3.5 * self.es - 1.5 if self.parses else -2.0  # eq. 3
+
+    @property
+    def em_star(self):
+        return 3.5 * self.em - 1.5 if self.parses else -2.0  # eq. 4
+
+
+def grade(completion, example):
+    """The Grade of a completion; `example` needs the text fields old_code and new_code."""
+    form = format_reward(completion)
+    code = extract_code(completion)
+    if code is None:
+        return Grade(completion, form, None, parses=False, es=0.0, em=0.0, stale=0.0)
+    answer = strip_comments(code)
+    old = strip_comments(example.old_code)
+    reference = strip_comments(example.new_code)
+    es = similarity(answer, reference)
+    em = float(answer == reference)
+    stale = float(answer == old and old != reference)
+    return Grade(completion, form, code, parses(code), es, em, stale)
+
+
+CORRECTNESS = {  # name -> function of a Grade and the whole example
+    "es_star": lambda grade, example: grade.es_star,
+    "em_star": lambda grade, example: grade.em_star,
+    "es": lambda grade, example: grade.es,
+    "em": lambda grade, example: grade.em,
+    "none": lambda grade, example: 0.0,  # rewards the format alone
+}
+
+
+def total(grade, example, correctness="es_star"):
+    """The total reward of a graded answer, a float; `correctness` is a key of CORRECTNESS."""
+    return grade.format + CORRECTNESS[correctness](grade, example)  # eq. 1
+
+
+def overlong(length, config):
+    """DAPO's soft penalty for a completion of `length` tokens, in [-1, 0]; 0 if it is off."""
+    if config.overlong_cache == 0:
+        return 0.0
+    excess = length - (config.max_new_tokens - config.overlong_cache)
+    return min(0.0, -excess / config.overlong_cache)
+
+
+# ------------------------------------------------------------------------- without an example
+
+
+def grade_against(completion, target, old_code=""):
+    """grade() against a reference string, `target`."""
+    return grade(completion, SimpleNamespace(old_code=old_code, new_code=target))
+
+
 def es(completion, target):
     """Edit similarity of the answer's code and `target`, in [0, 1]; 0.0 without code."""
-    code = extract_code(completion)
-    return 0.0 if code is None else similarity(strip_comments(code), strip_comments(target))
+    return grade_against(completion, target).es
 
 
 def em(completion, target):
-    """1.0 if the answer's code equals `target` (comments and blank lines aside), else 0.0."""
-    code = extract_code(completion)
-    return float(code is not None and strip_comments(code) == strip_comments(target))
+    """1.0 if the answer's code equals `target`, comments and blank lines aside, else 0.0."""
+    return grade_against(completion, target).em
 
 
 def es_star(completion, target):
     """The paper's correctness, in [-2, 2]: similarity, but only for code that parses."""
-    code = extract_code(completion)
-    return -2.0 if code is None or not parses(code) else 3.5 * es(completion, target) - 1.5  # eq. 3
+    return grade_against(completion, target).es_star
 
 
 def em_star(completion, target):
     """Exact match with the same penalty for code that does not parse: -2.0, -1.5 or 2.0."""
-    code = extract_code(completion)
-    return -2.0 if code is None or not parses(code) else 3.5 * em(completion, target) - 1.5  # eq. 4
-
-
-CORRECTNESS = {"es_star": es_star, "em_star": em_star, "es": es, "em": em, "none": lambda completion, target: 0.0}
-
-
-def score(completion, target, correctness="es_star"):
-    """The total reward of one completion, a float; `correctness` is a key of CORRECTNESS."""
-    return format_reward(completion) + CORRECTNESS[correctness](completion, target)  # eq. 1
+    return grade_against(completion, target).em_star
 
 
 def stale(completion, old_code, target):
     """1.0 if the answer repeats the old code although the update asks for a change, else 0.0."""
-    return em(completion, old_code) if strip_comments(old_code) != strip_comments(target) else 0.0
+    return grade_against(completion, target, old_code).stale
+
+
+def score(completion, target, correctness="es_star"):
+    """total() against a reference string; the example that `correctness` sees has nothing else."""
+    example = SimpleNamespace(old_code="", new_code=target)
+    return total(grade(completion, example), example, correctness)

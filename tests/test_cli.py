@@ -40,7 +40,8 @@ def script(request):
 @pytest.fixture(autouse=True)
 def spread(monkeypatch):
     """Rewards that differ within a group: the answers of a random model are all equally bad."""
-    monkeypatch.setattr(reward, "score", lambda text, target, kind="es_star": sum(map(ord, text)) % 7 - 3.0)
+    spread = lambda grade, example, kind: sum(map(ord, grade.completion)) % 7 - 3.0
+    monkeypatch.setattr(reward, "total", spread)
 
 
 def flags(settings):
@@ -73,7 +74,7 @@ def refused(script, settings, write_rows, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags(settings | changes)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            parallel.guard(script.main)
+            parallel.run_main(script.main)
         stderr = capfd.readouterr().err
         assert stop.value.code == 2 and re.fullmatch(r"error: .+\n", stderr), stderr
         assert contents(output) == before

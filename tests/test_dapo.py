@@ -71,7 +71,7 @@ def collect(checkpoints, tokenizer, monkeypatch):
 
     def run(scores, **settings):
         stream = iter([score for group in scores for score in group])
-        monkeypatch.setattr(reward, "score", lambda *_: next(stream))
+        monkeypatch.setattr(reward, "total", lambda *_: next(stream))
         config = dapo.Config(**{"prompts_per_step": 3, "updates": 1, "num_samples": 2, "max_new_tokens": 8} | settings)
         result = dapo.collect(model, tokenizer, TASKS, 0, config)
         assert next(stream, None) is None, "not every score was asked for"
@@ -120,7 +120,9 @@ def test_every_try_draws_other_samples(collect):
 def test_overlong_by_hand(cache, soft, monkeypatch):
     """Stops a punishment that starts too early, is not continuous, exceeds 1 or divides by a cache of 0."""
     lengths, seen = (10, 80, 81, 90, 99, 100), []
-    group = recode.Group([5], TASKS[0][1], [[6] * n for n in lengths], ["x"] * 6, [0.0, 1, 2, 3, 4, 5], [False] * 6)
+    ids, rewards = [[6] * n for n in lengths], [0.0, 1, 2, 3, 4, 5]
+    grades = [reward.grade("x", TASKS[0][1])] * 6
+    group = recode.Group([5], TASKS[0][1], ids, ["x"] * 6, rewards, [False] * 6, grades)
     monkeypatch.setattr(recode, "rollout", lambda *_: ([group], {}))
     monkeypatch.setattr(dapo, "advantages", lambda rewards: seen.append(rewards) or rewards)
     config = dapo.Config(prompts_per_step=1, updates=1, num_samples=6, max_new_tokens=100, overlong_cache=cache)

@@ -249,7 +249,7 @@ rows, output = sys.argv[1:]
 for source in (["--data", rows, "--model", "acme/none"], ["--data", "acme/None"]):
     sys.argv[1:] = ["--output", output, *source]
     try:
-        parallel.guard(grpo.main)
+        parallel.run_main(grpo.main)
     except SystemExit as error:
         print(error.code)
 """

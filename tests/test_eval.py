@@ -624,7 +624,7 @@ def test_bad_settings(command, tmp_path, monkeypatch, capfd, changes, word):
     """Stops a setting that makes no sense from costing an hour before it is noticed, or a traceback."""
     monkeypatch.setattr("sys.argv", ["eval.py", *command(*changes)])
     with pytest.raises(SystemExit) as stop:
-        parallel.guard(eval.main)
+        parallel.run_main(eval.main)
     stderr = capfd.readouterr().err.split("\r")[-1]
     assert stop.value.code == 2 and word in stderr and not list(tmp_path.glob("run/*/samples*"))
     assert re.search(r"^error: .+\n$", stderr, re.MULTILINE) and "Traceback" not in stderr

@@ -16,8 +16,8 @@ FIGURES = {"em": 0.5, "stale": 0.25, "format": 1.0, "reward": 2.0}
 @pytest.fixture
 def measured(monkeypatch):
     """What measure() was called with, in place of its work; it gives FIGURES for every split."""
-    calls, real = [], reward.score
-    monkeypatch.setattr(experiments, "measure", lambda model: calls.append((model, reward.score is real)) or result())
+    calls, real = [], reward.total
+    monkeypatch.setattr(experiments, "measure", lambda model: calls.append((model, reward.total is real)) or result())
     return calls
 
 

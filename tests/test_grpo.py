@@ -90,7 +90,8 @@ def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
     model = loading.load_model(checkpoints["qwen2"])
     a, b = (([5, 6, 7, n], data.Example("lib", "2.0", "", f"note {n}", "a = 1", f"a = {n}")) for n in (8, 9))
     scores, asked = iter([1.0, 2.0, 3.0, 6.0, 2.0, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0, 4.0]), []
-    monkeypatch.setattr(reward, "score", lambda text, target, _: asked.append(target) or next(scores))
+    ask = lambda grade, example, _: asked.append(example.new_code) or next(scores)
+    monkeypatch.setattr(reward, "total", ask)
     monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
     config = grpo.Config(prompts_per_step=3, num_samples=4, max_new_tokens=8)
     batch, figures, groups, position = grpo.collect(model, tokenizer, [a, b, a], 3, config)

@@ -1,6 +1,6 @@
 """The embedded default: it is what it says it is, RL cures it, and chance does not.
 
-The control needs no switch in the program: it trains with reward.score replaced by random numbers.
+The control needs no switch in the program: it trains with reward.total replaced by random numbers.
 """
 
 import json
@@ -52,7 +52,7 @@ def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
     gains = []
     for seed in range(3):
         rng, path = random.Random(seed), tmp_path / str(seed)
-        monkeypatch.setattr(reward, "score", lambda *_, rng=rng: rng.uniform(-3, 3))
+        monkeypatch.setattr(reward, "total", lambda *_, rng=rng: rng.uniform(-3, 3))
         assert grpo.main([*QUIET, "--steps", "15", "--output", str(path)]) == 0
         before, after = heldout(path)
         gains.append({name: after[name] - before[name] for name in ("em", "es")})

@@ -351,6 +351,6 @@ def test_as_a_program(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in done.stderr and bool(done.stdout) == (done.returncode == 1)
     monkeypatch.setattr(sys, "argv", [*command[1:], "--nothing"])
     with pytest.raises(SystemExit) as stop:
-        parallel.guard(migrate.main)
+        parallel.run_main(migrate.main)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1

@@ -69,7 +69,7 @@ def train(base, name, output, *more, stop=None):
         if (parallel.RANK, row["step"]) == stop:
             signal.raise_signal(signal.SIGINT)
 
-    with patch.object(reward, "score", score), patch.object(run.Run, "log", logged):
+    with patch.object(reward, "total", score), patch.object(run.Run, "log", logged):
         return script.main([*flags.split(), *more])
 
 
@@ -292,7 +292,7 @@ def fail(how, base):
 
     with patch.object(run.Run, "log", logged):
         more = ["--data", "nowhere.jsonl"] if how == "same error" else []
-        parallel.guard(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
+        parallel.run_main(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
 
 
 def test_a_dead_rank_ends_the_job(ends, base):

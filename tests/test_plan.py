@@ -124,7 +124,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["grpo.py"])
     with pytest.raises(SystemExit) as stop:
-        parallel.guard(main)
+        parallel.run_main(main)
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB.")
     for flag in ("--micro-tokens", "--keep-activations", "--num-samples", "--offload", "--dry-run", "--resume"):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import reward
 from conftest import SHARED
 
@@ -145,7 +146,10 @@ def test_figures_by_hand(completion, es, em, es_star, em_star, form):
     correctness = {"es": es, "em": em, "es_star": es_star, "em_star": em_star, "none": 0}
     assert correctness.keys() == reward.CORRECTNESS.keys()
     for name, value in correctness.items():
-        assert reward.CORRECTNESS[name](completion, "x = 12") == pytest.approx(value, abs=1e-12)
+        example = data.Example("lib", "2", "", "note", "x = 1", "x = 12")
+        graded = reward.grade(completion, example)
+        assert reward.CORRECTNESS[name](graded, example) == pytest.approx(value, abs=1e-12)
+        assert reward.total(graded, example, name) == pytest.approx(form + value, abs=1e-12)
         assert reward.score(completion, "x = 12", name) == pytest.approx(form + value, abs=1e-12)
     assert reward.score(completion, "x = 12") == pytest.approx(form + es_star, abs=1e-12)
 

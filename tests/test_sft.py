@@ -52,7 +52,7 @@ def test_nothing_is_learnt_from_the_answers(tokenizer, monkeypatch):
     model, batches = random_model("qwen2", len(tokenizer)), []
     tasks = data.encode_tasks([ROW], tokenizer, 999, {})
     for value, seed in ((3.0, 1), (-3.0, 2)):
-        monkeypatch.setattr(reward, "score", lambda *_, value=value: value)
+        monkeypatch.setattr(reward, "total", lambda *_, value=value: value)
         config = sft.Config(max_new_tokens=8, seed=seed)
         batch, figures, _, _ = sft.collect(model, tokenizer, tasks, 0, config)
         batches.append(batch)

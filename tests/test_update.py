@@ -168,9 +168,9 @@ def test_only_the_update_that_is_not_finite_is_skipped(script, monkeypatch):
 # ------------------------------------------------------------------------- stop and go on
 
 
-def score(completion, *_):
+def score(grade, *_):
     """A reward that differs between the answers of a random model."""
-    return zlib.crc32(completion.encode()) % 7 - 3.0
+    return zlib.crc32(grade.completion.encode()) % 7 - 3.0
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -181,7 +181,7 @@ def script(request):
 @pytest.fixture
 def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
     """flags(name, *more) is the command line of a short run in tmp_path/name; rewards come from score()."""
-    monkeypatch.setattr(reward, "score", score)
+    monkeypatch.setattr(reward, "total", score)
     settings = (
         f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 --prompts-per-step 2 "
         "--num-samples 4 --max-new-tokens 8 --updates 2 --micro-tokens 60 --r 4 --dropout 0.1 --beta 0.01 --lr 0.01 "
@@ -257,7 +257,7 @@ def die_while_saving(patch, moment, die):
 def killed(name, flags):
     """A training process that ends itself by kill -9 in the middle of a save."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(reward, "score", score)
+    patch.setattr(reward, "total", score)
     die_while_saving(patch, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     importlib.import_module(name).main(flags)
 
@@ -291,7 +291,7 @@ def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypa
 def test_random_rewards_run(script, flags, tmp_path, monkeypatch):
     """Stops a loss or gradient that is not finite when rewards carry no information: the control of every claim."""
     chance = random.Random(0)
-    monkeypatch.setattr(reward, "score", lambda *_: chance.uniform(-3, 3))
+    monkeypatch.setattr(reward, "total", lambda *_: chance.uniform(-3, 3))
     assert script.main(flags("random")) == 0
     rows = leavings(tmp_path / "random")["metrics"]
     assert len(rows) == 6 and all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)

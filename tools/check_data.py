@@ -83,4 +83,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.guard(main)
+    parallel.run_main(main)

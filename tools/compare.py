@@ -89,4 +89,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.guard(main)
+    parallel.run_main(main)

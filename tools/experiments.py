@@ -77,7 +77,7 @@ def train(name, seed, path, flags):
     script, more = RUNS[name]
     resume = ["--resume"] if (path / "checkpoint" / "state.pt").is_file() else []
     chance = random.Random(seed)
-    scored = mock.patch.object(reward, "score", lambda *_: chance.uniform(-3, 3))
+    scored = mock.patch.object(reward, "total", lambda *_: chance.uniform(-3, 3))
     with scored if name == "GRPO, random reward" else contextlib.nullcontext():
         status = SCRIPTS[script].main(
             ["--seed", str(seed), "--output", str(path), "--heldout", "", *more, *flags, *resume]
@@ -181,4 +181,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    parallel.guard(main)
+    parallel.run_main(main)

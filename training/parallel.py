@@ -254,7 +254,7 @@ OUT_OF_MEMORY = """
   --offload or more GPUs. --dry-run tries the largest step first. What was saved goes on with --resume."""
 
 
-def guard(main):
+def run_main(main):
     """Run `main` as a program: its result is the exit status, bad input one line and status 2."""
     try:
         status = main(sys.argv[1:])
