@@ -26,6 +26,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError
 
 import reward
 from training.config import BadInput
@@ -187,8 +188,23 @@ def encode_messages(system, user, tokenizer):
     if tokenizer.chat_template is None:
         return tokenizer.encode(f"{system}\n\n{user}\n\n{OPENING}")
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    settings = {"add_generation_prompt": True, "tokenize": False}
+    try:
+        text = tokenizer.apply_chat_template(messages, **settings)
+    except TemplateError:  # a template without a system role: its text goes into the user message
+        text = apply_to_user(f"{system}\n\n{user}", tokenizer, settings)
+    if not text:
+        raise BadInput("model: the tokenizer's chat template is empty; save one or none with it")
     return tokenizer.encode(text + OPENING, add_special_tokens=False)
+
+
+def apply_to_user(text, tokenizer, settings):
+    """The chat template applied to a single user message."""
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], **settings)
+    except TemplateError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(f"model: the tokenizer's chat template does not work: {reason}")
 
 
 def encode_prompt(example, tokenizer):

@@ -46,7 +46,7 @@ def attention(module, query, key, value, mask, attend=None, **kwargs):
     """What a model's layers call: `attend` where forward() passes one, else SDPA as before."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return attend(module.layer_idx, query, key, value, kwargs["scaling"]), None
+    return attend(module.layer_idx, query, key, value, kwargs.get("scaling")), None
 
 
 AttentionInterface.register("shared_prompt", attention)
@@ -188,7 +188,7 @@ class Decoder:
         B, H, _, dim = keys.shape
         query = query.view(B, H, -1, dim)  # the heads that share a key, as if they were a sequence
         out = F.scaled_dot_product_attention(query, keys, values, self.mask, scale=scaling)
-        return out.reshape(B, 1, -1, dim)  # (B, 1, heads, dim)
+        return out.reshape(B, 1, -1, out.shape[-1])  # (B, 1, heads, dim)
 
     def capture_and_check(self, expected):
         """Capture the step as a graph that must reproduce the `expected` logits."""
@@ -284,6 +284,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
 
 # ------------------------------------------------------------------------- 3. log-probabilities
 
+FULL = "full_attention"  # transformers' name of a layer without a window
 MAX_LOGITS = 9_000_000  # at once: 36 MB in fp32; glibc would not give back less than 32 MiB
 MAX_LOGITS_GPU = 16 * MAX_LOGITS  # else the output layer is read more often than it is used
 
@@ -334,6 +335,27 @@ def token_logps(model, prompts, tokens, mask, temperature=1.0):
         cache = prefill(model, prompt)
         rows.append(completion_logps(model, cache, prompt[-1], row, kept, temperature))
     return torch.cat(rows)  # (B, T)
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, name):
+    """Raise BadInput unless our log-probabilities are those of the model's own forward pass."""
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise BadInput(f"model: {name!r} has {words:,} words, its tokenizer {len(tokenizer):,}")
+    kind = model.config.model_type
+    windows = [each for each in getattr(model.config, "layer_types", None) or [] if each != FULL]
+    if windows or getattr(model.config, "sliding_window", None):
+        raise BadInput(f"model: {kind} with a sliding window is not supported")
+    ids = torch.arange(5, 69, device=model.device)[None] % words  # (1, 64)
+    tokens = ids[:, 32:]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    ours = token_logps(model, [ids[0, :32].tolist()], tokens, mask)
+    logits = model(ids, use_cache=False).logits[:, 31:-1].float()
+    theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
+    if not error <= (0.3 if model.dtype == torch.bfloat16 else 0.01):
+        raise BadInput(f"model: {kind} computes other logits than ours, by {error:.2f}; not supported")
 
 
 @dataclasses.dataclass

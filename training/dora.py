@@ -30,7 +30,7 @@ from training.files import write
 
 
 class DoRALinear(nn.Module):
-    """A frozen nn.Linear W with its trained direction and magnitude (eq. 1). Equals PEFT's use_dora.
+    """A frozen nn.Linear W with trained direction and magnitude (eq. 1). Equals PEFT's use_dora.
 
     lora_A (r, in), lora_B (out, r) and magnitude (out,), None for LoRA, are fp32 whatever W is.
     """
@@ -88,6 +88,7 @@ def add_dora(model, r, alpha, dropout, targets, magnitude=True):
     targets = targets.split(",")
     modules = model.named_modules()
     linear = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    linear = {n: m for n, m in linear.items() if m is not model.get_output_embeddings()}
     known = {name.rpartition(".")[2] for name in linear}
     if missing := set(targets) - known:
         missing, known = ", ".join(sorted(missing)), ", ".join(sorted(known))

@@ -28,3 +28,26 @@ def write(path, content):
         reason = getattr(error, "strerror", None)
         reason = reason if reason else "torch.save failed, as it does on a full disk"
         raise BadInput(f"cannot write {path}: {reason}; what was there is unharmed")
+
+
+LOCKS = {}  # real path -> open lock file; the kernel releases it when the process ends
+
+
+def lock(directory):
+    """Keep other processes out of a run directory; BadInput names the process that holds it."""
+    import fcntl  # not on Windows
+
+    path = directory / "lock"
+    held = LOCKS.pop(path.resolve(), None)
+    if held:  # an earlier run of this process
+        held.close()
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise BadInput(f"--output {directory} is in use by process {file.read()}; wait or stop it")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    LOCKS[path.resolve()] = file

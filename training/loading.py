@@ -16,7 +16,10 @@ from training.config import BadInput, read_settings
 from training.files import write
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError)
+LOAD_ERRORS = (  # what transformers raises for a checkpoint that it cannot load
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+    safetensors.SafetensorError,
+)  # fmt: skip
 
 
 def first_line(error):
@@ -25,27 +28,32 @@ def first_line(error):
     return text.split("\n")[0] if text else type(error).__name__
 
 
+def looks_local(path):
+    """Whether a path that does not exist is more likely a mistyped directory than a hub id."""
+    return path.parent.is_dir() or path.parts[0] in ("runs", "..", ".")
+
+
 def load_tokenizer(model):
     """The tokenizer of a checkpoint directory or hub id; BadInput without one, or without EOS."""
     path = Path(model)
     if path.is_dir():
         if not any((path / name).is_file() for name in TOKENIZERS):
             raise BadInput(f"model: no tokenizer in {model!r}; save one: tokenizer.save_pretrained")
-    elif path.exists() or not data.HUB_ID.fullmatch(model):
+    elif path.exists() or not data.HUB_ID.fullmatch(model) or looks_local(path):
         raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
     huggingface_hub.logging.set_verbosity_error()  # silences retries; the error is reported below
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except LOAD_ERRORS as error:
         why = first_line(error)
         raise BadInput(f"model: no tokenizer for {model!r}: {why}; give a checkpoint directory")
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"model: the tokenizer of {model!r} has no EOS token; set eos_token, save it")
+        raise BadInput(f"model: the tokenizer of {model!r} has no EOS token; set one")
     return tokenizer
 
 
 def load_model(model):
-    """The causal language model of a directory or hub id, in eval mode: fp32 on a CPU, bf16 on a GPU.
+    """The causal language model of a directory or hub id, in eval mode: fp32, bf16 on a GPU.
 
     A model below two million parameters gets one thread: more threads gain little on idle cores,
     and on a shared machine waiting for each other costs ten times the work.
@@ -54,14 +62,26 @@ def load_model(model):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa"
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except LOAD_ERRORS as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
+    check_weights(loaded, info, model)
     if device == "cpu" and loaded.num_parameters() < 2_000_000:
         torch.set_num_threads(1)
     return loaded.to(device).eval()
+
+
+def check_weights(loaded, info, model):
+    """Raise BadInput where transformers had to invent weights, or where some are not finite."""
+    for reason in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[reason])):
+            what = reason.removesuffix("_keys")
+            raise BadInput(f"model: {model!r}: {len(names)} weights {what}, e.g. {names[0]}")
+    for name, p in loaded.named_parameters():
+        if not p.isfinite().all():
+            raise BadInput(f"model: {model!r}: weights that are not finite, in {name}")
 
 
 def eos_ids(model, tokenizer):

@@ -96,14 +96,18 @@ def run_main(main):
     except BadInput as error:
         report(error)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
         first = str(error).strip().split("\n")[0]
-        report(f"{first} {OUT_OF_MEMORY}")
-        sys.exit(1)
-    except RuntimeError:
+        memory = (torch.OutOfMemoryError, MemoryError)
+        if isinstance(error, memory) or "can't allocate memory" in first:
+            report(f"{first} {OUT_OF_MEMORY}")
+            sys.exit(1)
         if WORLD == 1 or not store().check(["failed"]):
             raise
         sys.exit(2)  # another rank has reported why it gave up
+    except BrokenPipeError:  # the reader of our output, e.g. head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         if RANK == 0:
             print("\nstopped", file=sys.stderr)
@@ -158,9 +162,13 @@ def shard(model, offload):
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     precision = fsdp.MixedPrecisionPolicy()
     if CUDA:  # fp32 shards: bf16 alone would round an update of 1e-6 away
-        precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        precision = fsdp.MixedPrecisionPolicy(**types)
     offloading = fsdp.CPUOffloadPolicy(pin_memory=CUDA) if offload else fsdp.OffloadPolicy()
-    for module in (*model.base_model.layers, model):
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise BadInput(f"--adapter none: {model.config.model_type} has no list of layers to shard")
+    for module in (*layers, model):
         policies = {"mp_policy": precision, "offload_policy": offloading}
         fsdp.fully_shard(module.float(), reshard_after_forward=False, **policies)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean

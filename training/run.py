@@ -36,7 +36,7 @@ import recode
 from training import dora, parallel
 from training.config import BadInput, read_settings
 from training.curve import curve
-from training.files import write
+from training.files import lock, write
 from training.loading import load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
@@ -80,7 +80,11 @@ def set_up(config):
     print(f"held out  {len(heldout):,} tasks{source}")
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
-    model = load_trainable(config)
+    print(f"model     {config.model}", flush=True)
+    model = load_model(config.model)
+    recode.check_policy(model, tokenizer, config.model)
+    check_context(model, train + heldout, config)
+    make_trainable(model, config)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
@@ -95,11 +99,20 @@ def set_up(config):
     return run, model, tokenizer, train, heldout
 
 
-def load_trainable(config):
-    """The model with an adapter, or with all of its weights sharded. Prints its header lines."""
-    print(f"model     {config.model}", flush=True)
+def check_context(model, tasks, config):
+    """Refuse lengths beyond a model's learned positions; warn where RoPE goes beyond its context."""
+    longest = max(len(prompt) for prompt, _ in tasks) + config.max_new_tokens
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and longest > context:
+        text = f"up to {longest:,} tokens with the completion; the context is {context:,}"
+        if not getattr(model.config, "rope_parameters", None):
+            raise BadInput(f"--max-new-tokens: {text}")
+        print(f"warning   {text}")
+
+
+def make_trainable(model, config):
+    """Add an adapter to `model`, or shard all of its weights. Prints header lines."""
     torch.manual_seed(config.seed)
-    model = load_model(config.model)
     what = "all weights, in fp32"
     if config.adapter != "none":
         magnitude = config.adapter == "dora"
@@ -115,7 +128,6 @@ def load_trainable(config):
     if not config.keep_activations:  # transformers 5.17 has the second name only
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    return model
 
 
 def learning_rate(step, config):
@@ -287,35 +299,46 @@ class RunDirectory:
         if config.resume:
             self.check_settings()
         elif not config.dry_run:
-            used = self.path.is_dir() and any(self.path.iterdir())
-            if used or self.path.is_file():
+            used = os.path.isdir(self.path) and set(os.listdir(self.path)) - {"lock"}
+            if used or os.path.isfile(self.path):
                 way_out = "--resume continues it, another --output starts a new run"
                 raise BadInput(f"--output {self.path} is not empty; {way_out}")
 
     def check_settings(self):
         """Raise BadInput unless --output holds a run of the same settings."""
-        if not self.checkpoint.is_file():
+        if not (self.path / "config.json").is_file():
             raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
         before = read_settings(self.path / "config.json")
         for name, now in vars(self.config).items():
-            if name not in MAY_CHANGE and before.get(name) != now:
-                was = before.get(name)
+            was = before.get(name)
+            if name not in MAY_CHANGE and was != now and not same_path(was, now):
                 raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
 
     def create(self):
-        """Make the directory, after all ranks have passed their checks."""
+        """Make the directory and lock it, after all ranks have passed their checks."""
         parallel.any_rank(False)
         if parallel.RANK > 0:
             return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
+        lock(self.path)
         settings = json.dumps(dataclasses.asdict(self.config), indent=2)
         write(self.path / "config.json", settings.encode())
         for name in LOGS:
             (self.path / name).touch()
 
     def begin(self, model, tokenizer, optimizer, heldout):
-        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run."""
-        if self.config.resume:
+        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run.
+
+        A run that was stopped before its first checkpoint has nothing to resume: it starts again.
+        """
+        if self.config.resume and self.checkpoint.is_file():
             return self.load(model, optimizer)
+        if parallel.RANK == 0:
+            for name in LOGS:
+                os.truncate(self.path / name, 0)
         if heldout:
             self.before = self.measure(0, model, tokenizer, heldout)
         self.save(model, optimizer, 0, 0, 0)  # from here on there is something to resume
@@ -432,6 +455,10 @@ class RunDirectory:
         parallel.load_state(model, optimizer, saved)
         if parallel.RANK == 0:
             for name, size in saved["files"].items():
+                path = self.path / name
+                if not path.is_file() or path.stat().st_size < size:
+                    raise BadInput(f"--resume: {path} has lost rows; restore it, or start again")
+            for name, size in saved["files"].items():
                 os.truncate(self.path / name, size)
             lines = (self.path / "metrics.jsonl").read_text().splitlines()
             self.rows = [json.loads(line) for line in lines]
@@ -460,10 +487,27 @@ class RunDirectory:
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
             print(table(**metrics))
+        if reason := nothing_learned(self.rows):
+            print(f"warning   nothing was learned: {reason}")
         kept = "model" if config.adapter == "none" else "adapter"
         files = "metrics.jsonl, samples.jsonl, curve.svg, checkpoint/"
         print(f"done: {self.path}/ holds {files} and {kept}/")
         return 0
+
+
+def same_path(a, b):
+    """Whether two settings are paths of the same file, e.g. through a link."""
+    return isinstance(a, str) and isinstance(b, str) and os.path.realpath(a) == os.path.realpath(b)
+
+
+def nothing_learned(rows):
+    """Why a run taught the model nothing, or ""."""
+    rewards = [row["no_spread"] for row in rows if "no_spread" in row]
+    if rewards and min(rewards) == 1:
+        if max(row["es"] for row in rows) == 0:
+            return "no answer of any step had code; raise --max-new-tokens"
+        return "all rewards of a group were equal in every step; raise --temperature"
+    return ""
 
 
 def resume_command(config):

@@ -1,0 +1,261 @@
+"""What strangers ran into: odd models, lost or mixed runs, dead ends. One clear line each."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, random_model
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, MistralConfig
+
+import grpo
+import recode
+import reward
+from training import files, loading, parallel, run
+from training.config import BadInput
+
+SMALL = "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --r 4 --save-every 2 --quiet".split()
+
+
+@pytest.fixture
+def train(tmp_path, checkpoints, write_rows, rows, monkeypatch):
+    """train(*flags): a small GRPO run into tmp_path/run; the exit status. Rewards differ."""
+    spread = lambda grade, example, kind: sum(map(ord, grade.completion)) % 7 - 3.0
+    monkeypatch.setattr(reward, "total", spread)
+    fixed = ["--model", checkpoints["qwen2"], "--data", write_rows(rows)]
+
+    def start(*flags):
+        argv = [*fixed, "--output", str(tmp_path / "run"), *SMALL, *flags]
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *argv])
+        return grpo.main(argv)
+
+    return start
+
+
+def steps(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+# ------------------------------------------------------------------------- models
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def words(count):
+    """A tokenizer of so many words, as far as check_policy looks."""
+    return range(count)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (GraniteConfig(**SIZES, logits_scaling=8.0), "granite computes other logits"),
+        (MistralConfig(**SIZES, sliding_window=16), "mistral with a sliding window"),
+    ],
+    ids=["logit scaling", "window"],
+)
+def test_models_whose_logits_differ(config, message):
+    """Stops a model with logit scaling or an attention window from being trained on wrong numbers."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with pytest.raises(BadInput, match=message):
+        recode.check_policy(model, words(97), "some/model")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_models_whose_logits_agree(family):
+    """Stops a check so strict that it refuses a model that works."""
+    recode.check_policy(random_model(family), words(97), "some/model")
+    with pytest.raises(BadInput, match="has 97 words, its tokenizer 98"):
+        recode.check_policy(random_model(family), words(98), "some/model")
+
+
+@pytest.mark.parametrize("fault", ["missing", "mismatched", "not finite"])
+def test_weights_that_are_not_there(checkpoints, tmp_path, fault):
+    """Stops a checkpoint with missing, misshapen or NaN weights from being trained all the same."""
+    path = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "mismatched":
+        tensors[name] = tensors[name][:5].clone()
+    else:
+        tensors[name][3, 4] = torch.nan
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=rf"model: .*model.layers.1.mlp.up_proj|model: .*{fault}"):
+        loading.load_model(str(path))
+
+
+def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
+    """Stops an index error in the middle of a run with GPT-2, and silence where RoPE is stretched."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=200)
+    config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    flags = ["--model", str(tmp_path / "gpt2"), "--adapter", "none", "--beta", "0", "--steps", "1"]
+    with pytest.raises(BadInput, match="--max-new-tokens: up to .* the context is 200"):
+        train(*flags, "--max-new-tokens", "150")
+    run.check_context(random_model("qwen2"), [([5] * 200, None)], grpo.Config(max_new_tokens=4000))
+    assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
+
+
+def test_chat_templates(train, checkpoints, tmp_path, tokenizer):
+    """Stops a traceback where a template refuses the system role, is malformed or empty."""
+    path = shutil.copytree(checkpoints["qwen2"], tmp_path / "model")
+    template = (path / "chat_template.jinja").read_text()
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (path / "chat_template.jinja").write_text(refuse + template)
+    assert train("--model", str(path), "--steps", "1") == 0
+    for broken, word in (("{% for m in %}", "does not work"), ("{{ '' }}", "is empty")):
+        (path / "chat_template.jinja").write_text(broken)
+        with pytest.raises(BadInput, match=f"chat template {word}"):
+            train("--model", str(path), "--steps", "1", "--output", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("name", ["runs/none", "./none/model", "tests/none"])
+def test_a_mistyped_path_is_told_at_once(name, monkeypatch):
+    """Stops 46 seconds of silence and a hub error for a directory that is not there."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(BadInput, match=f"no directory '{name}'"):
+        loading.load_tokenizer(name)
+
+
+# ------------------------------------------------------------------------- runs
+
+HOLD = "import sys, pathlib, time; sys.path.insert(0, '.'); from training.files import lock; "
+HOLD += "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+
+
+def test_one_process_per_output(train, tmp_path):
+    """Stops two processes from writing into each other's logs, also with --resume."""
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match=f"in use by process {holder.pid}"):
+            train("--steps", "1")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert train("--steps", "1") == 0 and train("--steps", "2", "--resume") == 0
+
+
+@pytest.mark.parametrize("moment", ["held-out", "first save"])
+def test_stopped_before_the_first_checkpoint(train, tmp_path, monkeypatch, moment):
+    """Stops a run directory that can be neither resumed nor started again."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "held-out":
+            patch.setattr(run, "evaluate", die)
+        else:
+            patch.setattr(run.RunDirectory, "save", die)
+        train("--steps", "2", "--heldout", "0.34")
+    assert train("--steps", "2", "--heldout", "0.34", "--resume") == 0
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("how", ["shortened", "deleted"])
+def test_logs_that_have_lost_rows(train, tmp_path, name, how):
+    """Stops NUL bytes in a log that was shortened or deleted before --resume."""
+    assert train("--steps", "2") == 0
+    log = tmp_path / "run" / name
+    before = log.read_bytes()
+    log.unlink()
+    if how == "shortened":
+        log.write_bytes(before[:-5])
+    with pytest.raises(BadInput, match=f"{name} has lost rows"):
+        train("--steps", "3", "--resume")
+    log.write_bytes(before)
+    assert train("--steps", "3", "--resume") == 0
+
+
+def test_the_printed_command_resumes(train, tmp_path, monkeypatch, capsys):
+    """Stops a command that breaks at an empty argument or a blank in a path."""
+    log = run.RunDirectory.log
+    interrupt = lambda *args: (log(*args), signal.raise_signal(signal.SIGINT))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.RunDirectory, "log", interrupt)
+        output = tmp_path / "a run"
+        assert train("--steps", "2", "--heldout", "", "--output", str(output)) == 130
+    command = capsys.readouterr().out.splitlines()[-1].strip()
+    assert command.startswith("python grpo.py") and command.endswith("--resume")
+    command = command.replace("python", sys.executable, 1)
+    files.LOCKS.pop((output / "lock").resolve()).close()  # as when this process ends
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert steps(output) == [1, 2]
+
+
+def test_resume_through_a_link(train, tmp_path, checkpoints):
+    """Stops a run from being refused because its model is named by another path."""
+    assert train("--steps", "1") == 0
+    (tmp_path / "link").symlink_to(checkpoints["qwen2"])
+    assert train("--steps", "2", "--resume", "--model", str(tmp_path / "link")) == 0
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--output", "x" * 300], "cannot write x"),
+        (["--clip-low", "5"], "--clip-low 5.0"),
+        (["--targets", "lm_head"], "--targets"),
+    ],
+    ids=["long name", "clip", "head"],
+)
+def test_odd_flags(train, flags, word, monkeypatch, tmp_path):
+    """Stops a traceback, or a silent no-op, for values that make no sense."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=word):
+        train("--steps", "1", *flags)
+
+
+def test_nothing_was_learned(train, monkeypatch, capsys):
+    """Stops a run in which all rewards were equal from ending with nothing but "done"."""
+    monkeypatch.setattr(reward, "total", lambda *_: 1.0)
+    assert train("--steps", "2") == 0
+    assert "warning   nothing was learned: no answer of any step had code" in capsys.readouterr().out
+    rows = [{"no_spread": 1.0, "es": 0.5}, {"no_spread": 1.0, "es": 0.0}]
+    assert "all rewards of a group were equal" in run.nothing_learned(rows)
+    assert run.nothing_learned([*rows, {"no_spread": 0.5, "es": 0.5}]) == ""
+    assert run.nothing_learned([{"loss": 1.0}]) == ""  # sft.py samples nothing
+
+
+def test_out_of_memory_on_a_cpu(monkeypatch, capsys):
+    """Stops a traceback where a CPU has no memory left: the advice given on a GPU serves here too."""
+
+    def main(argv):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(sys, "argv", ["grpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        parallel.run_main(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.startswith("error: ") and "--micro-tokens" in said
+
+
+def test_a_closed_pipe():
+    """Stops a traceback after `| head`."""
+    code = "import sys; sys.path.insert(0, '.'); from training import parallel\n"
+    code += "def main(argv):\n    for i in range(100_000):\n        print(i)\n"
+    code += "parallel.run_main(main)"
+    command = f"{sys.executable} -c {shlex.quote(code)} | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0\n" and done.stderr == ""
