@@ -62,7 +62,7 @@ def run_tests(code, scope, entry_point, find):
     wanted = names_used(code) - set(scope) - set(vars(builtins))
     if entry_point:
         wanted.add(entry_point)
-    found = find(sorted(wanted))  # may hold more names, which could shadow a builtin
+    found = find(sorted(wanted))  # take no other name from it: it could hide a builtin
     scope |= {name: found[name] for name in wanted if name in found}
     exec(code, scope)
     if entry_point and "check" in scope:
@@ -98,7 +98,7 @@ def program(job, peer):
 
 
 def split_judge(job, test, peer):
-    """(status, reason, doubt). `doubt` is why the program may deserve better, or ""."""
+    """(status, reason, doubt) of a test; `doubt` says why a failure may be wrong, or is ""."""
     scope = namespace("checks")
     try:
         code = prepare(job, test, scope)
@@ -139,7 +139,7 @@ class Watch:
         self.code = [(v, v.__code__) for v in values if type(v) is types.FunctionType]
 
     def changes(self):
-        """(owner, name, old value) of each change; `...` for a new name that hides a builtin."""
+        """(owner, name, old value) of each change; `...` if a new name hides a builtin."""
         for owner, old in self.owners:
             now = vars(owner)
             yield from [(owner, k, v) for k, v in old.items() if now.get(k, ...) is not v]

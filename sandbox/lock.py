@@ -8,8 +8,8 @@
 It takes about 1 ms and cannot be undone; threads and children inherit it. Landlock also stops a
 process from looking into one under another lock or none (ptrace, /proc/PID/mem, environ, fd).
 
-A list of denied calls lets honest programs live but must be complete. So calls newer than the list
-do not exist for the program (ENOSYS), nor do 32-bit and x32 calls, whose numbers differ.
+Listing what is denied lets honest programs live, but the list must be complete. So calls newer than
+the list fail with ENOSYS; x32 calls, whose numbers differ, do too, and a 32-bit call kills.
 """
 
 import contextlib
@@ -44,8 +44,7 @@ IGNORED = dict(
     utime=132, utimes=235, futimesat=261, utimensat=280,
 )  # fmt: skip
 CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT64, SENDTO = 56, 435, 72, 16, 302, 44  # depend on an argument
-LAST_KNOWN = 462  # mseal
-CLONE_THREAD = 0x10000
+LAST_KNOWN, CLONE_THREAD = 462, 0x10000  # mseal; a flag of clone
 FCNTL_DENIED = dict(F_SETOWN=8, F_SETSIG=10, F_SETOWN_EX=15, F_SETLEASE=1024, F_NOTIFY=1026)
 IOCTL_ALLOWED = dict(TCGETS=0x5401, TIOCGWINSZ=0x5413, FIONREAD=0x541B, FIONBIO=0x5421)
 IOCTL_ALLOWED |= dict(FIONCLEX=0x5450, FIOCLEX=0x5451)
@@ -73,7 +72,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def syscall(number, *args):
-    """A system call by its number. Raises OSError if it fails."""
+    """Make a system call by its number. Raises OSError if it fails."""
     args = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in (number, *args)]
     result = libc.syscall(*args)
     if result < 0:
@@ -117,10 +116,7 @@ def seccomp_filter():
 
 
 def lock(directory, memory, cpu, unsafe=False):
-    """Lock this process, or raise OSError. `unsafe` sets only the rlimits.
-
-    From now on it writes in `directory` only, takes `memory` more bytes and `cpu` seconds at most.
-    """
+    """Lock this process to `directory`, `memory` more bytes and `cpu` seconds, or raise OSError."""
     with open("/proc/self/statm") as file:
         size, *_, data, _ = [int(n) * resource.getpagesize() for n in file.read().split()]
     limits = dict(CPU=cpu, FSIZE=FILE_SIZE, NOFILE=DESCRIPTORS, CORE=0, MSGQUEUE=0)
@@ -131,7 +127,7 @@ def lock(directory, memory, cpu, unsafe=False):
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
-    if not unsafe:
+    if not unsafe:  # unsafe: with these limits only
         drop_permissions(directory)
 
 

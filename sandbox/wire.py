@@ -98,10 +98,6 @@ def make_match(pattern, flags, string, start, end, compile=re.compile):  # setup
     return compile(pattern, flags).match(string, start, end)
 
 
-def make_tensor(array):
-    return import_module("torch").from_numpy(array).clone()  # a clone can be resized
-
-
 def make_dtype(name):
     torch = import_module("torch")
     return {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}[name]
@@ -146,7 +142,7 @@ CARRIED = {  # type: (its parts, which are carried in turn; the value made from 
     "numpy.ndarray": (take_array, make_array),
     "numpy.generic": (take_array, lambda *parts: make_array(*parts)[()]),
     "scalars": (None, lambda key, array: CARRIED[key][1](*array)),  # many numpy.generic at once
-    "torch.Tensor": (lambda v: [v.detach().numpy()], make_tensor),
+    "torch.Tensor": (lambda v: [v.detach().numpy()], lambda a: import_module("torch").tensor(a)),
     "torch.Size": (tuple, lambda *parts: import_module("torch").Size(parts)),
     "torch.dtype": (lambda v: [str(v)], make_dtype),
 }

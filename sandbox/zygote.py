@@ -29,7 +29,7 @@ THREADS, FILES, DISK = 256, 5000, 128 << 20  # limits of one program; DISK in by
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def spawn(body, directory, job, unsafe, *keep):
+def spawn(body, directory, job, *keep):
     """Fork a locked process that runs body() with the descriptors `keep` and no others."""
     parent = os.getpid()
     if pid := os.fork():
@@ -41,7 +41,7 @@ def spawn(body, directory, job, unsafe, *keep):
             os.closerange(low + 1, high)
         os.chdir(directory)
         os.environ["TMPDIR"] = tempfile.tempdir = directory
-        lock(directory, job["memory"], int(job["timeout"] * os.cpu_count()) + 2, unsafe)
+        lock(directory, job["memory"], int(job["timeout"] * os.cpu_count()) + 2, job["unsafe"])
         if os.getppid() == parent:  # it may have died before PR_SET_PDEATHSIG
             body()
     except BaseException as error:
@@ -51,14 +51,14 @@ def spawn(body, directory, job, unsafe, *keep):
         os._exit(0)
 
 
-def run_test(jobs, job, home, unsafe):
+def run_test(jobs, job):
     """(status, reason, doubt) of one test: fork program and judge, wait, leave nothing behind."""
-    directory = tempfile.mkdtemp(dir=home)
+    directory = tempfile.mkdtemp(dir=job["home"])
     deadline = time.monotonic() + job["timeout"]
     ask, reply, secret, verdict = [os.pipe() for _ in range(4)]
     if not job["joint"]:
         peer = Peer(ask[0], reply[1], trusts=True)
-        spawn(lambda: program(job, peer), directory, job, unsafe, ask[0], reply[1])
+        spawn(lambda: program(job, peer), directory, job, ask[0], reply[1])
     test = read(jobs)  # only now: the program's process must not find it in its memory
 
     def judge():
@@ -70,7 +70,7 @@ def run_test(jobs, job, home, unsafe):
         os.write(verdict[1], os.read(secret[0], 16) + json.dumps(result).encode())  # < PIPE_BUF
 
     wire = () if job["joint"] else (reply[0], ask[1])
-    spawn(judge, directory, job, unsafe, secret[0], verdict[1], *wire)
+    spawn(judge, directory, job, secret[0], verdict[1], *wire)
     nonce = secrets.token_bytes(16)  # after the last fork
     os.write(secret[1], nonce)
     test[:] = bytes(len(test))
@@ -168,13 +168,12 @@ def serve():
     syscall(SYS_PRCTL, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.collect()
     gc.freeze()  # no collection in a fork copies the pages of these objects
-    home, unsafe = settings["home"], settings["unsafe"]
-    probe = spawn(lambda: None, home, {"timeout": 1, "memory": 1 << 30}, unsafe)
+    probe = spawn(lambda: None, settings["home"], settings | {"timeout": 1, "memory": 1 << 30})
     status = os.waitstatus_to_exitcode(os.waitpid(probe, 0)[1])
     write(verdicts, json.dumps(status).encode())
     os.dup2(null, 2)
     with contextlib.suppress(Broken, BrokenPipeError):  # the harness has closed its end
         while True:
-            job = pickle.loads(read(jobs))
-            write(verdicts, json.dumps(run_test(jobs, job, home, unsafe)).encode())
-    remove(home)
+            job = pickle.loads(read(jobs)) | settings
+            write(verdicts, json.dumps(run_test(jobs, job)).encode())
+    remove(settings["home"])
