@@ -1,11 +1,11 @@
-"""The judges: what runs in the locked processes, a program and its tests.
+"""What runs in the locked processes: a program and its judge, which runs a test.
 
-    program(job, peer)              runs the program and answers calls: its own process
-    split_judge(job, test, peer)    runs a test whose calls go over the wire: the process of the verdict
-    joint_judge(job, test)          runs both in one process, for values that no wire carries
+    program(job, peer)              run the program and answer calls, in a process of its own
+    split_judge(job, test, peer)    run a test, which calls the program over the wire
+    joint_judge(job, test)          run both in one process, for values that no wire carries
 
-The joint judge restores what the program changed in loaded modules before the test runs, and looks again
-after it. It stops what a model may write by accident or by habit. It cannot stop a program that knows it.
+The joint judge restores loaded modules before the test runs and checks them afterwards. It stops
+what a model may write by accident or by habit, not a program that knows this file.
 """
 
 import builtins
@@ -18,69 +18,79 @@ import types
 
 from sandbox.wire import Uncarried, describe
 
-ALIASES = {"np": "numpy", "pd": "pandas", "F": "torch.nn.functional", "nn": "torch.nn", "sp": "sympy"}
+ALIASES = dict(np="numpy", pd="pandas", sp="sympy", nn="torch.nn", F="torch.nn.functional")
+HEAPTYPE = 1 << 9  # in a class's __flags__: its attributes can be replaced
+# Ways to the test's values and the verdict pipe, which code that solves a benchmark does not need.
+SPYING = re.compile(
+    r"\b(_getframe|_current_frames|currentframe|f_back|f_locals|f_globals|tb_frame|gi_frame"
+    r"|cr_frame|ag_frame|__code__|__globals__|__closure__|__subclasses__|settrace|setprofile"
+    r"|get_objects|get_referrers|ctypes|posix|sys\s*\.\s*modules|from\s+os\s+import"
+    r"|os\s*\.\s*(_exit|p?read|p?write|readv|writev|dup2?|fdopen|sendfile|splice))\b"
+)
 
 
 def namespace(name):
-    """The dict of a fresh module, which dataclasses and others find by its name."""
+    """The dict of a new module, which e.g. dataclasses find by its name."""
     sys.modules[name] = types.ModuleType(name)
     return vars(sys.modules[name])
 
 
 def execute(source, name, scope):
-    linecache.cache[f"<{name}>"] = len(source), None, source.splitlines(True), f"<{name}>"  # for inspect.getsource
-    exec(compile(source, f"<{name}>", "exec"), scope)
+    file = f"<{name}>"
+    linecache.cache[file] = len(source), None, source.splitlines(True), file  # inspect.getsource
+    exec(compile(source, file, "exec"), scope)
 
 
 def names_used(code):
-    """All names in a code object and the functions in it: its globals, and more."""
+    """All names in a code object and the functions in it: its globals and more."""
     inner = [names_used(const) for const in code.co_consts if isinstance(const, types.CodeType)]
     return set(code.co_names).union(*inner)
 
 
 def prepare(job, test, scope):
-    """Run `setup` in `scope`; the test's code object. What goes wrong here is not the program's fault."""
+    """Run `setup` in `scope` and compile the test. An error here is not the program's fault."""
     execute(job["setup"], "setup", scope)
     code = compile(test, "<test>", "exec")
-    checks = {"check"} if job["entry_point"] else set()
-    if not [name for name in code.co_names if name.startswith("test") or name in checks]:
+    check = job["entry_point"] and "check" in code.co_names
+    if not check and not any(name.startswith("test") for name in code.co_names):
         raise ValueError("the test defines neither test_* nor, with an entry point, check")
     return code
 
 
 def run_tests(code, scope, entry_point, find):
-    """Run one test in `scope`, the trusted names; find(names) gives the program's. Raises what fails."""
-    wanted = names_used(code) - set(scope) - set(vars(builtins)) | ({entry_point} if entry_point else set())
-    found = find(sorted(wanted))  # may hold more: what nobody asked for could shadow a builtin
+    """Run a test in `scope`, the trusted names. find(names) returns the program's."""
+    wanted = names_used(code) - set(scope) - set(vars(builtins))
+    if entry_point:
+        wanted.add(entry_point)
+    found = find(sorted(wanted))  # take no other name from it: it could hide a builtin
     scope |= {name: found[name] for name in wanted if name in found}
     exec(code, scope)
     if entry_point and "check" in scope:
         return scope["check"](found[entry_point])
-    for name in [name for name in code.co_names if name.startswith("test") and callable(scope.get(name))]:
-        scope[name]()
-
-
-# ------------------------------------------------------------------------- two processes
+    tests = [name for name in code.co_names if name.startswith("test")]
+    for test in [scope[name] for name in tests if callable(scope.get(name))]:
+        test()
 
 
 def program(job, peer):
-    """Run the program, then answer the judge's calls for ever."""
-    scope, failure = namespace("program"), None
+    """Run the program, then answer the judge's calls forever."""
+    scope = namespace("program")
+    failure = None
     try:
         execute(job["setup"], "setup", scope)
         execute(job["code"], "program", scope)
     except BaseException as error:
         failure = error
 
-    def carries(value):
-        with contextlib.suppress(Uncarried):
-            peer.encode(value)
-            return True
-
     def find(names):
         if failure is not None:
             raise failure
-        return {name: scope[name] for name in names if name in scope and carries(scope[name])}
+        found = {}
+        for name in [name for name in names if name in scope]:
+            with contextlib.suppress(Uncarried):
+                peer.encode(scope[name])
+                found[name] = scope[name]
+        return found
 
     peer.handles.append(find)
     while True:
@@ -88,7 +98,7 @@ def program(job, peer):
 
 
 def split_judge(job, test, peer):
-    """(status, reason, doubt): doubt is why the program may deserve better, or ""."""
+    """(status, reason, doubt) of a test; `doubt` says why a failure may be wrong, or is ""."""
     scope = namespace("checks")
     try:
         code = prepare(job, test, scope)
@@ -96,81 +106,81 @@ def split_judge(job, test, peer):
         return "error", describe(error), ""
 
     def find(names):
-        """What the program defines, and what it takes from a library under the library's own name."""
+        """The program's own names, and those of a library under the library's name or alias."""
         peer.trusts = True
         found = peer.call(0, [names], {})
         peer.trusts = False
-        own = "program", None  # the name of a function that calls back; data has none
-        return {k: v for k, v in found.items() if getattr(v, "__name__", None) in (k, ALIASES.get(k, k), *own)}
+        for name, value in list(found.items()):  # a function that calls back is called "program"
+            if getattr(value, "__name__", None) not in (None, "program", name, ALIASES.get(name)):
+                del found[name]
+        return found
 
     try:
         run_tests(code, scope, job["entry_point"], find)
     except BaseException as error:
         shared = "random state is not shared" if "rand" in test else ""
         return "fail", describe(error), peer.doubt or shared
-    return ("fail" if peer.failed else "pass"), peer.doubt if peer.failed else "", peer.doubt
-
-
-# ------------------------------------------------------------------------- one process
-
-# Ways to the test's values and to the verdict's pipe. Code that answers a question of a benchmark needs none.
-SPYING = re.compile(
-    r"\b(_getframe|_current_frames|currentframe|f_back|f_locals|f_globals|tb_frame|gi_frame|cr_frame|ag_frame|"
-    r"__code__|__globals__|__closure__|__subclasses__|settrace|setprofile|get_objects|get_referrers|ctypes|posix|"
-    r"sys\s*\.\s*modules|os\s*\.\s*(_exit|p?read|p?write|readv|writev|dup2?|fdopen|sendfile|splice)|from\s+os\s+import)\b"
-)
+    if peer.failed:  # and the test caught it
+        return "fail", peer.doubt, peer.doubt
+    return "pass", "", ""
 
 
 class Watch:
-    """What the loaded modules and their classes hold, and the code of their functions: to restore, to compare."""
+    """A copy of the loaded modules, their classes and functions' code, to restore and compare."""
 
     def __init__(self):
-        self.modules = {name: m for name, m in sys.modules.items() if isinstance(m, types.ModuleType)}
+        self.modules = {k: v for k, v in sys.modules.items() if isinstance(v, types.ModuleType)}
         owners = {id(module): module for module in self.modules.values()}
         for module in list(owners.values()):
-            classes = [v for v in vars(module).values() if isinstance(v, type) and v.__flags__ & 1 << 9]  # HEAPTYPE
-            owners |= {id(kind): kind for kind in classes}  # those whose attributes can be replaced
+            classes = [value for value in vars(module).values() if isinstance(value, type)]
+            owners |= {id(kind): kind for kind in classes if kind.__flags__ & HEAPTYPE}
         self.owners = [(owner, dict(vars(owner))) for owner in owners.values()]
-        functions = [v for _, names in self.owners for v in names.values() if type(v) is types.FunctionType]
-        self.code = [(function, function.__code__) for function in functions]
+        values = [value for _, names in self.owners for value in names.values()]
+        self.code = [(v, v.__code__) for v in values if type(v) is types.FunctionType]
 
     def changes(self):
-        """(owner, name, old value) of what is not as it was; `...` for what was not there and hides a builtin."""
+        """(owner, name, old value) of each change; `...` if a new name hides a builtin."""
         for owner, old in self.owners:
             now = vars(owner)
-            if len(now) != len(old) or any(now.get(k, ...) is not v for k, v in old.items()):
-                yield from [(owner, k, v) for k, v in old.items() if now.get(k, ...) is not v]
-                yield from [(owner, k, ...) for k in now if k not in old and hasattr(builtins, k)]
+            yield from [(owner, k, v) for k, v in old.items() if now.get(k, ...) is not v]
+            yield from [(owner, k, ...) for k in now.keys() - old.keys() if hasattr(builtins, k)]
+        yield from [(f, "__code__", code) for f, code in self.code if f.__code__ is not code]
 
     def restore(self):
         sys.modules.update(self.modules)
-        for name in set(sys.modules) - set(self.modules):  # the test is to import them anew
+        for name in set(sys.modules) - set(self.modules):  # the test must import them again
             if name.partition(".")[0] in sys.stdlib_module_names:
                 del sys.modules[name]
         for owner, name, old in list(self.changes()):
             with contextlib.suppress(AttributeError, TypeError):  # __dict__ and the like
-                delattr(owner, name) if old is ... else setattr(owner, name, old)
-        for function, code in self.code:
-            function.__code__ = code
+                if old is ...:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, old)
 
     def audit(self):
-        """PermissionError if a function, class or module has been replaced, or a builtin hidden."""
-        found = [name for _, name, old in self.changes() if old is ... or callable(old) or type(old) is type(sys)]
-        found += [name for name, module in self.modules.items() if sys.modules.get(name) is not module]
-        found += [function.__name__ for function, code in self.code if function.__code__ is not code]
+        """PermissionError if a function, class or module was replaced or a builtin hidden."""
+        kinds = types.ModuleType, types.CodeType, types.EllipsisType
+        found = [name for _, name, old in self.changes() if callable(old) or type(old) in kinds]
+        found += [name for name, old in self.modules.items() if sys.modules.get(name) is not old]
         if found:
             raise PermissionError(f"the program replaced {', '.join(found[:5])}")
 
 
 def honest(function):
-    """`function`, but PermissionError where its value, or a member of it, claims to equal an object it never saw."""
+    """`function`, with PermissionError if its value, or a member, equals an object it never saw."""
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
         value = function(*args, **kwargs)
-        members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-        for each in (value, *members):
-            if type(each).__module__ in ("program", "unittest.mock") and (each == object() or not each != object()):
+        members = [value]
+        if isinstance(value, dict):
+            members += value.values()
+        elif isinstance(value, list | tuple | set):
+            members += value
+        for member in members:
+            own = type(member).__module__ in ("program", "unittest.mock")
+            if own and (member == object() or not member != object()):
                 raise PermissionError("the program returns what equals everything")
         return value
 
@@ -178,7 +188,7 @@ def honest(function):
 
 
 def joint_judge(job, test):
-    """(status, reason, doubt), as split_judge."""
+    """(status, reason, doubt), as in split_judge."""
     if spying := SPYING.search(job["code"]):
         return "fail", f"not judged in one process: the program uses {spying[0]}", ""
     scope = namespace("program")
@@ -186,11 +196,12 @@ def joint_judge(job, test):
         code = prepare(job, test, scope)
     except BaseException as error:
         return "error", describe(error), ""
-    trusted, watch = dict(scope), Watch()
+    trusted = dict(scope)
+    watch = Watch()
     try:
         execute(job["code"], "program", scope)
         watch.restore()
-        own = {name: honest(v) if type(v) is types.FunctionType else v for name, v in scope.items()}
+        own = {k: honest(v) if type(v) is types.FunctionType else v for k, v in scope.items()}
         run_tests(code, trusted, job["entry_point"], lambda names: own)
         watch.audit()
     except BaseException as error:

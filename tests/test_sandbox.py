@@ -1,4 +1,4 @@
-"""The sandbox: honest programs pass, others do not, and nothing happens to the machine (tests/hostile.txt)."""
+"""The sandbox: honest programs pass, others do not, no program harms the machine (hostile.txt)."""
 
 import json
 import math
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is 
 RIGHT = "def successor(n):\n    return n + 1"
 TESTS = [
     "def test_six():\n    want = 7\n    assert successor(6) == want",
-    "def test_list():\n    import math\n    want = [1, 2, 3]\n    got = [successor(n) for n in range(3)]\n"
+    "def test_list():\n    import math\n    want = [1, 2, 3]\n"
+    "    got = [successor(n) for n in range(3)]\n"
     "    assert len(got) == len(want) and got == want\n"
     "    assert all(math.isclose(g, w) for g, w in zip(got, want))",
     "def test_unit():\n    import unittest\n    items = [4]\n"
@@ -36,7 +37,7 @@ SECONDS = 2.5  # for each test of a hostile program
 
 
 def suite():
-    """(name, verdicts allowed, code) of tests/hostile.txt; CANARY and SECRET are put in by the tests."""
+    """(name, allowed verdicts, code) of each program in tests/hostile.txt; tests set CANARY."""
     parts = re.split(r"^=== ", (ROOT / "tests" / "hostile.txt").read_text(), flags=re.MULTILINE)[1:]
     heads, codes = zip(*(part.split("\n", 1) for part in parts), strict=True)
     return [(*head.split(" | "), code) for head, code in zip(heads, codes, strict=True)]
@@ -58,7 +59,7 @@ def auto():
 
 
 def make_canary(place):
-    """A directory outside the runs' own that must stay as it is, and its description."""
+    """A directory outside the runs' own that must not change, and its description."""
     canary = Path(place, "canary")
     (canary / "tree").mkdir(parents=True)
     (canary / "keep").write_text("keep")
@@ -73,10 +74,14 @@ def describe_tree(path):
 
 
 def outlived(box):
-    """Processes and files that the runs of `box` have left behind."""
-    workers = [worker for worker in box.workers if worker.process is not None]
-    found = [Path(f"/proc/{w.process.pid}/task/{w.process.pid}/children").read_text() for w in workers]
-    return "".join(found) + "".join(name for w in workers for name in os.listdir(w.home))
+    """The processes and files that the runs of `box` have left behind, as one string."""
+    found = ""
+    for worker in box.workers:
+        if worker.process is not None:
+            pid = worker.process.pid
+            found += Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            found += "".join(os.listdir(worker.home))
+    return found
 
 
 # ------------------------------------------------------------------------- verdicts
@@ -84,7 +89,7 @@ def outlived(box):
 
 @pytest.mark.parametrize(("name", "allowed", "code"), SUITE, ids=[name for name, _, _ in SUITE])
 def test_hostile(box, tmp_path, name, allowed, code):
-    """A program that passes without being right, harms what is not its own, or is right and fails."""
+    """Stops wrong programs from passing, right ones from failing, any from harming the machine."""
     canary, before = make_canary(tmp_path)
     started = time.monotonic()
     verdict = box.run(code.replace("CANARY", str(canary)), TESTS, timeout=SECONDS)
@@ -107,13 +112,17 @@ with sandbox.Sandbox(workers=2) as box:
 
 
 def test_hostile_as_a_normal_user():
-    """Containment that rests on being root, or that fails where a user is not (the issue asks for both)."""
-    become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "env", "-i", "PATH=/usr/bin:/bin"]
+    """Stops containment from working only for root (the issue asks for both kinds of user)."""
+    become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    become += ["env", "-i", "PATH=/usr/bin:/bin"]
     check = "import sys; sys.exit(sys.version_info < (3, 11))"
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs root and setpriv to become another user")
-    pythons = [python for python in (sys.executable, "/usr/bin/python3") if Path(python).exists()]
-    pythons = [p for p in pythons if subprocess.run([*become, p, "-c", check], capture_output=True).returncode == 0]
+    pythons = []
+    for python in (sys.executable, "/usr/bin/python3"):
+        command = [*become, python, "-c", check]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            pythons.append(python)
     if not pythons:
         pytest.skip("no Python 3.11 that a normal user may run")
     with tempfile.TemporaryDirectory() as place:
@@ -122,21 +131,28 @@ def test_hostile_as_a_normal_user():
         for path in (Path(place), canary, *canary.rglob("*")):
             os.chown(path, 65534, 65534)
         before = describe_tree(canary)
-        jobs = [{"code": c.replace("CANARY", str(canary)), "tests": TESTS, "timeout": SECONDS} for _, _, c in SUITE]
+        codes = [code.replace("CANARY", str(canary)) for _, _, code in SUITE]
+        jobs = json.dumps([{"code": c, "tests": TESTS, "timeout": SECONDS} for c in codes])
         command = [*become, pythons[0], "-c", AS_NOBODY, place]
-        run = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300, cwd="/")
+        run = subprocess.run(
+            command, input=jobs, capture_output=True, text=True, timeout=300, cwd="/"
+        )
         assert run.returncode == 0, run.stderr
         outcomes = json.loads(run.stdout)
         assert describe_tree(canary) == before
-    wrong = [(n, o) for (n, allowed, _), o in zip(SUITE, outcomes, strict=True) if o[1] not in allowed.split()]
+    wrong = []
+    for (name, allowed, _), (_, status, reason) in zip(SUITE, outcomes, strict=True):
+        if status not in allowed.split():
+            wrong.append((name, status, reason))
     assert not wrong and {uid for uid, _, _ in outcomes} == {65534}
 
 
 def test_statuses_and_reasons(box):
-    """Blaming the program for a broken setup or test, or passing one that nothing tested."""
+    """Stops a broken setup or test from being blamed on the program, and a pass without a test."""
     assert box.run(RIGHT, TESTS) == sandbox.Verdict("pass", "", "split")
     assert box.run(RIGHT, TESTS).passed
-    verdict = box.run("def successor(n):\n    raise ValueError('no\\x00\\x1b[2J' + 'A' * 10**6)", TESTS)
+    long = "def successor(n):\n    raise ValueError('no\\x00\\x1b[2J' + 'A' * 10**6)"
+    verdict = box.run(long, TESTS)
     assert (verdict.status, verdict.passed) == ("fail", False)
     assert verdict.reason.startswith("ValueError: no??[2JAAA") and len(verdict.reason) == 300
     assert box.run(RIGHT, []).status == "error"
@@ -144,38 +160,61 @@ def test_statuses_and_reasons(box):
     assert box.run(RIGHT, ["def test("]).status == "error"
     assert box.run(RIGHT, TESTS, setup="1 / 0").reason == "ZeroDivisionError: division by zero"
     assert box.run(RIGHT, TESTS[0]).passed  # one source instead of a list of them
-    assert box.run("x = '\ud800'", TESTS).status == "fail"  # no UTF-8 can hold it
+    assert box.run("x = '\ud800'", TESTS).status == "fail"  # has no UTF-8 form
     assert box.run("x = '\0'", TESTS).status == "fail"
     late = box.run("def successor(n):\n    while True: pass", TESTS, timeout=0.3)
     assert late == sandbox.Verdict("timeout", "no verdict in time", "split")
 
 
 def test_check_with_an_entry_point(box):
-    """HumanEval: helpers of the prompt that the program may replace; the prompt's stub taken for the answer."""
-    prompt = (
-        "import math\ndef poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\ndef zero(xs):\n    '...'\n"
-    )
-    test = (
-        "def check(candidate):\n    assert math.fabs(poly([-6, 2], candidate([-6, 2]))) < 1e-9 and zero([-2, 1]) == 2"
-    )
-    run = lambda code: box.run(code, [test], setup=prompt, entry_point="zero").status
+    """Stops programs from replacing the prompt's helpers and its stub from being the answer."""
+    prompt = """
+import math
+def poly(xs, x):
+    return sum(c * x**i for i, c in enumerate(xs))
+def zero(xs):
+    '...'
+"""
+    test = """
+def check(candidate):
+    assert math.fabs(poly([-6, 2], candidate([-6, 2]))) < 1e-9 and zero([-2, 1]) == 2
+"""
+
+    def run(code):
+        return box.run(code, [test], setup=prompt, entry_point="zero").status
+
     assert run(prompt + "    return -xs[0] / xs[1]") == "pass"
     assert run(prompt + "    return 0") == "fail"
     assert run("def poly(*a): return 0\nmath = None\ndef zero(xs): return 2") == "fail"
     assert run("") == "fail"
-    assert box.run("def sum(x): return x", ["def test():\n    assert sum(1) == 1"], entry_point="sum").passed
+    test = "def test():\n    assert sum(1) == 1"
+    assert box.run("def sum(x): return x", [test], entry_point="sum").passed
 
 
 def test_an_update_reaches_program_and_test(box):
-    """CodeUpdateArena: the update holds in both processes, from a fresh state in every test, and ends with it."""
-    setup = "import math\nold = math.sqrt\ndef sqrt(x, scale=1):\n    return old(x) * scale\nmath.sqrt = sqrt"
-    code = "import math\ncalls = []\ndef f(x):\n    calls.append(x)\n    return math.sqrt(x, scale=3) + len(calls)"
-    tests = ["def test_a():\n    assert f(4) == 7", "def test_b():\n    assert f(4) == math.sqrt(4, scale=3) + 1"]
+    """Stops a CodeUpdateArena update from missing in a process or outliving its test."""
+    setup = """
+import math
+old = math.sqrt
+def sqrt(x, scale=1):
+    return old(x) * scale
+math.sqrt = sqrt
+"""
+    code = """
+import math
+calls = []
+def f(x):
+    calls.append(x)
+    return math.sqrt(x, scale=3) + len(calls)
+"""
+    tests = [
+        "def test_a():\n    assert f(4) == 7",
+        "def test_b():\n    assert f(4) == math.sqrt(4, scale=3) + 1",
+    ]
     assert box.run(code, tests, setup=setup).passed
     assert not box.run(code, tests, setup="import math").passed
-    assert box.run(
-        "def f(x): return np.cos(x)\nimport numpy as np", ["def test():\n    assert f(0) == np.cos(0.0)"]
-    ).passed
+    code = "def f(x): return np.cos(x)\nimport numpy as np"
+    assert box.run(code, ["def test():\n    assert f(0) == np.cos(0.0)"]).passed
 
 
 # ------------------------------------------------------------------------- the wire
@@ -184,19 +223,21 @@ def test_an_update_reaches_program_and_test(box):
 VALUES = """
 import collections, datetime, decimal, fractions, math, re
 import numpy as np
-VALUES = [None, True, 10**4000, -0.0, math.inf, 1j, "\\ud800\\0", b"\\xff", [], (), {}, set(), [[1, (2, {3: {4}})]],
-    frozenset({1}), range(1, 9, 2), slice(1, None), bytearray(b"x"), collections.deque([1, 2], 5),
+VALUES = [None, True, 10**4000, -0.0, math.inf, 1j, "\\ud800\\0", b"\\xff", [], (), {}, set(),
+    [[1, (2, {3: {4}})]], frozenset({1}), range(1, 9, 2), slice(1, None), bytearray(b"x"),
+    collections.deque([1, 2], 5),
     collections.Counter("hello"), collections.OrderedDict(b=1, a=2), datetime.date(2024, 2, 29),
     datetime.datetime(2024, 1, 1, 1, 1, 1, 1, datetime.timezone.utc), datetime.timedelta(1, 2, 3),
     decimal.Decimal("1.10"), fractions.Fraction(1, 3), re.compile("a+", re.I), re.ASCII,
     list(np.arange(200)), tuple(np.linspace(0, 1, 200)), np.float32(1.5), np.int64(3),
     np.datetime64("2024-01-01"), np.str_("x"), np.bool_(True)]
-ARRAYS = [np.zeros((0, 3)), np.arange(6).reshape(2, 3).T, np.array(1), np.array(["ab", "c"]), np.ones(2, bool)]
+ARRAYS = [np.zeros((0, 3)), np.arange(6).reshape(2, 3).T, np.array(1), np.array(["ab", "c"]),
+    np.ones(2, bool)]
 """
 
 
 def test_values_cross_unchanged(box):
-    """A value that arrives as another, or as another type (1 for True, a tuple for a list), decides wrongly."""
+    """Stops a value from arriving as another or with another type (1 for True, tuple for list)."""
     code = "def same(x): return x\ndef kind(x): return repr(type(x))"
     test = """
 def test_values():
@@ -206,8 +247,9 @@ def test_values():
         assert kind(value) == repr(type(value)), value
     for value in ARRAYS:
         back = same(value)
-        assert np.array_equal(back, value) and back.dtype == value.dtype and back.shape == value.shape
-        back[...] = value  # is writable
+        assert np.array_equal(back, value)
+        assert back.dtype == value.dtype and back.shape == value.shape
+        back[...] = value  # it is writable
     nan = same([float("nan")])[0]
     assert nan != nan
     match = same(re.search(r"b(?P<x>c)?", "abcd"))
@@ -219,7 +261,7 @@ def test_values():
 
 
 def test_calls_cross_like_calls(box):
-    """Functions, iterators, exceptions and changes in place are part of what a test sees."""
+    """Stops functions, iterators, exceptions and changes in place from getting lost on the wire."""
     code = """
 def compose(f, g): return lambda x: f(g(x))
 def forever():
@@ -242,10 +284,11 @@ LIMIT = [1, 2]
 def test_calls():
     import itertools
     assert compose(lambda x: x + 1, abs)(-3) == 4
-    assert list(itertools.islice(forever(), 3)) == [0, 1, 2] and total(iter([1, 2])) == 3 and LIMIT == [1, 2]
+    assert list(itertools.islice(forever(), 3)) == [0, 1, 2]
+    assert total(iter([1, 2])) == 3 and LIMIT == [1, 2]
     items = [0, 0]
     assert fill(items, value=7) is None and items == [7, 7]
-    assert grab(items) == [] and items == [7, 7]  # what returns a value does not get at the test's own
+    assert grab(items) == [] and items == [7, 7]  # grab returns a value, so items stay as they are
     import json
     for kind in (ValueError, KeyError, ZeroDivisionError, json.JSONDecodeError):
         try: fails(kind)
@@ -253,13 +296,13 @@ def test_calls():
         else: assert False
     try: list(map(stop, [1, 2]))
     except RuntimeError: pass
-    else: assert False, "the loop ended as if there had been nothing to do"
+    else: assert False, "the loop ended as if it were complete"
 """
     assert box.run(code, [test]) == sandbox.Verdict("pass")
 
 
 def test_tests_cannot_hide_a_broken_wire(box):
-    """`except Exception`, or a bare `except`, in a test would make a pass of what could not be carried."""
+    """Stops an `except` in a test from turning a value that was not carried into a pass."""
     code = "class Own: pass\ndef f(): return Own()"
     for clause in ("except Exception", "except"):
         verdict = box.run(code, [f"def test():\n    try: f()\n    {clause}: pass"])
@@ -267,25 +310,29 @@ def test_tests_cannot_hide_a_broken_wire(box):
 
 
 def test_messages_load_no_class():
-    """A reply that is unpickled with classes runs code in the judge."""
+    """Stops a reply that names a class from running code in the judge."""
     import io
     import pickle
 
     for value in (os.system, math.nan.__class__, ValueError(), Path("x"), wire.Peer):
         with pytest.raises(wire.Broken):
             wire.Plain(io.BytesIO(pickle.dumps(value))).load()
-    assert wire.Plain(io.BytesIO(pickle.dumps((1, [b"x"], {"a": None})))).load() == (1, [b"x"], {"a": None})
+    value = (1, [b"x"], {"a": None})
+    assert wire.Plain(io.BytesIO(pickle.dumps(value))).load() == value
 
 
 # ------------------------------------------------------------------------- the joint judge
 
 
 OWN = "class Own:\n    def __init__(self, n): self.n = n\ndef make(n): return Own(n)\n"
-LOOK = ["def test_own():\n    import math, unittest\n    unittest.TestCase().assertTrue(math.isclose(make(3).n, 3))"]
+LOOK = [
+    "def test_own():\n    import math, unittest\n"
+    "    unittest.TestCase().assertTrue(math.isclose(make(3).n, 3))"
+]
 
 
 def test_what_no_wire_carries_is_judged_in_process(box, auto):
-    """Honest programs that return instances of their own classes fail, or pass without being counted apart."""
+    """Stops instances of own classes from failing, or from passing without being marked."""
     assert not box.run(OWN, LOOK).passed
     assert auto.run(OWN, LOOK) == sandbox.Verdict("pass", "", "in-process")
     assert auto.run(RIGHT, TESTS) == sandbox.Verdict("pass", "", "split")
@@ -297,14 +344,15 @@ def test_what_no_wire_carries_is_judged_in_process(box, auto):
     [
         "import math; math.isclose = lambda *a, **k: True",
         "import unittest; unittest.TestCase.assertTrue = lambda *a: None",
-        "import unittest; unittest.TestCase.assertTrue.__defaults__ = (1,); unittest.case.bool = print",
+        "import unittest; unittest.TestCase.assertTrue.__defaults__ = (1,)\n"
+        "unittest.case.bool = print",
         "import builtins; builtins.AssertionError = builtins.__import__ = print",
         "import sys; sys.modules['math'] = sys.modules['unittest'] = print",
         "def isclose(*a, **k): return True\nassertTrue = all = isclose",
     ],
 )
 def test_modules_are_restored_before_the_test(auto, patch):
-    """A program that replaces what the test relies on passes with a wrong answer."""
+    """Stops a wrong program from passing because it replaced what the test relies on."""
     assert auto.run(OWN.replace("= n", "= n + 1") + patch, LOOK).status == "fail"
 
 
@@ -317,13 +365,13 @@ def test_modules_are_restored_before_the_test(auto, patch):
     ],
 )
 def test_modules_are_compared_after_the_test(auto, change):
-    """The same, done only when the test calls."""
+    """Stops the same when the program does it only once the test calls."""
     code = OWN.replace("return Own", f"{change}; return Own").replace("= n", "= n + 1")
     assert auto.run(code, ["import math, unittest\n" + LOOK[0]]).status == "fail"
 
 
 def test_liars_and_spies_are_refused(auto):
-    """Objects equal to everything; frames, whose locals hold what the test expects."""
+    """Stops objects equal to everything, and reading the expected value from the test's frame."""
     yes = "class Yes:\n    __eq__ = lambda *a: True\ndef successor(n): return {}"
     for shape in ("Yes()", "[Yes(), Yes(), Yes()]"):
         assert auto.run(yes.format(shape), TESTS).status == "fail"
@@ -335,21 +383,22 @@ def test_liars_and_spies_are_refused(auto):
 
 
 def start_with(monkeypatch, code):
-    """Zygotes of this test run `code` before they start."""
-    monkeypatch.setattr(sandbox, "START", sandbox.START.replace("zygote.serve()", f"{code}; zygote.serve()"))
+    """Make the zygotes of this test run `code` before they serve."""
+    start = sandbox.START.replace("zygote.serve()", f"{code}; zygote.serve()")
+    monkeypatch.setattr(sandbox, "START", start)
 
 
 @pytest.mark.parametrize(
     "lack",
     [
-        "import ctypes; lock = sys.modules['sandbox.lock']; lock.SYS_LANDLOCK_CREATE_RULESET = 9999",
+        "sys.modules['sandbox.lock'].SYS_LANDLOCK_CREATE_RULESET = 9999",
         "sys.modules['sandbox.lock'].FS_ALL = 1 << 40",
         "sys.modules['sandbox.lock'].FILTER = bytes(8)",
         "sys.modules['sandbox.lock'].platform.machine = lambda: 'aarch64'",
     ],
 )
 def test_fails_closed(monkeypatch, tmp_path, lack):
-    """On a kernel without Landlock or seccomp, programs run with all the rights of the user."""
+    """Stops programs from running with all of the user's permissions where the lock is missing."""
     start_with(monkeypatch, lack)
     with sandbox.Sandbox(workers=1) as box, pytest.raises(sandbox.Unavailable):
         box.run(f"open('{tmp_path}/written', 'w')\n{RIGHT}", TESTS)
@@ -359,17 +408,23 @@ def test_fails_closed(monkeypatch, tmp_path, lack):
 
 
 def test_unsafe_still_collects_orphans():
-    """Without the lock a program can leave processes: they must end with the run."""
+    """Stops processes that an unlocked program leaves from outliving the run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         box = sandbox.Sandbox(workers=1, unsafe=True)
-    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\n    time.sleep(60)\n" + RIGHT
+    code = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    os.fork()
+    time.sleep(60)
+"""
     with box:
-        assert box.run(code, TESTS).passed and not outlived(box)
+        assert box.run(code + RIGHT, TESTS).passed and not outlived(box)
 
 
 def test_the_harness_outlives_its_zygotes(monkeypatch):
-    """A zygote that dies, or stops answering, hangs the evaluation or takes it along."""
+    """Stops a zygote that dies or stops answering from ending or hanging the evaluation."""
     monkeypatch.setattr(sandbox, "GRACE", 0.5)
     for number in (signal.SIGKILL, signal.SIGSTOP):
         with sandbox.Sandbox(workers=1) as box:
@@ -383,30 +438,45 @@ def test_the_harness_outlives_its_zygotes(monkeypatch):
         assert not os.path.exists(home)
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import sandbox
+box = sandbox.Sandbox(workers=1)
+assert box.run("def f(): return 1", ["def test_f():\\n    assert f() == 1"]).passed
+print(box.workers[0].process.pid, box.workers[0].home, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_zygotes_do_not_outlive_the_harness():
-    """A training run that is killed leaves its helper processes and their directories behind."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sandbox, os, signal; box = sandbox.Sandbox(workers=1);"
-        f"assert box.run({RIGHT!r}, {TESTS!r}).passed; w = box.workers[0]; print(w.process.pid, w.home, flush=True);"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    pid, home = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    """Stops a killed training run from leaving its helper processes and their directories."""
+    command = [sys.executable, "-c", KILLED, str(ROOT)]
+    pid, home = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    left = [home, f"/proc/{pid}/exe"]
     deadline = time.monotonic() + 10
-    while (os.path.exists(home) or os.path.exists(f"/proc/{pid}/exe")) and time.monotonic() < deadline:
+    while any(map(os.path.exists, left)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(home) and not os.path.exists(f"/proc/{pid}/exe")
 
 
 def test_nothing_grows(box):
-    """Descriptors, files, processes or memory that each program leaves add up over 10,000 of them."""
+    """Stops descriptors, files, processes, threads or memory from adding up over many programs."""
 
     def usage():
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer) and thread.finished.is_set():
+                thread.join()  # a deadline that was cancelled: its thread still has to end
         pids = [os.getpid(), *(worker.process.pid for worker in box.workers)]
         fds = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
-        memory = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
-        return fds, memory, threading.active_count()
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        return fds, pages * 4096, threading.active_count()
 
-    programs = [RIGHT, "open('left', 'w').write('x' * 1000)\nx = bytearray(10**7)\n1 / 0", "import os; os._exit(0)"]
+    programs = [
+        RIGHT,
+        "open('left', 'w').write('x' * 1000)\nx = bytearray(10**7)\n1 / 0",
+        "import os; os._exit(0)",
+    ]
     jobs = [{"code": programs[i % 3], "tests": TESTS[:1]} for i in range(60)]
     list(box.map(jobs))
     fds, memory, threads = usage()
@@ -417,7 +487,7 @@ def test_nothing_grows(box):
 
 
 def test_the_default_pool():
-    """`sandbox.run` is what other programs call (DESIGN.md, section 2)."""
+    """Stops a change of `sandbox.run`, which other programs call (DESIGN.md, section 3)."""
     assert sandbox.run(RIGHT, TESTS).passed
     assert sandbox.run(RIGHT, TESTS, timeout=5.0, setup="", entry_point=None).status == "pass"
     assert sandbox.run("successor = None", TESTS).status == "fail"
@@ -426,7 +496,7 @@ def test_the_default_pool():
 
 
 def test_directories_of_any_shape_are_removed(tmp_path):
-    """shutil.rmtree gives up on deep trees and, for a normal user, on directories without modes."""
+    """Stops deep or unreadable trees, on which shutil.rmtree gives up, from staying on disk."""
     top, here = tmp_path / "top", os.getcwd()
     top.mkdir()
     os.chdir(top)
@@ -440,16 +510,17 @@ def test_directories_of_any_shape_are_removed(tmp_path):
     (top / "closed").chmod(0)
     (tmp_path / "keep").write_text("")
     zygote.remove(str(top))
-    zygote.remove(str(top))  # what is gone is no error
+    zygote.remove(str(top))  # no error if it is gone
     assert os.listdir(tmp_path) == ["keep"]
 
 
 def test_every_number_is_of_this_kernel():
-    """A wrong number denies nothing, or breaks honest programs; the C headers, where there are any, know them."""
+    """Stops a wrong system call number, which would deny nothing or break honest programs."""
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("no kernel headers here")
-    known = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+) (\d+)", header.read_text())}
+    found = re.findall(r"#define __NR_(\w+) (\d+)", header.read_text())
+    known = {name: int(number) for name, number in found}
     ours = lock.DENIED | lock.IGNORED
-    assert {name: number for name, number in ours.items() if known.get(name, number) != number} == {}
+    assert {name: n for name, n in ours.items() if known.get(name, n) != n} == {}
     assert len(set(ours.values())) == len(ours) and len(set(ours) & set(known)) > 80
