@@ -32,6 +32,7 @@ import grpo
 import recode
 import reward
 import sft
+import training.run
 from eval import fit
 from training import loading, parallel
 from training import dora
@@ -61,14 +62,14 @@ COLUMNS = (  # heading, split, figure
 
 
 def measure(model):
-    """{split: figures} of a model on the held-out files of the embedded default, by recode.evaluate."""
+    """{split: figures} of a model on the held-out files of the embedded default, by training.run.evaluate."""
     tokenizer = loading.load_tokenizer(str(HERE / "tiny"))
     config = grpo.Config(prompts_per_step=8, max_new_tokens=96)  # two calls are longer than one
     result = {}
     for split in SPLITS:
         examples = data.load_examples(str(HERE / "tiny" / f"{split}.jsonl"))
         tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        result[split] = recode.evaluate(model, tokenizer, tasks, config)
+        result[split], _ = training.run.evaluate(model, tokenizer, tasks, config)
     return result
 
 

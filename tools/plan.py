@@ -71,7 +71,7 @@ class Shape:
         return cls(d, n, f, k, V, W, n * (r * (2 * d + q + k) + q + k))
 
 
-def memory(x, config, L, prompts, ranks=1, b=2, logits=recode.LOGITS):
+def memory(x, config, L, prompts, ranks=1, b=2, logits=recode.MAX_LOGITS):
     """Bytes by part, eq. 1 to 6, for a Shape, a script's Config, prompts of L tokens, `prompts` of them a rank."""
     G, T, M = config.num_samples, config.max_new_tokens, config.micro_tokens
     u = min(prompts * L, max(M, L))
@@ -105,7 +105,7 @@ def table(config):
         x, cells = Shape.of(qwen(name), config.r), []
         for adapter, ranks in (("dora", 1), ("none", 1), ("none", 2), ("none", 8)):
             config.adapter, config.beta = adapter, 0.001 if adapter == "dora" else 0.0
-            peak = memory(x, config, config.max_prompt_tokens, 1, ranks, logits=recode.LOGITS * recode.ON_GPU)["peak"]
+            peak = memory(x, config, config.max_prompt_tokens, 1, ranks, logits=recode.MAX_LOGITS_GPU)["peak"]
             step = sum(seconds(x, config, config.max_prompt_tokens, 1))
             cells.append(f"{peak / 1e9:.0f} GB, {step:.1f} s")
         lines.append(f"| {name} | {' | '.join(cells)} |")
