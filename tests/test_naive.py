@@ -15,19 +15,10 @@ from docs import naive_grpo
 CONFIG = grpo.Config()
 
 
-def objective(logps, old_logps, ref_logps, advantages, config):  # shim
-    settings = {"clip_low": config.clip_low, "clip_high": config.clip_high, "beta": config.beta}
-    return grpo.objective(logps, old_logps, ref_logps, advantages, **settings)
-
-
-def token_weights(mask, config):  # shim
-    return grpo.token_weights(mask)
-
-
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask):
     """grpo.py's loss of a whole update batch."""
-    J = objective(logps, old_logps, ref_logps, advantages, CONFIG)
-    return -(token_weights(mask, CONFIG) * J).sum()
+    objective = grpo.objective(logps, old_logps, ref_logps, advantages, CONFIG)
+    return -(grpo.token_weights(mask, CONFIG) * objective).sum()
 
 
 def load():
