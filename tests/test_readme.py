@@ -13,6 +13,7 @@ import importlib
 import inspect
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -78,16 +79,22 @@ def inline():
 
 
 def simple(command):
-    """The words of every program that a line starts, one list each."""
+    """The words of every program that a line starts, one list each; find's program for one file."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|&")
     lexer.whitespace_split = True
     groups = itertools.groupby(lexer, lambda word: word in ("|", "&&"))
-    return [list(words) for is_mark, words in groups if not is_mark]
+    found = [list(words) for is_mark, words in groups if not is_mark]
+    for words in found:
+        if words[0] == "find":
+            assert words[-1] == ";"
+            words[:] = [word.replace("{}", "src/a.py") for word in words]
+            words[:] = words[words.index("-exec") + 1 : -1]
+    return found
 
 
 def flags_of(module):
     """The flags that --help of a program shows; none for one that takes none."""
-    if "main" not in vars(module) or not inspect.signature(module.main).parameters:
+    if "main" not in vars(module):
         return set()
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
         with mock.patch("sys.argv", [module.__name__, "--help"]):
@@ -113,7 +120,7 @@ def parse(script, argv):
     if function := getattr(module, "parse", None) or getattr(module, "parse_migration", None):
         return function(argv)
     given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    if unknown := given - flags_of(module):
+    if unknown := given and given - flags_of(module):
         raise data.BadInput(f"{script}: no flag {unknown}")
 
 
@@ -153,10 +160,10 @@ def place(tmp_path, monkeypatch):
     for path in (*ROOT.glob("*.py"), *(ROOT / folder for folder in folders)):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     few = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()[:20]
-    for name in ("my.jsonl", "few.jsonl", "one.jsonl", "two.jsonl"):
-        (tmp_path / name).write_text("\n".join(few) + "\n")
+    for name, count in (("my.jsonl", 20), ("few.jsonl", 20), ("one.jsonl", 1), ("two.jsonl", 2)):
+        (tmp_path / name).write_text("\n".join(few[:count]) + "\n")
     (tmp_path / "notes.txt").write_text("in1d was removed; use isin.\n")
-    for name in ("old.py", "src/a.py", "src/b.py"):
+    for name in ("old.py", "src/a.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("import numpy\nx = numpy.in1d(a, b)\n")
     monkeypatch.chdir(tmp_path)
@@ -179,7 +186,7 @@ def carry_out(words):
             parse(script, argv)  # before the settings that make it short may hide a mistake
         extra = [] if "--compare" in argv else SHORT.get(script, "").split()
         if script in ("grpo.py", "dapo.py", "sft.py"):
-            extra += ["--heldout", ""]
+            extra += ["--heldout", "" if "--output" in argv else "two.jsonl"]  # eval.py wants one
         return module.main([*argv, *extra]), shown.getvalue()
 
 
@@ -201,13 +208,12 @@ def test_commands_run(place, monkeypatch):
     monkeypatch.setattr(experiments.data, "load_examples", load_few)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = 0
-    for line in blocks():
-        if " | " in line or line.startswith("find "):
+    for line in dict.fromkeys(blocks()):  # two pages may have the same command
+        if " | " in line or line.startswith("cat "):
             command = ["bash", "-c", line]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode in (0, 1, 3), f"{line}\n{done.stderr}"
-            problem = r"(?m)^Traceback|^error: (?!no answer is usable)"
-            assert not re.search(problem, done.stderr), f"{line}\n{done.stderr}"
+            assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
         else:
             for words in filter(runnable, simple(line)):
                 status, shown = carry_out(words)
@@ -225,6 +231,10 @@ def test_commands_are_understood(place, monkeypatch):
     found = [words for words in found if CHECKED.search(" ".join(words))]
     found += [words for line in inline() for words in simple(line)]
     assert len(found) > 20
+    run = {"model": "tiny", "heldout": "few.jsonl", "output": "runs/grpo"}  # as after grpo.py
+    for name, settings in (("config.json", run), ("adapter/adapter_config.json", {})):
+        (place / "runs" / "grpo" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "runs" / "grpo" / name).write_text(json.dumps(settings))
     for words in found:
         with monkeypatch.context() as patch:
             understand(words, patch)
@@ -262,8 +272,9 @@ def test_files():
         for part in function.split("."):
             assert hasattr(owner, part), f"{name} has no {function}"
             owner = getattr(owner, part)
-    for name in re.findall(r"`(test_\w+\.py)`", TEXT):
-        assert (ROOT / "tests" / name).is_file(), name
+    for name, function in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TEXT):
+        text = (ROOT / "tests" / name).read_text()
+        assert not function or f"\ndef {function}(" in text, f"{name} has no {function}"
 
 
 def test_equations_quote_the_code():
@@ -369,10 +380,10 @@ def renew(text):
     def renew_line(match):
         name, number, _, line = match.groups()
         lines = [x.strip() for x in (ROOT / name).read_text().splitlines() if x.startswith(" ")]
-        if number:
-            lines = [x for x in lines if re.search(rf"# eq\. {number}\b", x)]
         if line in lines:
             return match[0]
+        if number:
+            lines = [x for x in lines if re.search(rf"# eq\. {number}\b", x)]
         if found := likest(line, lines):
             return match[0].replace(f"`{line}`", f"`{found}`")
         left.append(f"no such line any more: {name}, {line}")
@@ -381,7 +392,7 @@ def renew(text):
     return EQUATION.sub(renew_line, DIFF.sub(renew_block, text)), left
 
 
-def test_renew(monkeypatch):
+def test_renew():
     """Stops a renewal that spoils quotes that are true, or that repairs none."""
     assert renew(LESSON) == (LESSON, [])
     stale = LESSON.replace("# eq. 8", "# the old comment, eq. 8")
