@@ -1,16 +1,16 @@
 """The policy: sampling completions, and the log-probabilities of what was sampled.
 
-Both make the same two passes. The first (prefill) runs a prompt without its last token and keeps
-its keys and values. The second runs the completions of its group, which attend to what was kept:
+Both make the same two passes. Prefill runs a prompt without its last token and keeps its keys and
+values. The second pass runs the completions of its group, which attend to what was kept:
 
     prompt       p1 p2 p3 p4
-    pass 1       p1 p2 p3                              once per group
+    prefill      p1 p2 p3                              once per group
     pass 2                p4 o1 o2 o3 ... o(n-1)       per completion, from the prompt's last token
     predicts              o1 o2 o3 o4 ... on
 
-Sampling takes pass 2 token by token (Decoder), scoring all at once (token_logps). In training the
-gradient comes back in two stages: micro-batch by micro-batch down to the prompts' keys and values,
-then once through the prompts themselves (shared_prompts).
+Sampling takes pass 2 token by token (Decoder), scoring all at once (completion_logps). In training
+the gradient comes back in two stages: micro-batch by micro-batch down to the prompt's keys and
+values, then once through the prompt itself (shared_prompt).
 
 transformers lets us replace the attention function; everything else is the model's own code. It
 must be full softmax attention: no sliding window, no soft cap.
@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -37,82 +39,63 @@ from training import parallel
 from training.config import BadInput
 from training.loading import eos_ids
 
-# ------------------------------------------------------------------------- 1. shared prompts
+# ------------------------------------------------------------------------- 1. prompts
 
 
 def attention(module, query, key, value, mask, attend=None, **kwargs):
     """What a model's layers call: `attend` where forward() passes one, else SDPA as before."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return attend(module, query, key, value, mask, **kwargs), None
+    return attend(module.layer_idx, query, key, value, kwargs["scaling"]), None
 
 
 AttentionInterface.register("shared_prompt", attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
 
-def forward(model, ids, positions, mask, attend):
-    """Hidden states (B, T, d) for ids and positions (B, T), with `attend` as attention."""
+def forward(model, ids, start, attend):
+    """Hidden states (B, T, d) of ids (B, T) at positions start + 0, 1, ...; start: int or (B, 1).
+
+    attend(layer, query (B, heads, T, dim), key, value, scaling) returns (B, T, heads, dim).
+    """
     if model.config._attn_implementation != "shared_prompt":
         model.set_attn_implementation("shared_prompt")
-    out = model.base_model(
-        ids, position_ids=positions, attention_mask=mask, use_cache=False, attend=attend
-    )
+    positions = start + torch.arange(ids.shape[1], device=ids.device)  # (T,) or (B, T)
+    settings = {"position_ids": positions.expand(len(ids), -1), "use_cache": False}
+    settings["attention_mask"] = ids.new_ones(1, 1, 1, 1)  # 4-D: the model builds no mask itself
+    out = model.base_model(ids, **settings, attend=attend)
     return out.last_hidden_state
 
 
-def pad(rows, device):
-    """Lists of ids as a tensor (rows, longest), padded on the right with 0; lengths (rows,)."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row)
-    return ids.to(device), lengths.to(device)
+def prefill(model, prompt):
+    """The KV cache of a prompt without its last token: [(key, value)], each (1, heads, L, dim)."""
+    cache = {}
+    L = len(prompt) - 1
+    ids = prompt[:L] if L > 0 else prompt  # models take no empty sequence
 
+    def attend(layer, query, key, value, scaling):
+        cache[layer] = key[:, :, :L], value[:, :, :L]
+        settings = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+        out = F.scaled_dot_product_attention(query, key, value, **settings)
+        return out.transpose(1, 2)
 
-class Prompts:
-    """P prompts after prefill: keys and values {layer: (P, heads, L, dim)}, last tokens (P,).
-
-    L is the longest prompt without its last token; `visible` (P, L) is false on padding.
-    """
-
-    def __init__(self, model, prompts):
-        self.keys = {}
-        self.values = {}
-        device = model.device
-        ids, _ = pad([prompt[:-1] or [0] for prompt in prompts], device)  # (P, L), L at least 1
-        self.lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (P,)
-        self.last = torch.tensor([prompt[-1] for prompt in prompts], device=device)  # (P,)
-        columns = torch.arange(ids.shape[1], device=device)
-        self.visible = columns < self.lengths[:, None]  # (P, L)
-        causal = (columns <= columns[:, None])[None, None]  # (1, 1, L, L), padding is on the right
-        forward(model, ids, columns[None], causal, self.store_kv)
-        if len(self.keys) != model.config.num_hidden_layers:
-            kind = model.config.model_type
-            raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
-
-    def store_kv(self, module, query, key, value, mask, **kwargs):
-        self.keys[module.layer_idx] = key
-        self.values[module.layer_idx] = value
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    forward(model, torch.tensor([ids], device=model.device), 0, attend)
+    if len(cache) != model.config.num_hidden_layers:
+        kind = model.config.model_type
+        raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
+    return [cache[layer] for layer in sorted(cache)]
 
 
 @contextlib.contextmanager
-def shared_prompts(model, prompts):
-    """Prompts whose gradient waits.
+def shared_prompt(model, prompt):
+    """prefill() whose gradient waits.
 
-    A backward pass inside ends at their keys and values; what accumulates there goes through the
-    prompts once, on exit.
+    A backward pass inside ends at the prompt's keys and values; what accumulates there goes
+    through the prompt once, on exit.
     """
-    shared = Prompts(model, prompts)
-    outputs = []  # of the prompts' graph
-    leaves = []  # what the micro-batches see in their place
-    for store in (shared.keys, shared.values):
-        for layer, x in store.items():
-            store[layer] = x.detach().requires_grad_(x.requires_grad)
-            outputs.append(x)
-            leaves.append(store[layer])
-    yield shared
+    outputs = [x for pair in prefill(model, prompt) for x in pair]
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
+    yield list(zip(leaves[::2], leaves[1::2]))
     used = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if used:
         torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
@@ -136,31 +119,32 @@ def on_gpu(model):
 class Decoder:
     """Decodes the completions of P prompts, one token for all rows per step.
 
-    A prompt's keys are never copied to its rows: the queries of a group stand side by side as if
-    they were one sequence. The completions' KV cache has `width` columns, filled from the left.
-    Everything that a step reads keeps its address, so on a GPU it is captured once as a CUDA graph
-    and replayed until rows are dropped or the cache grows. The first step of every graph is
-    checked against the same step run eagerly; if they differ, graphs are given up.
+    The KV cache of a row has the prompt's columns, padded to the longest prompt, then those of the
+    completion. Everything that a step reads keeps its address, so on a GPU the step is captured
+    once as a CUDA graph and replayed until rows are dropped or the cache grows. The first step of
+    every graph is checked against the same step run eagerly; if they differ, graphs are given up.
     """
 
     graphs = True  # until one has failed
 
     def __init__(self, model, prompts, num_samples):
         self.model = model
-        self.prompts = prompts
-        self.num_samples = num_samples
         self.block = 256 if on_gpu(model) else 64  # columns to grow by; each width is a new graph
-        self.rows = torch.arange(len(prompts.last) * num_samples, device=model.device)  # (B,) alive
-        self.shared = []
-        self.keys = []
-        self.values = []
-        for key, value in zip(prompts.keys.values(), prompts.values.values()):
-            self.shared.append((key.contiguous(), value.contiguous()))
-            empty = key.new_zeros(len(self.rows), key.shape[1], 0, key.shape[3])
-            self.keys.append(empty)
-            self.values.append(empty)
-        self.t = torch.zeros(1, dtype=torch.long, device=model.device)  # tokens so far
-        self.tokens = prompts.last.repeat_interleave(num_samples)  # (B,)
+        device = model.device
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (P,)
+        last = torch.tensor([prompt[-1] for prompt in prompts], device=device)  # (P,)
+        self.lengths = lengths.repeat_interleave(num_samples)  # (B,) columns of the prompt
+        self.tokens = last.repeat_interleave(num_samples)  # (B,)
+        self.rows = torch.arange(len(self.tokens), device=device)  # (B,) not dropped yet
+        self.first = max(len(prompt) - 1 for prompt in prompts)  # column of the first token
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # tokens so far
+        self.cache = []  # [keys, values] of each layer, (B, H, columns, dim)
+        for layer in zip(*(prefill(model, prompt) for prompt in prompts)):  # ((key, value), ...)
+            stores = []
+            for store in zip(*layer):
+                padded = [F.pad(x, (0, 0, 0, self.first - x.shape[2])) for x in store]
+                stores.append(torch.cat(padded).repeat_interleave(num_samples, 0))
+            self.cache.append(stores)
         self.replay = None
         self.logits = None
 
@@ -168,16 +152,16 @@ class Decoder:
         """Keep only the rows where `alive`, (B,) bool."""
         self.rows = self.rows[alive]
         self.tokens = self.tokens[alive]
-        self.keys = [k[alive] for k in self.keys]
-        self.values = [v[alive] for v in self.values]
+        self.lengths = self.lengths[alive]
+        self.cache = [[x[alive] for x in stores] for stores in self.cache]
         self.replay = None
 
     def logits_at(self, t):
         """The logits (B, V) of token t, valid until the next call."""
         self.t.fill_(t)
-        if t == self.keys[0].shape[2]:
-            self.keys = [F.pad(k, (0, 0, 0, self.block)) for k in self.keys]
-            self.values = [F.pad(v, (0, 0, 0, self.block)) for v in self.values]
+        if self.first + t == self.cache[0][0].shape[2]:
+            more = (0, 0, 0, self.block)
+            self.cache = [[F.pad(x, more) for x in stores] for stores in self.cache]
             self.replay = None
         if self.replay:
             self.replay()
@@ -189,37 +173,22 @@ class Decoder:
 
     def step(self):
         """The logits (B, V) after self.tokens, which are token self.t of their rows."""
-        group = self.rows // self.num_samples
-        columns = torch.arange(self.keys[0].shape[2], device=self.t.device)
-        later = (columns > self.t).expand(len(group), -1)  # (B, width)
-        masked = torch.cat([~self.prompts.visible[group], later], 1)[:, None, None]
-        positions = self.prompts.lengths[group] + self.t  # (B,)
-        ids = self.tokens[:, None]
-        last = forward(self.model, ids, positions[:, None], masked, self.attend)[:, 0]  # (B, d)
+        columns = torch.arange(self.cache[0][0].shape[2], device=self.t.device)
+        in_prompt = columns < self.lengths[:, None]  # (B, columns)
+        in_completion = (columns >= self.first) & (columns <= self.first + self.t)
+        self.mask = (in_prompt | in_completion)[:, None, None]  # (B, 1, 1, columns)
+        start = (self.lengths + self.t)[:, None]  # (B, 1)
+        last = forward(self.model, self.tokens[:, None], start, self.attend)[:, 0]  # (B, d)
         return self.model.get_output_embeddings()(last)  # (B, V)
 
-    def attend(self, module, query, key, value, masked, scaling, **_):
-        """Attention to prompt and completion; query (B, heads, 1, dim), masked (B, 1, 1, L + W)."""
-        keys, values = self.keys[module.layer_idx], self.values[module.layer_idx]  # (B, H, W, dim)
-        keys.index_copy_(2, self.t, key)
-        values.index_copy_(2, self.t, value)
-        shared_keys, shared_values = self.shared[module.layer_idx]  # (P, H, L, dim)
-        B, H, L = len(keys), keys.shape[1], shared_keys.shape[2]
-        query = query.view(B, H, -1, query.shape[-1]) * scaling  # (B, H, R, dim), R heads per key
-        scores = torch.cat([self.each(query, shared_keys.mT), query @ keys.mT], -1)
-        scores = scores.masked_fill_(masked, -torch.inf)  # (B, H, R, L + W)
-        probs = scores.softmax(-1, torch.float32).to(values.dtype)
-        mixed = self.each(probs[..., :L], shared_values) + probs[..., L:] @ values
-        return mixed.reshape(B, 1, -1, mixed.shape[-1])  # (B, 1, heads, dim)
-
-    def each(self, x, shared):
-        """x (B, H, R, n) @ shared (P, H, n, m), each row with its prompt's: (B, H, R, m)."""
-        P, (B, H, R, n), m = len(shared), x.shape, shared.shape[-1]
-        if B < P * self.num_samples:  # dropped rows take part with zeros
-            x = x.new_zeros(P * self.num_samples, H, R, n).index_copy(0, self.rows, x)
-        x = x.view(P, self.num_samples, H, R, n).transpose(1, 2).reshape(P, H, -1, n)
-        x = (x @ shared).view(P, H, self.num_samples, R, m).transpose(1, 2).reshape(-1, H, R, m)
-        return x if B == len(x) else x[self.rows]
+    def attend(self, layer, query, key, value, scaling):
+        keys, values = self.cache[layer]
+        keys.index_copy_(2, self.first + self.t, key)
+        values.index_copy_(2, self.first + self.t, value)
+        B, H, _, dim = keys.shape
+        query = query.view(B, H, -1, dim)  # the heads that share a key, as if they were a sequence
+        out = F.scaled_dot_product_attention(query, keys, values, self.mask, scale=scaling)
+        return out.reshape(B, 1, -1, dim)  # (B, 1, heads, dim)
 
     def capture_and_check(self, expected):
         """Capture the step as a graph that must reproduce the `expected` logits."""
@@ -289,7 +258,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     model.eval()
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     noise = draw_noise(seeds, num_samples, max_new_tokens).to(model.device)  # (B, max_new_tokens)
-    decoder = Decoder(model, Prompts(model, prompts), num_samples)
+    decoder = Decoder(model, prompts, num_samples)
     tokens = torch.zeros(noise.shape, dtype=torch.long, device=model.device)  # (B, T)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logps = torch.zeros_like(tokens, dtype=torch.float)
@@ -319,49 +288,52 @@ MAX_LOGITS = 9_000_000  # at once: 36 MB in fp32; glibc would not give back less
 MAX_LOGITS_GPU = 16 * MAX_LOGITS  # else the output layer is read more often than it is used
 
 
-def logps_of(hidden, targets, head, temperature):
+def target_logps(hidden, targets, head, temperature):
     """log softmax of the target tokens (N,), from hidden states (N, d)."""
     logits = head(hidden).float() / temperature  # (N, V)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def token_logps(model, prompts, tokens, mask, temperature=1.0, group=None):
-    """log pi(token t of row b | its prompt and the tokens before), (B, T) fp32, 0 outside the mask.
+def completion_logps(model, cache, last, tokens, mask, temperature):
+    """log pi(token t | prompt and the tokens before) of completions of one prompt, (B, T) fp32.
 
-    prompts: list of B lists of ids; or, with group (B,) int64, of P lists or Prompts, where
-    group[b] is the prompt of row b. tokens (B, T) int64; mask (B, T) bool, true on the first
-    tokens of a row. Differentiable. The output layer runs on completion positions only, in chunks
+    cache: prefill()'s, last: the prompt's last token. tokens (B, T) int64; mask (B, T) bool, true
+    on the first tokens of a row; 0 outside it. Differentiable. The output layer runs in chunks
     that are recomputed in the backward pass, so the (B, T, V) logits never exist.
     """
-    if not isinstance(prompts, Prompts):
-        prompts = Prompts(model, prompts)
-    if group is None:
-        group = torch.arange(len(tokens), device=tokens.device)
     T = int(mask.sum(1).max())
     mask_T = mask[:, :T]
-    ids = torch.cat([prompts.last[group][:, None], tokens[:, : T - 1]], 1)  # (B, T)
-    ids = ids.masked_fill(~mask_T, 0)
-    t = torch.arange(T, device=ids.device)
-    before = prompts.visible[group][:, None, None].expand(-1, 1, T, -1)  # (B, 1, T, L)
-    causal = (t <= t[:, None]).expand(len(ids), 1, T, T)
-    attended = torch.cat([before, causal], -1)  # (B, 1, T, L + T)
+    first = torch.full_like(tokens[:, :1], last)
+    ids = torch.cat([first, tokens[:, : T - 1]], 1).masked_fill(~mask_T, 0)  # (B, T)
+    L = cache[0][0].shape[2]
+    causal = causal_lower_right(T, L + T)  # padding needs no mask: it comes after all that counts
 
-    def attend(module, query, key, value, mask, **kwargs):
-        key = torch.cat([prompts.keys[module.layer_idx][group], key], 2)  # (B, heads, L + T, dim)
-        value = torch.cat([prompts.values[module.layer_idx][group], value], 2)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    def attend(layer, query, key, value, scaling):
+        shared_key, shared_value = cache[layer]  # (1, H, L, dim)
+        key = torch.cat([shared_key.expand(len(key), -1, -1, -1), key], 2)  # (B, H, L + T, dim)
+        value = torch.cat([shared_value.expand(len(key), -1, -1, -1), value], 2)
+        settings = {"attn_mask": causal, "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2)
 
-    positions = prompts.lengths[group][:, None] + t  # (B, T)
-    hidden = forward(model, ids, positions, attended, attend)[mask_T]  # (N, d)
+    hidden = forward(model, ids, L, attend)[mask_T]  # (N, d)
     head = model.get_output_embeddings()
     budget = MAX_LOGITS_GPU if on_gpu(model) else MAX_LOGITS
     parts = max(1, len(hidden) * head.weight.shape[0] // budget)
     chunks = []
     for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True):
         recompute = {"use_reentrant": False, "preserve_rng_state": False}
-        chunks.append(checkpoint(logps_of, h, y, head, temperature, **recompute))
+        chunks.append(checkpoint(target_logps, h, y, head, temperature, **recompute))
     logps = torch.zeros(mask.shape, device=mask.device)
     return logps.masked_scatter(mask, torch.cat(chunks))  # (B, T)
+
+
+def token_logps(model, prompts, tokens, mask, temperature=1.0):
+    """completion_logps() of B rows with a prompt each; prompts: list of B lists of ids."""
+    rows = []
+    for prompt, row, kept in zip(prompts, tokens[:, None], mask[:, None], strict=True):
+        cache = prefill(model, prompt)
+        rows.append(completion_logps(model, cache, prompt[-1], row, kept, temperature))
+    return torch.cat(rows)  # (B, T)
 
 
 @dataclasses.dataclass
@@ -375,33 +347,38 @@ class Batch:
     advantages: torch.Tensor
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
-    rows: torch.Tensor | None = None  # of a micro-batch: its rows in the whole batch
+    rows: torch.Tensor | None = None  # of a part: its rows in the batch that it was selected from
 
     def select(self, rows):
-        """The batch of `rows` only, an index tensor, in that order, with the prompts they need."""
-        chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        used, chosen["group"] = self.group[rows].unique(return_inverse=True)
-        prompts = [self.prompts[i] for i in used.tolist()]
-        return dataclasses.replace(self, prompts=prompts, **chosen)
-
-    def between(self, start, end):
-        """The batch of prompts start, ..., end - 1."""
-        return self.select(((self.group >= start) & (self.group < end)).nonzero()[:, 0])
+        """The part with `rows` only, an index tensor, in that order; prompts and group stay."""
+        part = dataclasses.replace(self, rows=rows)
+        for name in ("group", "tokens", "mask", "advantages", "old_logps", "ref_logps"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[rows])
+        return part
 
     def split(self, size):
-        """Batches of `size` prompts each; the last one may have fewer."""
-        starts = range(0, len(self.prompts), size)
-        return [self.between(start, start + size) for start in starts]
+        """Parts of `size` prompts each; the last one may have fewer."""
+        parts = []
+        for start in range(0, len(self.prompts), size):
+            part = self.select((self.group // size == start // size).nonzero()[:, 0])
+            part.prompts = self.prompts[start : start + size]
+            part.group = part.group - start
+            parts.append(part)
+        return parts
 
 
 def make_batch(groups, advantages, device):
     """The Batch of all completions of some Groups; advantages (groups, num_samples)."""
-    tokens, lengths = pad([ids for group in groups for ids in group.completions], device)  # (B, T)
-    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # (B, T)
-    group = torch.arange(len(groups), device=device)
-    group = group.repeat_interleave(advantages.shape[1])  # (B,)
-    advantages = advantages.flatten().to(device)  # (B,)
-    return Batch([each.prompt for each in groups], group, tokens, mask, advantages)
+    rows = [torch.tensor(ids) for group in groups for ids in group.completions]
+    tokens = torch.zeros(0, 0, dtype=torch.long)  # DAPO may find no group
+    if rows:
+        tokens = pad_sequence(rows, batch_first=True)  # (B, T)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
+    group = torch.arange(len(groups)).repeat_interleave(advantages.shape[1])  # (B,)
+    tensors = [x.to(device) for x in (group, tokens, mask, advantages.flatten())]
+    return Batch([each.prompt for each in groups], *tensors)
 
 
 def split_by_budget(lengths, budget):
@@ -419,27 +396,23 @@ def split_by_budget(lengths, budget):
 
 
 def micro_batches(model, batch, config):
-    """Yield this rank's rows of a Batch as (part, its log-probabilities (B, T)), longest first.
+    """Yield this rank's rows of a Batch as (part, its log-probabilities (B, T)), prompt by prompt.
 
-    A rank takes every WORLD-th prompt. Call backward() before the next part: the shared prompts'
-    own backward runs inside this iterator, after their last rows. No pass has more than
-    config.micro_tokens tokens, padding included, unless one row alone does.
+    A rank takes every WORLD-th prompt. Call backward() before the next part: the shared prompt's
+    own backward runs inside this iterator, after its last rows. A pass has one prompt's rows,
+    sorted by length, and at most config.micro_tokens tokens, unless one row alone has more.
     """
     parallel.gather_weights(model)
-    mine = (batch.group % parallel.WORLD == parallel.RANK).nonzero()[:, 0]
-    rows = torch.arange(len(batch.mask), device=batch.mask.device)
-    batch = dataclasses.replace(batch, rows=rows).select(mine)
-    sizes = [len(prompt) for prompt in batch.prompts]
-    for start, end in split_by_budget(sizes, config.micro_tokens):
-        some = batch.between(start, end)
-        lengths, order = some.mask.sum(1).sort(descending=True, stable=True)
-        with shared_prompts(model, some.prompts) as prompts:
-            for first, last in split_by_budget(lengths.tolist(), config.micro_tokens):
-                rows = order[first:last]
-                part = some.select(rows)
-                group = some.group[rows]
-                temperature = config.temperature
-                yield part, token_logps(model, prompts, part.tokens, part.mask, temperature, group)
+    for i in parallel.share(range(len(batch.prompts))):
+        rows = (batch.group == i).nonzero()[:, 0]
+        lengths, order = batch.mask[rows].sum(1).sort(descending=True, stable=True)
+        prompt = batch.prompts[i]
+        with shared_prompt(model, prompt) as cache:
+            for start, end in split_by_budget(lengths.tolist(), config.micro_tokens):
+                part = batch.select(rows[order[start:end]])
+                tokens, mask, temperature = part.tokens, part.mask, config.temperature
+                logps = completion_logps(model, cache, prompt[-1], tokens, mask, temperature)
+                yield part, logps
 
 
 @torch.no_grad()
