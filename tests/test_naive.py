@@ -94,7 +94,7 @@ def test_loss_and_gradient_of_a_model(tokenizer):
         return naive_grpo.log_probs(policy, ids, visible, longest)
 
     def shared_prompt(policy):
-        return recode.token_logps(policy, prompts, tokens, mask, group=group)
+        return recode.token_logps(policy, [prompts[i] for i in group], tokens, mask)
 
     rewards = torch.tensor([[3.0, -1.0, 0.5], [1.0, 2.0, -3.0]])
     advantages = grpo.advantages(rewards).flatten()
