@@ -60,7 +60,7 @@ def imported(node, module, is_package):
         up = node.level - 1 if is_package else node.level
         parents = parents[: len(parents) - up]
         base = ".".join(parents + [base] if base else parents)
-    return [f"{base}.{alias.name}" for alias in node.names]
+    return [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
 
 
 def imports(root):
