@@ -273,6 +273,7 @@ def test_files():
             assert hasattr(owner, part), f"{name} has no {function}"
             owner = getattr(owner, part)
     for name, function in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TEXT):
+        assert (ROOT / "tests" / name).is_file(), name
         text = (ROOT / "tests" / name).read_text()
         assert not function or f"\ndef {function}(" in text, f"{name} has no {function}"
 
