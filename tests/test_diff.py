@@ -98,8 +98,8 @@ def test_settings_are_the_same_but_for_the_algorithm():
     assert settings[2].keys() - settings[0].keys() == set()
 
 
-def test_the_readme_shows_the_diff_as_it_is():
-    """Stops a README that shows a diff of yesterday, or a hunk without its line of comment."""
-    shown = (ROOT / "README.md").read_text()
+def test_the_lesson_shows_the_diff_as_it_is():
+    """Stops a lesson that shows a diff of yesterday, or a hunk without its line of comment."""
+    shown = (ROOT / "docs" / "lesson.md").read_text()
     for hunk in hunks(diff(ROOT / "grpo.py", ROOT / "dapo.py")):
         assert hunk.rstrip("\n") in shown, hunk
