@@ -49,20 +49,22 @@ def attention(module, query, key, value, mask, attend=None, **kwargs):
     return attend(module.layer_idx, query, key, value, kwargs.get("scaling")), None
 
 
+# cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds a
+# plan, 0.4 s, for every new shape; lengths differ in every step.
+torch.backends.cuda.enable_cudnn_sdp(False)
 AttentionInterface.register("shared_prompt", attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
 
-def forward(model, ids, start, attend):
-    """Hidden states (B, T, d) of ids (B, T) at positions start + 0, 1, ...; start: int or (B, 1).
+def forward(model, ids, positions, attend):
+    """Hidden states (B, T, d) of ids (B, T) at positions (B, T).
 
     attend(layer, query (B, heads, T, dim), key, value, scaling) returns (B, T, heads, dim).
     """
     if model.config._attn_implementation != "shared_prompt":
         model.set_attn_implementation("shared_prompt")
-    positions = start + torch.arange(ids.shape[1], device=ids.device)  # (T,) or (B, T)
-    settings = {"position_ids": positions.expand(len(ids), -1), "use_cache": False}
-    settings["attention_mask"] = ids.new_ones(1, 1, 1, 1)  # 4-D: the model builds no mask itself
+    settings = {"position_ids": positions, "use_cache": False}
+    settings["attention_mask"] = ids[None, None]  # any 4-D tensor: the model builds no mask itself
     out = model.base_model(ids, **settings, attend=attend)
     return out.last_hidden_state
 
@@ -79,7 +81,8 @@ def prefill(model, prompt):
         out = F.scaled_dot_product_attention(query, key, value, **settings)
         return out.transpose(1, 2)
 
-    forward(model, torch.tensor([ids], device=model.device), 0, attend)
+    ids = torch.tensor([ids]).to(model.device)  # (1, L)
+    forward(model, ids, torch.arange(ids.shape[1], device=model.device)[None], attend)
     if len(cache) != model.config.num_hidden_layers:
         kind = model.config.model_type
         raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
@@ -107,8 +110,12 @@ def shared_prompt(model, prompt):
 def capture(step):
     """step() as a CUDA graph: a function that replays it, and the tensor that it fills."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            out = step()
+    finally:  # a failed capture leaves its own stream as the current one
+        torch.cuda.set_stream(stream)
     return graph.replay, out
 
 
@@ -131,12 +138,13 @@ class Decoder:
         self.model = model
         self.block = 256 if on_gpu(model) else 64  # columns to grow by; each width is a new graph
         device = model.device
-        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (P,)
-        last = torch.tensor([prompt[-1] for prompt in prompts], device=device)  # (P,)
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts]).to(device)  # (P,)
+        last = torch.tensor([prompt[-1] for prompt in prompts]).to(device)  # (P,)
         self.lengths = lengths.repeat_interleave(num_samples)  # (B,) columns of the prompt
         self.tokens = last.repeat_interleave(num_samples)  # (B,)
         self.rows = torch.arange(len(self.tokens), device=device)  # (B,) not dropped yet
-        self.first = max(len(prompt) - 1 for prompt in prompts)  # column of the first token
+        longest = max(len(prompt) - 1 for prompt in prompts)
+        self.first = -(-longest // 8) * 8  # column of the first token; aligned for matrix products
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # tokens so far
         self.cache = []  # [keys, values] of each layer, (B, H, columns, dim)
         for layer in zip(*(prefill(model, prompt) for prompt in prompts)):  # ((key, value), ...)
@@ -145,23 +153,29 @@ class Decoder:
                 padded = [F.pad(x, (0, 0, 0, self.first - x.shape[2])) for x in store]
                 stores.append(torch.cat(padded).repeat_interleave(num_samples, 0))
             self.cache.append(stores)
+        masked = torch.arange(self.first, device=device) >= self.lengths[:, None]  # padding
+        self.bias = torch.zeros(masked.shape, dtype=model.dtype, device=device)
+        self.bias = self.bias.masked_fill(masked, -torch.inf)[:, None, None]  # (B, 1, 1, columns)
         self.replay = None
         self.logits = None
 
     def drop_finished(self, alive):
         """Keep only the rows where `alive`, (B,) bool."""
-        self.rows = self.rows[alive]
-        self.tokens = self.tokens[alive]
-        self.lengths = self.lengths[alive]
-        self.cache = [[x[alive] for x in stores] for stores in self.cache]
+        kept = alive.nonzero()[:, 0]  # once: a boolean index would synchronise in every layer
+        self.rows = self.rows[kept]
+        self.tokens = self.tokens[kept]
+        self.lengths = self.lengths[kept]
+        self.bias = self.bias[kept]
+        self.cache = [[x[kept] for x in stores] for stores in self.cache]
         self.replay = None
 
     def logits_at(self, t):
         """The logits (B, V) of token t, valid until the next call."""
         self.t.fill_(t)
-        if self.first + t == self.cache[0][0].shape[2]:
+        if self.first + t == self.bias.shape[3]:
             more = (0, 0, 0, self.block)
             self.cache = [[F.pad(x, more) for x in stores] for stores in self.cache]
+            self.bias = F.pad(self.bias, (0, self.block), value=-torch.inf)
             self.replay = None
         if self.replay:
             self.replay()
@@ -173,21 +187,19 @@ class Decoder:
 
     def step(self):
         """The logits (B, V) after self.tokens, which are token self.t of their rows."""
-        columns = torch.arange(self.cache[0][0].shape[2], device=self.t.device)
-        in_prompt = columns < self.lengths[:, None]  # (B, columns)
-        in_completion = (columns >= self.first) & (columns <= self.first + self.t)
-        self.mask = (in_prompt | in_completion)[:, None, None]  # (B, 1, 1, columns)
-        start = (self.lengths + self.t)[:, None]  # (B, 1)
-        last = forward(self.model, self.tokens[:, None], start, self.attend)[:, 0]  # (B, d)
+        self.column = self.first + self.t  # where the new keys and values go
+        self.bias.index_fill_(3, self.column, 0.0)
+        positions = (self.lengths + self.t)[:, None]  # (B, 1)
+        last = forward(self.model, self.tokens[:, None], positions, self.attend)[:, 0]  # (B, d)
         return self.model.get_output_embeddings()(last)  # (B, V)
 
     def attend(self, layer, query, key, value, scaling):
         keys, values = self.cache[layer]
-        keys.index_copy_(2, self.first + self.t, key)
-        values.index_copy_(2, self.first + self.t, value)
+        keys.index_copy_(2, self.column, key)
+        values.index_copy_(2, self.column, value)
         B, H, _, dim = keys.shape
         query = query.view(B, H, -1, dim)  # the heads that share a key, as if they were a sequence
-        out = F.scaled_dot_product_attention(query, keys, values, self.mask, scale=scaling)
+        out = F.scaled_dot_product_attention(query, keys, values, self.bias, scale=scaling)
         return out.reshape(B, 1, -1, out.shape[-1])  # (B, 1, heads, dim)
 
     def capture_and_check(self, expected):
@@ -316,7 +328,8 @@ def completion_logps(model, cache, last, tokens, mask, temperature):
         settings = {"attn_mask": causal, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2)
 
-    hidden = forward(model, ids, L, attend)[mask_T]  # (N, d)
+    positions = torch.arange(L, L + T, device=ids.device).expand(len(ids), -1)  # (B, T)
+    hidden = forward(model, ids, positions, attend)[mask_T]  # (N, d)
     head = model.get_output_embeddings()
     budget = MAX_LOGITS_GPU if on_gpu(model) else MAX_LOGITS
     parts = max(1, len(hidden) * head.weight.shape[0] // budget)

@@ -5,8 +5,11 @@ exists, holds the real data set.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: on a machine with a GPU half would run on it
 
 import pytest
 import torch

@@ -156,7 +156,7 @@ def test_norm_is_computed_once_per_rollout(monkeypatch):
     monkeypatch.setattr(dora.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1])
     recode.sample(model, PROMPTS, 3, 10, [-1])
     layers = len(dora.dora_layers(model))
-    assert len(norms) >= 10 * layers and len({id(x) for x in norms}) == layers
+    assert layers <= len(norms) <= 2 * layers and len({id(x) for x in norms}) == layers
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
@@ -359,7 +359,7 @@ def test_graphs(fault, monkeypatch, capsys):
             raise RuntimeError("operation not permitted when stream is capturing")
         decoder = step.__self__
         out = torch.zeros(len(decoder.tokens), 97)
-        parts = lambda: [decoder.tokens, decoder.rows, decoder.t, *(x for stores in decoder.cache for x in stores)]
+        parts = lambda: [decoder.tokens, decoder.rows, decoder.t, decoder.bias, *(x for stores in decoder.cache for x in stores)]
         memory = parts()
         recorded.append((len(decoder.tokens), decoder.cache[0][0].shape[2]))
 

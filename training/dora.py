@@ -50,31 +50,47 @@ class DoRALinear(nn.Module):
             squares = base.weight.detach().float().square().sum(1)  # (out,)
             self.register_buffer("squares", squares, persistent=False)
             self.magnitude = nn.Parameter(squares.sqrt())  # with B = 0 the layer is exactly W
-        self.cached = None, None  # versions of A and B, and the norm that belongs to them
+        self.cached_norm = None, None  # versions of A and B, and the norm that belongs to them
+        self.cached_parts = None, None  # versions of all three, and what parts() returned
 
     @torch.no_grad()
     def norm(self):
         """||W + sBA|| of every row, (out,), recomputed only when A or B have changed."""
         versions = self.lora_A._version, self.lora_B._version
-        if self.cached[0] != versions:
+        if self.cached_norm[0] != versions:
             A, B, s = self.lora_A, self.lora_B, self.scale
             cross = (B * (self.base.weight.float() @ A.T)).sum(1)  # <W, BA> of every row
             gram = (B @ (A @ A.T) * B).sum(1)  # ||BA||^2 of every row
             norm = (self.squares + 2 * s * cross + s * s * gram).sqrt()  # eq. 2
-            self.cached = versions, norm
-        return self.cached[1]
+            self.cached_norm = versions, norm
+        return self.cached_norm[1]
+
+    def parts(self, dtype):
+        """A, B transposed and gain - 1 in `dtype`; cached where no gradient is needed."""
+        magnitude = self.magnitude
+        m_version = None if magnitude is None else magnitude._version
+        versions = self.lora_A._version, self.lora_B._version, m_version, dtype
+        frozen = not torch.is_grad_enabled()
+        if frozen and self.cached_parts[0] == versions:
+            return self.cached_parts[1]
+        gain = None
+        if magnitude is not None:
+            gain = (magnitude / self.norm() - 1).to(dtype)  # gain - 1: bf16 is coarse near 1
+        parts = self.lora_A.to(dtype), self.lora_B.to(dtype).T, gain
+        if frozen:
+            self.cached_parts = versions, parts
+        return parts
 
     def forward(self, x):
         y = self.base(x)  # W x + bias
         if not self.enabled:
             return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        up = self.lora_B.to(x.dtype).T  # (r, out)
-        rows = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up, alpha=self.scale)
+        A, B, gain = self.parts(x.dtype)  # (r, in), (r, out), (out,)
+        low = F.linear(self.dropout(x), A)  # (..., r)
+        rows = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B, alpha=self.scale)
         y = rows.view_as(y)  # W x + s B A x + bias
-        if self.magnitude is None:
+        if gain is None:
             return y
-        gain = (self.magnitude / self.norm() - 1).to(x.dtype)  # gain - 1: bf16 is coarse near 1
         direction = y if self.base.bias is None else y - self.base.bias
         return torch.addcmul(y, direction, gain)  # eq. 1
 

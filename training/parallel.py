@@ -285,7 +285,8 @@ def load_state(model, optimizer, saved):
 
     def shard_like(x, p):
         if isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.dim():
-            return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+            shard = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+            return shard.to(p.device)  # with --offload back to the CPU, one tensor at a time
         return x
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -536,6 +536,8 @@ def dry_run(model, tasks, optimizer, config, update):
     Prints memory and time. The model is useless afterwards: it has learned from random rewards.
     """
     parallel.gather_weights(model)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = peak_bytes(model.device)
     started = time.perf_counter()
     longest = max((prompt for prompt, _ in tasks), key=len)
@@ -556,4 +558,7 @@ def dry_run(model, tasks, optimizer, config, update):
     print(f"          {config.steps:,} steps: {hours:.1f} h at most")
     peak = peak_bytes(model.device)
     print(f"          peak {peak / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
+    if model.device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(model.device)
+        print(f"          reserved by torch {reserved / 1e9:.2f} GB")
     return 0

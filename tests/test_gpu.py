@@ -1,0 +1,133 @@
+"""What can be said of a GPU without one: kernels counted, attention's arguments, captures."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import grpo
+import recode
+from training import dora, loading
+
+VIEWS = "view reshape expand permute transpose slice select unsqueeze squeeze alias detach t unbind split".split()
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that are not views, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::").strip("_")
+        if name not in VIEWS and not name.endswith("view"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def decoder(layers, dtype):
+    """A decoder in the middle of a completion: 7B's heads, small widths, DoRA on q and v."""
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=112, intermediate_size=224, num_hidden_layers=layers,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    dora.add_dora(model, 4, 4.0, 0.0, "q_proj,v_proj")
+    made = recode.Decoder(model, [list(range(5, 25))], 8)
+    made.logits_at(0)
+    made.logits_at(1)
+    return made
+
+
+@torch.no_grad()
+def count(dtype, drop=False):
+    """Kernels of one decoding step of 28 layers, from 2 and 4 layers."""
+    counts = []
+    for layers in (2, 4):
+        made = decoder(layers, dtype)
+        if drop:
+            made.rows = made.rows[:3]
+            made.tokens, made.lengths = made.tokens[:3], made.lengths[:3]
+            made.bias = made.bias[:3]
+            made.cache = [[x[:3] for x in stores] for stores in made.cache]
+            made.step()
+        with Kernels() as kernels:
+            made.step()
+        counts.append(len(kernels.names))
+        assert not {"local_scalar_dense", "nonzero"} & set(kernels.names)
+    per_layer = (counts[1] - counts[0]) // 2
+    return counts[0] + 26 * per_layer
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["all rows", "after a drop"])
+def test_kernels_of_a_decoding_step(drop, monkeypatch):
+    """Stops a decoding step from launching more kernels than its weights take to read, or from waiting for the GPU.
+
+    Counted in bf16 on a CPU, whose builds have no CUDA kernels: what is one kernel there has a stand-in of one.
+    """
+    one = lambda x, *args, **kwargs: torch.zeros_like(x)
+    fused = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": one, "rms_norm": one})
+    monkeypatch.setattr(recode, "F", fused)
+    monkeypatch.setattr(loading, "F", fused)
+    assert count(torch.bfloat16, drop) <= 1000
+
+
+def test_operations_of_a_decoding_step_on_a_cpu():
+    """Stops the CPU's decoding step from growing: dispatch is half of its time at 8 rows."""
+    assert count(torch.float32) <= 1250
+
+
+def test_training_attention_has_no_mask_and_no_repeated_keys(monkeypatch):
+    """Stops attention in training from losing the flash kernel to a mask, or from copying keys to every head."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    seen = []
+
+    def note(query, key, value, *args, **kwargs):
+        seen.append((query.shape[1], key.shape[1], kwargs))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+    noted = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": note})
+    monkeypatch.setattr(recode, "F", noted)
+    model = dora.add_dora(random_model("qwen2"), 4, 4.0, 0.0, "q_proj,v_proj")
+    group = recode.Group([5, 6, 7], None, [[8, 9, 3], [10, 3]])
+    batch = recode.make_batch([group], torch.randn(1, 2), "cpu")
+    grpo.accumulate(model, batch, grpo.Config(beta=0.0))
+    assert len(seen) == 4 and {(heads, keys) for heads, keys, _ in seen} == {(4, 2)}
+    for _, _, settings in seen:
+        assert settings["enable_gqa"]
+        bias = settings.get("attn_mask")
+        assert settings.get("is_causal") or isinstance(bias, torch.nn.attention.bias.CausalBias)
+
+
+def test_a_failed_capture_restores_the_stream(monkeypatch):
+    """Stops everything after a failed capture from running on the capture's side stream."""
+    streams = ["main"]
+
+    class Graph:
+        def __enter__(self):
+            streams[0] = "side"
+
+        def __exit__(self, *_):
+            raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: Graph())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.__setitem__(0, stream))
+    with pytest.raises(RuntimeError, match="capture failed"):
+        recode.capture(lambda: None)
+    assert streams == ["main"]
+
+
+def test_fused_norm_equals_the_models_own():
+    """Stops the fused RMSNorm from computing something else than the model that was published."""
+    model = random_model("llama")
+    x = torch.randn(3, 5, 64)
+    layer = model.model.norm
+    expected = layer.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.variance_epsilon)
+    torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)
