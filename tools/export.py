@@ -1,0 +1,36 @@
+"""Merges a run's adapter into its base model: an ordinary checkpoint, for vLLM and others.
+
+    python -m tools.export runs/grpo --output merged
+"""
+
+from pathlib import Path
+
+import safetensors
+
+from training import loading, parallel
+from training.config import BadInput, Parser
+
+
+def main(argv=None):
+    """Export a run. The exit status is 0."""
+    parser = Parser(__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory with an adapter, e.g. runs/grpo")
+    add = parser.add_argument
+    add("--model", metavar="X", help="its base model, if that has moved [the run's]")
+    add("--output", required=True, metavar="X", help="new checkpoint directory (required)")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise BadInput(f"--output {output}: exists already; give a new or empty directory")
+    base, adapter, _ = loading.open_policy(args.run)
+    if not adapter:
+        raise BadInput(f"{args.run}: no adapter there; give a run directory, e.g. runs/grpo")
+    try:
+        loading.export(args.model if args.model else base, adapter, args.output)
+    except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise BadInput(f"cannot export {args.run}: {loading.first_line(error)}")
+    return 0
+
+
+if __name__ == "__main__":
+    parallel.run_main(main)
