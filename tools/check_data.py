@@ -11,8 +11,8 @@ import statistics
 import textwrap
 from pathlib import Path
 
-import reward
 from data import encode_prompt, encode_target, locate, sift
+from reward import strip_comments
 from training import loading, parallel
 from training.config import BadInput, Parser
 
@@ -52,6 +52,9 @@ def usable(source):
         print(f"          {len(lines):,} dropped: {reason} (line {', '.join(lines[:5])}{more})")
     if not examples:
         raise BadInput(f"data: no usable row in {source!r}; a row needs a note, old and new code")
+    same = [strip_comments(e.old_code) == strip_comments(e.new_code) for e in examples]
+    if any(same):
+        print(f"          {sum(same):,} usable rows ask for no change, comments aside")
     return examples
 
 
@@ -61,29 +64,23 @@ def main(argv=None):
     add = parser.add_argument
     tiny = os.path.relpath(Path(__file__).parent.parent / "tiny")
     add("data", help="JSONL file or hub id of the migration examples")
-    add("--model", default=tiny, metavar="X", help="run directory, checkpoint or hub id [tiny]")
+    add("--model", default=tiny, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
     add("--max-prompt-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 2048]")
     add("--max-new-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 1024]")
     args = parser.parse_args(argv)
     base, _, settings = loading.open_policy(args.model)
-    settings |= {name: value for name, value in vars(args).items() if value is not None}
     tokenizer = loading.load_tokenizer(base)
     examples = usable(args.data)
-    same = [reward.strip_comments(e.old_code) == reward.strip_comments(e.new_code) for e in examples]
-    if any(same):
-        print(f"          {sum(same):,} usable rows ask for no change, comments aside")
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     targets = [encode_target(example, tokenizer) for example in examples]
-    print(f"\n{'tokens':<10}{'median':>8}{'90 %':>8}{'longest':>8}")
-    limit = settings.get("max_prompt_tokens", 2048)
-    print(lengths("prompt", map(len, prompts), limit, "--max-prompt-tokens"))
-    limit = settings.get("max_new_tokens", 1024)
-    print(lengths("reference", map(len, targets), limit, "--max-new-tokens"))
+    prompt_limit = args.max_prompt_tokens or settings.get("max_prompt_tokens", 2048)
+    target_limit = args.max_new_tokens or settings.get("max_new_tokens", 1024)
+    print(f"\n{'tokens':<10}{'median':>8}{'90 %':>8}{'longest':>8}    by the tokenizer of {base}")
+    print(lengths("prompt", map(len, prompts), prompt_limit, "--max-prompt-tokens"))
+    print(lengths("reference", map(len, targets), target_limit, "--max-new-tokens"))
     for i in sorted({0, len(prompts) // 2, len(prompts) - 1}):
         print(f"\nprompt of usable row {i + 1:,}, without its reference:")
         print(excerpt(tokenizer.decode(prompts[i])))
-    if args.model == tiny:
-        print("\nnote      these are the toy's tokens; --model counts those of another model")
     return 0
 
 

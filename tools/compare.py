@@ -2,10 +2,9 @@
 
     python -m tools.compare runs/grpo runs/dapo runs/sft
 
-Printed: means of the last ten steps, of sampled answers to training tasks; and for a finished run
-with --heldout its exact match before training and its metrics after. Drawn: reward and exact match
-by step, each point a mean of nine. sft.py does not sample while it trains, so it has held-out
-metrics only and no line in the picture. Runs may still be going on.
+A line holds means of the last ten steps, of sampled answers to training tasks, and the held-out
+result of a finished run: exact match before training, metrics after. The picture shows reward and
+exact match by step, each point a mean of nine; not of sft.py, which trains without sampling.
 """
 
 import html
@@ -18,10 +17,6 @@ from training.config import BadInput, Parser, read_settings
 from training.curve import SERIES, known, panel, smooth, svg
 from training.files import write
 
-METRICS = ("em", "reward", "stale")
-HEADING = f"""{"mean of the last 10":>32}{"held out":>16}
-    step   exact  reward   stale  before   exact  reward   stale"""
-
 
 def read_metrics(run):
     """The rows of a run's metrics.jsonl, oldest first, without a last line half written."""
@@ -29,53 +24,52 @@ def read_metrics(run):
     content = path.read_text() if path.is_file() else ""
     rows = [json.loads(line) for line in content.rpartition("\n")[0].splitlines()]
     if not rows:
-        raise BadInput(f"{run}: no step in a metrics.jsonl there; give run directories")
+        raise BadInput(f"{run}: no metrics.jsonl with a step there; give run directories")
     return rows
 
 
-def cell(rows, name):
-    """The mean of a metric, as text; "-" if no row has it."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return f"{fmean(values):8.3f}" if values else f"{'-':>8}"
-
-
 def summary(run, rows):
-    """The printed line of a run, under HEADING."""
+    """The printed line of a run; "-" where it has no such metric."""
     path = Path(run) / "heldout.json"
     heldout = read_settings(path) if path.is_file() else {"before": {}, "after": {}}
-    cells = [cell(rows[-10:], name) for name in METRICS]
-    cells.append(cell([heldout["before"]], "em"))
-    cells += [cell([heldout["after"]], name) for name in METRICS]
-    return f"{rows[-1]['step']:8,}{''.join(cells)}  {run}"
+    metrics = ("em", "reward", "stale")
+    line = f"{rows[-1]['step']:8,}"
+    parts = ((rows[-10:], metrics), ([heldout["before"]], ("em",)), ([heldout["after"]], metrics))
+    for part, names in parts:
+        for name in names:
+            values = [row[name] for row in part if row.get(name) is not None]
+            line += f"{fmean(values):8.3f}" if values else f"{'-':>8}"
+    return f"{line}  {run}"
 
 
 def picture(runs):
     """An SVG of {name: metrics rows}: a panel per metric, a line per run, the names below."""
     span = (min(r[0]["step"] for r in runs.values()), max(r[-1]["step"] for r in runs.values()))
     drawn = {name: rows for name, rows in runs.items() if known(rows, "em")}
-    lines = {"reward": [], "em": []}
-    parts = []
-    for i, (name, rows) in enumerate(drawn.items()):
-        style = f'stroke="hsl({137 * i % 360}, 70%, 40%)" stroke-width="2"'  # neighbours differ
-        for metric in lines:
-            lines[metric].append((smooth(known(rows, metric)), style))
+    styles, parts = [], []
+    for i, name in enumerate(drawn):
+        style = f'stroke="hsl({137 * i % 360}, 70%, 40%)" stroke-width="2"'
+        styles.append(style)
         parts.append(f'<path d="M50 {340 + 20 * i}h40" {style}/>')
         parts.append(f'<text x="100" y="{344 + 20 * i}">{html.escape(name)}</text>')
     for place, (metric, heading, ticks) in enumerate(SERIES[:2]):
-        parts += panel(place, heading, span, ticks, lines[metric])
+        points = [smooth(known(rows, metric)) for rows in drawn.values()]
+        parts += panel(place, heading, span, ticks, zip(points, styles, strict=True))
     return svg(2, 345 + 20 * len(drawn), parts)
 
 
 def main(argv=None):
     """Compare runs: a line each, and a picture. The exit status is 0."""
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, e.g. runs/grpo")
-    shown = "picture [figures/compare.svg]"
-    parser.add_argument("--output", default="figures/compare.svg", metavar="X", help=shown)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run directory, e.g. runs/grpo")
+    default = "figures/compare.svg"
+    add("--output", default=default, metavar="X", help=f"the picture [{default}]")
     args = parser.parse_args(argv)
     runs = {str(Path(run)): read_metrics(run) for run in args.runs}
     write(Path(args.output), picture(runs).encode())
-    print(HEADING)
+    print(f"{'mean of the last 10':>32}{'held-out tasks':>32}")
+    print(f"    step{'   exact  reward   stale'}  before{'   exact  reward   stale'}")
     for run, rows in runs.items():
         print(summary(run, rows))
     print(f"done: {args.output}")

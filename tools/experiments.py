@@ -8,8 +8,8 @@ A run is grpo.py, dapo.py or sft.py at its defaults, measured on three files of 
     retention    one note about what it does not use    exact match: leave the code alone
     two_updates  two notes, two calls to change         exact match: training had one note a task
 
-The control is GRPO with a random reward. Ctrl-C and SIGTERM save the running ones and stop; the same
-command goes on, even after kill -9.
+The control is GRPO with a random reward. Ctrl-C and SIGTERM save what is running and stop. The same
+command goes on, also after kill -9. For other --steps give another --output.
 """
 
 import json
@@ -36,7 +36,7 @@ from training.files import write
 
 TINY = Path(__file__).parent.parent / "tiny"
 SEEDS = (42, 1, 2)
-RUNS = {  # name: row of the table, script, flags
+RUNS = {  # directory: row of the table, script, flags
     "base": ("base", None, ""),
     "sft": ("SFT", sft, ""),
     "sft-lr-3e-3": ("SFT, lr 3e-3", sft, "--lr 3e-3"),
@@ -49,10 +49,11 @@ RUNS = {  # name: row of the table, script, flags
     "grpo-random-reward": ("GRPO, random reward", grpo, "--correctness random"),
 }
 SPLITS = (  # file, {metric: column of the table}
-    ("heldout", {"em": "exact match", "stale": "stale", "format": "format", "reward": "reward"}),
+    ("heldout", {"em": "exact match", "stale": "stale", "format": "format",
+                 "reward": "sampled reward"}),
     ("retention", {"em": "retention"}),
     ("two_updates", {"em": "two updates"}),
-)
+)  # fmt: skip
 
 
 def measure(model):
@@ -93,7 +94,7 @@ def work(path, steps):
     threading.Thread(target=end_with_parent, daemon=True).start()
     model = loading.load_model(str(TINY))
     rows = []
-    if not path.name.startswith("base"):
+    if path.name != "base-0":
         status = train(path, steps)
         if status:
             return status
@@ -105,32 +106,28 @@ def work(path, steps):
     return 0
 
 
-def start(path, steps):
-    """A worker in a session of its own, which Ctrl-C in the terminal does not reach."""
-    command = [sys.executable, "-m", "tools.experiments", "--worker", str(path)]
-    command += ["--steps", str(steps)]
-    with open(f"{path}.log", "a") as log:
-        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-        return subprocess.Popen(command, start_new_session=True, **streams)
-
-
 def run_all(waiting, jobs, steps):
-    """Do the runs of a list of directories, `jobs` at a time. However it ends, no worker is left."""
+    """Do the runs of a list of directories, `jobs` at a time. Leaves no worker, however it ends."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     running = {}
     try:
         while waiting or running:
             if waiting and len(running) < jobs:
                 path = waiting.pop(0)
-                running[path] = start(path, steps)
+                command = [sys.executable, "-m", "tools.experiments", "--steps", str(steps)]
+                command += ["--worker", str(path)]
+                with open(f"{path}.log", "a") as log:
+                    streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+                    running[path] = subprocess.Popen(command, start_new_session=True, **streams)
             time.sleep(0.1)
             for path in [path for path in running if running[path].poll() is not None]:
                 if running.pop(path).returncode:
                     raise BadInput(f"{path} failed; see {path}.log, then start again")
                 print(f"done: {path}", flush=True)
     finally:
-        for worker in running.values():
+        for path, worker in running.items():
             worker.terminate()  # a training loop saves first
+            print(f"stopping: {path}", flush=True)
         for worker in running.values():
             worker.wait()
 
@@ -156,7 +153,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
     add("--jobs", default=os.cpu_count(), type=int, metavar="X", help="at a time [%(default)s]")
-    add("--steps", default=100, type=int, metavar="X", help="of each run [100]")
+    steps = read_settings(TINY / "defaults.json")["steps"]
+    add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
     add("--worker", metavar="X", help="do the run of this directory, until stdin closes [none]")
     args = parser.parse_args(argv)
     if args.jobs < 1 or args.steps < 1:
@@ -164,18 +162,18 @@ def main(argv=None):
     if args.worker:
         return work(Path(args.worker), args.steps)
     output = Path(args.output)
-    paths = {}
-    for name, (row, _, _) in RUNS.items():
-        paths[row] = [output / f"{name}-{seed}" for seed in SEEDS]
-    waiting = [path for seeds in paths.values() for path in seeds]
-    waiting = [path for path in waiting if not (path / "result.json").is_file()]
-    write(output / "table.md", b"")  # now, if there is no room for it
+    paths = [output / "base-0"]
+    paths += [output / f"{name}-{seed}" for name in RUNS if name != "base" for seed in SEEDS]
+    waiting = [path for path in paths if not (path / "result.json").is_file()]
+    write(output / "config.json", json.dumps({"steps": args.steps}).encode())
     run_all(waiting, args.jobs, args.steps)
     results = {}
-    for row, seeds in paths.items():
-        results[row] = [read_settings(path / "result.json") for path in seeds]
-    write(output / "table.md", table(results).encode())
-    print(f"{table(results)}\ndone: {output}/ holds the runs and table.md")
+    for path in paths:
+        row = RUNS[path.name.rpartition("-")[0]][0]
+        results.setdefault(row, []).append(read_settings(path / "result.json"))
+    text = table(results)
+    write(output / "table.md", text.encode())
+    print(f"{text}\ndone: {output}/ holds the runs and table.md")
     return 0
 
 

@@ -14,20 +14,18 @@ from training.config import BadInput, Parser
 def main(argv=None):
     """Export a run. The exit status is 0."""
     parser = Parser(__doc__)
-    parser.add_argument("run", metavar="RUN", help="run directory with an adapter, e.g. runs/grpo")
-    add = parser.add_argument
-    add("--model", metavar="X", help="its base model, if that has moved [the run's]")
-    add("--output", required=True, metavar="X", help="new checkpoint directory (required)")
+    parser.add_argument("run", metavar="RUN", help="run directory, e.g. runs/grpo")
+    parser.add_argument("--output", required=True, metavar="X", help="new directory (required)")
     args = parser.parse_args(argv)
     output = Path(args.output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise BadInput(f"--output {output}: exists already; give a new or empty directory")
+        raise BadInput(f"--output {output}: exists and is not empty; give a new directory")
     base, adapter, _ = loading.open_policy(args.run)
     if not adapter:
         raise BadInput(f"{args.run}: no adapter there; give a run directory, e.g. runs/grpo")
     try:
-        loading.export(args.model if args.model else base, adapter, args.output)
-    except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        loading.export(base, adapter, args.output)
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"cannot export {args.run}: {loading.first_line(error)}")
     return 0
 
