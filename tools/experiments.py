@@ -9,7 +9,7 @@ A run is grpo.py, dapo.py or sft.py at its defaults, measured on three files of 
     two_updates  two notes, two calls to change         exact match: training had one note a task
 
 The control is GRPO with a random reward. Ctrl-C and SIGTERM save what is running and stop. The same
-command goes on, also after kill -9. For other --steps give another --output.
+command goes on, also after kill -9.
 """
 
 import json
@@ -165,7 +165,10 @@ def main(argv=None):
     paths = [output / "base-0"]
     paths += [output / f"{name}-{seed}" for name in RUNS if name != "base" for seed in SEEDS]
     waiting = [path for path in paths if not (path / "result.json").is_file()]
-    write(output / "config.json", json.dumps({"steps": args.steps}).encode())
+    settings = output / "config.json"
+    if settings.is_file() and read_settings(settings) != {"steps": args.steps}:
+        raise BadInput(f"--output {output}: has runs of other --steps; give another directory")
+    write(settings, json.dumps({"steps": args.steps}).encode())
     run_all(waiting, args.jobs, args.steps)
     results = {}
     for path in paths:

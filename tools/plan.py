@@ -107,7 +107,7 @@ def table():
 def main(argv=None):
     """Print the table. The exit status is 0."""
     Parser(__doc__).parse_args(argv)
-    print("H100 80 GB, prompt of 2,048 tokens, 8 completions of 1,024: peak memory, time of a step\n")
+    print("H100 80 GB, prompt of 2,048 tokens, 8 answers of 1,024: peak memory, time of a step\n")
     print(table())
     return 0
 
