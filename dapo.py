@@ -1,38 +1,41 @@
-"""DAPO: groups with spread (eq. 1), clip higher (eq. 5), no KL (eq. 7), tokens weigh alike (eq. 8).
+"""DAPO: groups with spread (eq. 1), clip-higher (eq. 5), no KL (eq. 7), token mean (eq. 8).
 
-A code model learns to obey an API update by comparing its own answers with each other. For every
-prompt it writes a group of completions, and reward.py scores them; those better than their group's
-mean are made more likely, the others less (GRPO is arXiv 2402.03300, DAPO 2503.14476).
-Completion i, token t:
+A code model learns to obey an API update by comparing its own answers. For every prompt it samples
+a group of completions, and reward.py scores them; those better than their group's mean become more
+likely, the others less likely (GRPO: arXiv 2402.03300, DAPO: arXiv 2503.14476). For completion i
+and its token t, in the order in which a student meets them:
 
-    D      = the next P = 8 groups with max(r) > min(r), in at most 10 tries      (eq. 1)
-    R_i    = r_i + min(0, (L_max - L_cache - |o_i|) / L_cache),  off by default   (eq. 2)
-    A_i    = (R_i - mean(R)) / (std(R) + 1e-4)      advantage within the group    (eq. 3)
-    rho_it = exp(logp_it - old_it)                  now against when sampled      (eq. 4)
-    S_it   = max(min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A), -10 |A|)             (eq. 5)
-    k3_it  = exp(ref - logp) - (ref - logp) - 1     distance from where it began  (eq. 6)
-    J_it   = S_it - beta k3_it,  beta = 0                                         (eq. 7)
-    w_it   = mask_it / sum |o_i|                    mean over all tokens          (eq. 8)
-    loss   = - sum w_it J_it,  on each of U = 2 shares of D                       (eq. 9)
+    A_i    = (R_i - mean(R)) / (std(R) + 1e-4)     advantage within the group             (eq. 3)
+    rho_it = exp(logp_it - old_it)                 ratio to the policy that sampled       (eq. 4)
+    S_it   = max(min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A), -10 |A|)                     (eq. 5)
+    k3_it  = exp(ref - logp) - (ref - logp) - 1    KL estimate to the first policy        (eq. 6)
+    J_it   = S_it - beta k3_it,  beta = 0                                                 (eq. 7)
 
-Three files, one text; what differs carries the number of its equation:
+and the bookkeeping around them:
 
-    python grpo.py, python dapo.py, python sft.py         the embedded toy model, minutes on a CPU
-    ... --model Qwen/Qwen2.5-Coder-7B-Instruct            a real one, on a GPU
-    ... --help                                            every setting
-    diff grpo.py dapo.py                                  the lesson
+    D      = the next P = 8 groups with rewards that differ, in at most 10 tries          (eq. 1)
+    R_i    = r_i - max(0, |o_i| - L_max + L_cache) / L_cache,  penalty off by default     (eq. 2)
+    w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
+    loss   = - sum w_it J_it,  for each of U = 2 parts of D                               (eq. 9)
 
-What to know before reading:
-  1. In the first update after a rollout rho is exactly 1, the clip does nothing, and the loss is an
-     accident of the normalised advantages, often about 0. Its gradient is what trains.
-  2. eq. 8 is computed over the whole update batch, before it is cut into micro-batches, so loss and
-     gradient do not depend on --micro-tokens.
-  3. A group whose rewards are all equal has the advantage 0: at most the KL term moves it.
+Three scripts share this text; a line that differs has the number of its equation.
+
+    python grpo.py                                            embedded toy, minutes on a CPU
+    python grpo.py --model Qwen/Qwen2.5-Coder-7B-Instruct     1 GPU
+    torchrun --nproc-per-node 8 grpo.py --prompts-per-step 8  N GPUs
+    diff grpo.py dapo.py                                      what DAPO changes
+
+Before you read:
+  1. In the first update after a rollout rho is exactly 1 and the clip never acts. The loss value is
+     then near 0 by construction; only its gradient matters.
+  2. eq. 8 is computed over the whole update batch, before it is split into micro-batches, so loss
+     and gradient do not depend on --micro-tokens or the number of GPUs.
+  3. A group whose rewards are all equal has advantage 0: only the KL term moves it.
+  4. old_it is recomputed by the trainer, not taken from the sampler: kernels differ in the last
+     bits, and rho must be exactly 1 before the first update.
 """
 
 import math
-import os
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,169 +50,166 @@ from training import dora, parallel
 
 
 @dataclass
-class Config:
-    # what is trained, and where the run is kept
-    model: str = os.path.relpath(Path(__file__).parent / "tiny")  # checkpoint directory or hub id
-    data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
-    heldout: str = ""  # JSONL file or share of the rows measured before and after, "" for none
-    output: str = f"runs/{Path(__file__).stem}"  # run directory
-    resume: bool = False  # go on from the output's last checkpoint
-    seed: int = 42  # of the data order, the adapter, the samples
+class Config(training.config.Run):
     # rollout
-    steps: int = 5000  # rollouts, each followed by --updates updates
-    prompts_per_step: int = 8  # eq. 1, P, the prompts of a rollout
-    max_tries: int = 10  # eq. 1, draws per rollout, before it goes on with the groups that it has
-    num_samples: int = 8  # completions per prompt, the group G
+    output: str = f"runs/{Path(__file__).stem}"  # run directory
+    steps: int = 5000  # rollouts, each followed by --updates optimizer steps
+    prompts_per_step: int = 8  # eq. 1, P, prompts per rollout
+    max_tries: int = 10  # eq. 1, draws per rollout, before it goes on with the groups it has
+    num_samples: int = 8  # completions per prompt, the group size G
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling, and of the probabilities that are trained
-    overlong_cache: int = 0  # eq. 2, L_cache: the last tokens of a completion that cost reward, 0 for off
+    overlong_cache: int = 0  # eq. 2, L_cache, the last tokens, which cost reward; 0 for off
     correctness: str = "es_star"  # second half of the reward: es_star, em_star, es, em or none
     # objective
     clip_low: float = 0.2  # eq. 5, how far rho may fall below 1
-    clip_high: float = 0.28  # eq. 5, how far it may rise above 1
-    beta: float = 0.0  # eq. 7, weight of the KL term
-    updates: int = 2  # eq. 9, U optimizer steps, each on its share of the prompts
-    # adapter
-    adapter: str = "dora"  # what is trained: dora, lora, or none for all weights
-    r: int = 64  # rank of the adapter
-    alpha: float = 64.0  # its scale is alpha / r
-    dropout: float = 0.01  # on the input of A, in training
-    targets: str = "q_proj,v_proj"  # names of the linear layers that get one
-    # optimizer
+    clip_high: float = 0.28  # eq. 5, how far rho may rise above 1
+    beta: float = 0.0  # eq. 7, weight of the KL penalty
+    updates: int = 2  # eq. 9, U, optimizer steps per rollout, each on its part of the groups
     lr: float = 5e-5  # peak learning rate of AdamW, cosine to 0
-    warmup: float = 0.03  # share of the steps in which it rises from 0
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # longer gradients are shortened to this
-    micro_tokens: int = 8192  # tokens in one forward and backward pass, padding included
-    keep_activations: bool = False  # do not compute layers anew in the backward pass: faster, far more memory
-    offload: bool = False  # with --adapter none: the fp32 weights and AdamW in CPU memory
-    dry_run: bool = False  # only try the largest step there can be: does it fit, how long will it all take
-    # the log
-    save_every: int = 100  # steps between checkpoints
-    show_every: int = 10  # steps between sample completions
-    log_to: str = ""  # the figures also go to "tensorboard" or "wandb", "" for neither
-    quiet: bool = False  # no rows, samples or bars, only the header and the final table
 
 
 def advantages(rewards):
-    """How much better each completion is than its group. rewards and result (groups, num_samples)."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)  # eq. 3
+    """How much better each completion is than its group. rewards, result: (groups, num_samples)."""
+    mean = rewards.mean(1, keepdim=True)  # (groups, 1)
+    std = rewards.std(1, keepdim=True)
+    return (rewards - mean) / (std + 1e-4)  # eq. 3
+
+
+def surrogate(logps, old_logps, advantages, config):
+    """The clipped objective of every token, (B, T), and whether its clip is active, (B, T) bool."""
+    A = advantages.view(-1, 1)  # (B, 1)
+    ratio = torch.exp(logps - old_logps)  # eq. 4
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # eq. 5
+    S = torch.min(ratio * A, clipped * A)  # eq. 5
+    S = torch.max(S, -10 * A.abs())  # eq. 5, dual clip: acts where A < 0 and rho > 10
+    return S, S != ratio * A
 
 
 def k3(logps, ref_logps):
-    """The KL estimator of every token, never negative, (B, T)."""
+    """The KL estimate of every token, never negative, (B, T)."""
     return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # eq. 6
 
 
-def objective(logps, old_logps, ref_logps, advantages, clip_low=0.2, clip_high=0.28, beta=0.0):  # eq. 5, 7
+def objective(logps, old_logps, ref_logps, advantages, config):
     """What to maximise, per token, (B, T).
 
     logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
-    sampled, and under the first policy (None if beta is 0). advantages: (B,), one a completion.
+    sampled, and under the first policy (None if beta is 0). advantages: (B,), one per completion.
     """
-    advantages = advantages.view(-1, 1)  # (B, 1)
-    ratio = torch.exp(logps - old_logps)  # eq. 4
-    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # eq. 5
-    surrogate = torch.max(surrogate, -10 * advantages.abs())  # eq. 5, the dual clip: it acts where A < 0 and rho > 10
-    return surrogate - beta * k3(logps, ref_logps) if beta else surrogate  # eq. 7
+    S, _ = surrogate(logps, old_logps, advantages, config)
+    if config.beta == 0:
+        return S
+    return S - config.beta * k3(logps, ref_logps)  # eq. 7
 
 
-def token_weights(mask):
-    """The weight of every token in the loss, (B, T), from the mask of a whole update batch."""
-    return mask.double() / mask.sum()  # eq. 8
+def token_weights(mask, config):
+    """The weight of every token in the loss, (B, T), from the mask (B, T) of an update batch."""
+    mask = mask.double()  # in fp32 the weights of a large batch would not sum to exactly 1
+    return mask / mask.sum()  # eq. 8
+
+
+def make_batch(groups, config, device):
+    """The update batch: every completion with its advantage."""
+    rewards = torch.tensor([group.rewards for group in groups])  # eq. 2, (groups, num_samples)
+    if groups and config.overlong_cache:  # eq. 2
+        lengths = [[len(ids) for ids in group.completions] for group in groups]
+        excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
+        rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
+    A = advantages(rewards) if groups else rewards.view(0, config.num_samples)  # eq. 3
+    return recode.make_batch(groups, A, device)
 
 
 def collect(model, tokenizer, tasks, position, config):
-    """Sample and score a rollout from `position` of the stream: (batch, figures, all groups, new position)."""
-    groups, sampled, seconds, tries = [], [], Counter(), 0
-    while len(groups) < config.prompts_per_step and tries < config.max_tries:  # eq. 1
-        drawn = data.draw(tasks, position, config.prompts_per_step - len(groups), config.seed)
-        seed = config.seed * 1_000_003 + position
-        fresh, spent = recode.rollout(model, tokenizer, drawn, config, config.num_samples, config.temperature, seed)
-        groups += [group for group in fresh if max(group.rewards) != min(group.rewards)]  # eq. 1
-        sampled, position, tries = sampled + fresh, position + len(drawn), tries + 1
-        seconds.update(spent)
-    longest, cache = config.max_new_tokens, config.overlong_cache
-    soft = lambda ids: min(0, (longest - cache - len(ids)) / cache) if cache else 0
-    rewards = torch.tensor([[r + soft(o) for r, o in zip(g.rewards, g.completions)] for g in groups])
-    rewards = rewards.view(len(groups), config.num_samples)  # eq. 2, also where no group is left
-    batch = recode.make_batch(groups, advantages(rewards), model.device)
-    return batch, recode.describe(sampled) | {"tries": tries, "groups": len(groups), **seconds}, sampled, position
+    """Sample a rollout at `position` of the stream: (batch, metrics, all groups, new position)."""
+    kept = []
+    sampled = []
+    tries = 0
+    while len(kept) < config.prompts_per_step and tries < config.max_tries:  # eq. 1
+        drawn = data.draw(tasks, position, config.prompts_per_step - len(kept), config.seed)
+        groups = recode.sample_groups(model, tokenizer, drawn, config, position)
+        # eq. 1; != lets NaN rewards pass, so that a run whose weights have overflowed stops
+        kept += [group for group in groups if max(group.rewards) != min(group.rewards)]
+        sampled += groups
+        position += len(drawn)
+        tries += 1
+    metrics = recode.describe(sampled)
+    metrics["tries"] = tries
+    metrics["groups"] = len(kept)
+    return make_batch(kept, config, model.device), metrics, sampled, position
 
 
 def accumulate(model, batch, config):
-    """Add the gradient of the loss on `batch` to the parameters; its loss, kl and clip_fraction.
+    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics.
 
-    One micro-batch at a time; the weights are those of the whole batch, so the sum is exact.
+    One micro-batch at a time, with the weights of the whole batch, so the sum is exact.
     """
-    weights, count, sums = token_weights(batch.mask), batch.mask.sum().item(), Counter()  # (B, T)
+    weights = token_weights(batch.mask, config)  # (B, T)
+    count = batch.mask.sum().item()
+    sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    for part, logps in recode.passes(model, batch, config):
+    for part, logps in recode.micro_batches(model, batch, config):
         old_logps = logps.detach() if part.old_logps is None else part.old_logps
-        clip, A = (config.clip_low, config.clip_high), part.advantages
-        J = objective(logps, old_logps, part.ref_logps, A, *clip, config.beta)
+        J = objective(logps, old_logps, part.ref_logps, part.advantages, config)
         loss = -(weights[part.rows] * J).sum()  # eq. 9
-        loss.backward()
+        loss.backward()  # before the next part: the prompts' own backward runs inside the iterator
         with torch.no_grad():
-            bounded = objective(logps, old_logps, None, A, *clip, beta=0) != torch.exp(logps - old_logps) * A[:, None]
-            sums["clip_fraction"] += (bounded & part.mask).sum().item() / count
+            sums["loss"] += loss.item()
+            _, active = surrogate(logps, old_logps, part.advantages, config)
+            sums["clip_fraction"] += (active & part.mask).sum().item() / count
             if config.beta:
                 sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
-            sums["loss"] += loss.item()
     return sums
 
 
 def update(model, optimizer, batch, config):
-    """--updates optimizer steps, each on its share of the rollout; a step that is not finite is skipped."""
-    started, sums = time.perf_counter(), Counter(skipped=0)
-    if config.updates > 1:  # else the policy has not moved since it sampled, and accumulate() knows
+    """--updates optimizer steps, each on its part of D; a non-finite one is skipped."""
+    if config.updates > 1:  # with one update the policy has not moved: old_logps is logps
         batch.old_logps = recode.batch_logps(model, batch, config)
     if config.beta:
         with dora.reference(model):
             batch.ref_logps = recode.batch_logps(model, batch, config)
-    shares = batch.shares(config.prompts_per_step // config.updates)
-    for share in shares:  # eq. 9
-        part = parallel.reduce(model, accumulate(model, share, config))
-        sums.update(part)
-        norm = parallel.clip(model, config.max_grad_norm)
-        sums["grad_norm"] += norm
-        if math.isfinite(norm + part["loss"]):
+    totals = Counter(skipped=0)
+    parts = batch.split(config.prompts_per_step // config.updates)
+    for part in parts:  # eq. 9
+        sums = parallel.all_reduce(model, accumulate(model, part, config))
+        sums["grad_norm"] = parallel.clip_grad_norm(model, config.max_grad_norm)
+        if math.isfinite(sums["loss"] + sums["grad_norm"]):
             optimizer.step()
         else:
-            sums["skipped"] += 1
+            sums["skipped"] = 1
         optimizer.zero_grad()
-    names = ("loss", "kl", "clip_fraction", "grad_norm", "skipped")
-    figures = {name: sums[name] / max(1, len(shares)) for name in names}
-    return figures | {"seconds_update": time.perf_counter() - started}
+        totals.update(sums)
+    return {name: total / max(1, len(parts)) for name, total in totals.items()}
 
 
 def main(argv=None):
-    """Train. The exit status: 0 when done, 1 when the loss was lost, 130 when stopped by a signal."""
+    """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
     config = training.config.parse_config(Config, argv, __doc__)
     run, model, tokenizer, tasks, heldout = training.run.set_up(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     if config.dry_run:
         return training.run.dry_run(model, tasks, optimizer, config, update)
-    if config.resume:
-        state = run.load(model, optimizer)
-    else:
-        before = recode.evaluate(model, tokenizer, heldout, config) if heldout else {}
-        state = {"step": 0, "position": 0, "lost": 0, "before": before}
-        training.run.save(run, model, optimizer, state)  # from here on there is always something to go on from
-    with run.progress(state["step"]) as stop:
-        while state["step"] < config.steps and state["lost"] < training.run.LOST and not parallel.together(stop.asked):
-            torch.manual_seed((config.seed * 1_000_003 + state["step"]) * parallel.WORLD + parallel.RANK)  # dropout
-            batch, figures, groups, state["position"] = collect(model, tokenizer, tasks, state["position"], config)
-            figures["lr"] = optimizer.param_groups[0]["lr"] = training.run.learning_rate(state["step"], config)
-            figures |= update(model, optimizer, batch, config)
-            state["step"] += 1
-            state["lost"] = state["lost"] + 1 if figures["skipped"] else 0
-            run.log({"step": state["step"], **figures}, groups)
-            if state["step"] % config.save_every == 0 and not state["lost"]:
-                training.run.save(run, model, optimizer, state)
-    return training.run.finish(run, model, tokenizer, optimizer, heldout, state)
+    step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
+    with run.progress(step) as stop:
+        while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
+            if parallel.any_rank(stop.asked):
+                break
+            parallel.seed_dropout(config.seed, step)
+            batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
+            run.lap("sample")
+            metrics["lr"] = training.run.learning_rate(step, config)
+            optimizer.param_groups[0]["lr"] = metrics["lr"]
+            metrics |= update(model, optimizer, batch, config)
+            run.lap("update")
+            step += 1
+            nonfinite = nonfinite + 1 if metrics["skipped"] else 0
+            run.log(step, metrics, groups)
+            if step % config.save_every == 0 and nonfinite == 0:
+                run.save(model, optimizer, step, position, nonfinite)
+    return run.finish(model, tokenizer, optimizer, heldout, step, position, nonfinite)
 
 
 if __name__ == "__main__":

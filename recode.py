@@ -1,19 +1,19 @@
-"""The policy: drawing completions from a model, and the log-probabilities of what was drawn.
+"""The policy: sampling completions, and the log-probabilities of what was sampled.
 
-Both do the same two passes. The first runs a prompt once, all but its last token, and keeps its keys
-and values. The second runs the completions of its group, and every one of them looks at what was kept:
+Both make the same two passes. Prefill runs a prompt without its last token and keeps its keys and
+values. The second pass runs the completions of its group, which attend to what was kept:
 
     prompt       p1 p2 p3 p4
-    pass 1       p1 p2 p3                              once for the group
-    pass 2                p4 o1 o2 o3 ... o(n-1)       for every completion o, from the prompt's last token on
+    prefill      p1 p2 p3                              once per group
+    pass 2                p4 o1 o2 o3 ... o(n-1)       per completion, from the prompt's last token
     predicts              o1 o2 o3 o4 ... on
 
-When sampling, pass 2 goes token by token (Decoder); when scoring, all at once (token_logps). In training
-the gradient comes back in two stages: micro-batch by micro-batch as far as the keys and values of the
-prompts, and then, once, through the prompts themselves (shared_prompts).
+Sampling takes pass 2 token by token (Decoder), scoring all at once (completion_logps). In training
+the gradient comes back in two stages: micro-batch by micro-batch down to the prompt's keys and
+values, then once through the prompt itself (shared_prompt).
 
-transformers lets the attention function be exchanged; everything else is the model's own code. It must
-be full softmax attention: no sliding window, no soft cap.
+transformers lets us replace the attention function; everything else is the model's own code. It
+must be full softmax attention: no sliding window, no soft cap.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,81 +39,73 @@ from training import parallel
 from training.config import BadInput
 from training.loading import eos_ids
 
-# ------------------------------------------------------------------------- 1. a prompt and its completions
+# ------------------------------------------------------------------------- 1. prompts
 
 
 def attention(module, query, key, value, mask, attend=None, **kwargs):
-    """What the layers of a model call: `attend`, if forward() passes one, else what they called before."""
+    """What a model's layers call: `attend` where forward() passes one, else SDPA as before."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return attend(module, query, key, value, mask, **kwargs), None
+    return attend(module.layer_idx, query, key, value, kwargs["scaling"]), None
 
 
 AttentionInterface.register("shared_prompt", attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
 
-def forward(model, ids, positions, mask, attend):
-    """Hidden states (B, T, d) for ids and positions (B, T), with attend(module, query, key, value, mask) inside."""
+def forward(model, ids, start, attend):
+    """Hidden states (B, T, d) of ids (B, T) at positions start + 0, 1, ...; start: int or (B, 1).
+
+    attend(layer, query (B, heads, T, dim), key, value, scaling) returns (B, T, heads, dim).
+    """
     if model.config._attn_implementation != "shared_prompt":
         model.set_attn_implementation("shared_prompt")
-    out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False, attend=attend)
+    positions = start + torch.arange(ids.shape[1], device=ids.device)  # (T,) or (B, T)
+    settings = {"position_ids": positions.expand(len(ids), -1), "use_cache": False}
+    settings["attention_mask"] = ids.new_ones(1, 1, 1, 1)  # 4-D: the model builds no mask itself
+    out = model.base_model(ids, **settings, attend=attend)
     return out.last_hidden_state
 
 
-def pad(rows, device):
-    """Lists of ids, padded on the right with 0 to (rows, longest), and their lengths (rows,)."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row)
-    return ids.to(device), lengths.to(device)
+def prefill(model, prompt):
+    """The KV cache of a prompt without its last token: [(key, value)], each (1, heads, L, dim)."""
+    cache = {}
+    L = len(prompt) - 1
+    ids = prompt[:L] if L > 0 else prompt  # models take no empty sequence
 
+    def attend(layer, query, key, value, scaling):
+        cache[layer] = key[:, :, :L], value[:, :, :L]
+        settings = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+        out = F.scaled_dot_product_attention(query, key, value, **settings)
+        return out.transpose(1, 2)
 
-class Prompts:
-    """P prompts, run once: the keys and values of all layers, {layer: (P, heads, L, dim)}, and the last tokens.
-
-    L is the longest prompt without its last token; `visible` (P, L) says which columns are no padding.
-    """
-
-    def __init__(self, model, prompts):
-        self.keys, self.values = {}, {}
-        ids, _ = pad([prompt[:-1] or [0] for prompt in prompts], model.device)  # (P, L), at least one column
-        self.lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)  # (P,)
-        self.last = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)  # (P,)
-        columns = torch.arange(ids.shape[1], device=model.device)
-        self.visible = columns < self.lengths[:, None]  # (P, L)
-        causal = (columns <= columns[:, None])[None, None]  # (1, 1, L, L); padding is right of all that counts
-        forward(model, ids, columns[None], causal, self.keep)
-        if len(self.keys) != model.config.num_hidden_layers:
-            raise BadInput(f"model: {model.config.model_type} does not let its attention be exchanged; not supported")
-
-    def keep(self, module, query, key, value, mask, **kwargs):
-        self.keys[module.layer_idx], self.values[module.layer_idx] = key, value
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    forward(model, torch.tensor([ids], device=model.device), 0, attend)
+    if len(cache) != model.config.num_hidden_layers:
+        kind = model.config.model_type
+        raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
+    return [cache[layer] for layer in sorted(cache)]
 
 
 @contextlib.contextmanager
-def shared_prompts(model, prompts):
-    """Prompts whose gradient waits: backward passes inside end at their keys and values, and what has
-    gathered there goes through the prompts once, when the block is left."""
-    shared = Prompts(model, prompts)
-    kept = [shared.keys, shared.values]
-    graph = [x for store in kept for x in store.values()]
-    for store in kept:
-        store.update({layer: x.detach().requires_grad_(x.requires_grad) for layer, x in store.items()})
-    leaves = [x for store in kept for x in store.values()]
-    yield shared
-    ends = [(x, leaf.grad) for x, leaf in zip(graph, leaves, strict=True) if leaf.grad is not None]
-    if ends:
-        torch.autograd.backward(*zip(*ends))
+def shared_prompt(model, prompt):
+    """prefill() whose gradient waits.
+
+    A backward pass inside ends at the prompt's keys and values; what accumulates there goes
+    through the prompt once, on exit.
+    """
+    outputs = [x for pair in prefill(model, prompt) for x in pair]
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
+    yield list(zip(leaves[::2], leaves[1::2]))
+    used = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
+    if used:
+        torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
 
 
 # ------------------------------------------------------------------------- 2. sampling
 
 
 def capture(step):
-    """step() as a CUDA graph: a function that runs it again on the same memory, and the tensor it fills."""
+    """step() as a CUDA graph: a function that replays it, and the tensor that it fills."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
@@ -124,102 +117,104 @@ def on_gpu(model):
 
 
 class Decoder:
-    """The completions of P prompts, a token for all of them at each step.
+    """Decodes the completions of P prompts, one token for all rows per step.
 
-    The prompts' keys and values are looked at where they are, never copied for a row: the queries of a
-    group stand side by side as if they were one sequence. Those of the completions have `width` columns
-    that fill up from the left. All that a step reads has a fixed place, so on a GPU it is recorded once
-    as a CUDA graph and then repeated, until rows leave or the columns are full. The first step of every
-    graph is checked against the same step without one; should they differ, there are no more graphs.
+    The KV cache of a row has the prompt's columns, padded to the longest prompt, then those of the
+    completion. Everything that a step reads keeps its address, so on a GPU the step is captured
+    once as a CUDA graph and replayed until rows are dropped or the cache grows. The first step of
+    every graph is checked against the same step run eagerly; if they differ, graphs are given up.
     """
 
     graphs = True  # until one has failed
 
     def __init__(self, model, prompts, num_samples):
-        self.model, self.prompts, self.num_samples = model, prompts, num_samples
-        self.block = 256 if on_gpu(model) else 64  # every new width is a new graph
-        self.rows = torch.arange(len(prompts.last) * num_samples, device=model.device)  # (B,) who is left
-        self.shared = [(k.contiguous(), v.contiguous()) for k, v in zip(prompts.keys.values(), prompts.values.values())]
-        self.keys = [k.new_zeros(len(self.rows), k.shape[1], 0, k.shape[3]) for k, _ in self.shared]
-        self.values = [k.clone() for k in self.keys]
-        self.t = torch.zeros(1, dtype=torch.long, device=model.device)  # tokens so far
-        self.tokens = prompts.last.repeat_interleave(num_samples)  # (B,)
-        self.replay, self.logits = None, None
+        self.model = model
+        self.block = 256 if on_gpu(model) else 64  # columns to grow by; each width is a new graph
+        device = model.device
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (P,)
+        last = torch.tensor([prompt[-1] for prompt in prompts], device=device)  # (P,)
+        self.lengths = lengths.repeat_interleave(num_samples)  # (B,) columns of the prompt
+        self.tokens = last.repeat_interleave(num_samples)  # (B,)
+        self.rows = torch.arange(len(self.tokens), device=device)  # (B,) not dropped yet
+        self.first = max(len(prompt) - 1 for prompt in prompts)  # column of the first token
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # tokens so far
+        self.cache = []  # [keys, values] of each layer, (B, H, columns, dim)
+        for layer in zip(*(prefill(model, prompt) for prompt in prompts)):  # ((key, value), ...)
+            stores = []
+            for store in zip(*layer):
+                padded = [F.pad(x, (0, 0, 0, self.first - x.shape[2])) for x in store]
+                stores.append(torch.cat(padded).repeat_interleave(num_samples, 0))
+            self.cache.append(stores)
+        self.replay = None
+        self.logits = None
 
-    def keep(self, rows):
-        """Go on with some rows of the batch only; rows (B,) bool."""
-        self.rows, self.tokens, self.replay = self.rows[rows], self.tokens[rows], None
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+    def drop_finished(self, alive):
+        """Keep only the rows where `alive`, (B,) bool."""
+        self.rows = self.rows[alive]
+        self.tokens = self.tokens[alive]
+        self.lengths = self.lengths[alive]
+        self.cache = [[x[alive] for x in stores] for stores in self.cache]
+        self.replay = None
 
-    def next(self, t):
-        """The logits (B, V) of token t, which stay valid until the next call."""
+    def logits_at(self, t):
+        """The logits (B, V) of token t, valid until the next call."""
         self.t.fill_(t)
-        if t == self.keys[0].shape[2]:
-            self.keys = [F.pad(k, (0, 0, 0, self.block)) for k in self.keys]
-            self.values = [F.pad(v, (0, 0, 0, self.block)) for v in self.values]
+        if self.first + t == self.cache[0][0].shape[2]:
+            more = (0, 0, 0, self.block)
+            self.cache = [[F.pad(x, more) for x in stores] for stores in self.cache]
             self.replay = None
         if self.replay:
             self.replay()
             return self.logits
         logits = self.step()
         if Decoder.graphs and on_gpu(self.model):
-            self.record(logits)
+            self.capture_and_check(logits)
         return logits
 
     def step(self):
-        """The logits (B, V) that follow self.tokens, the tokens number self.t of their rows."""
-        group = self.rows // self.num_samples
-        width = torch.arange(self.keys[0].shape[2], device=self.t.device)
-        later = (width > self.t).expand(len(group), -1)  # (B, width)
-        hidden = torch.cat([~self.prompts.visible[group], later], 1)[:, None, None]  # (B, 1, 1, L + width)
-        positions = self.prompts.lengths[group] + self.t  # (B,)
-        last = forward(self.model, self.tokens[:, None], positions[:, None], hidden, self.attend)[:, 0]  # (B, d)
+        """The logits (B, V) after self.tokens, which are token self.t of their rows."""
+        columns = torch.arange(self.cache[0][0].shape[2], device=self.t.device)
+        in_prompt = columns < self.lengths[:, None]  # (B, columns)
+        in_completion = (columns >= self.first) & (columns <= self.first + self.t)
+        self.mask = (in_prompt | in_completion)[:, None, None]  # (B, 1, 1, columns)
+        start = (self.lengths + self.t)[:, None]  # (B, 1)
+        last = forward(self.model, self.tokens[:, None], start, self.attend)[:, 0]  # (B, d)
         return self.model.get_output_embeddings()(last)  # (B, V)
 
-    def attend(self, module, query, key, value, hidden, scaling, **_):
-        """Softmax over the columns of prompt and completion that are not hidden. query (B, heads, 1, dim)."""
-        keys, values = self.keys[module.layer_idx], self.values[module.layer_idx]  # (B, H, width, dim)
-        keys.index_copy_(2, self.t, key)
-        values.index_copy_(2, self.t, value)
-        shared_keys, shared_values = self.shared[module.layer_idx]  # (P, H, L, dim)
-        B, H, L = len(keys), keys.shape[1], shared_keys.shape[2]
-        query = query.view(B, H, -1, query.shape[-1]) * scaling  # (B, H, R, dim), R heads share one key
-        scores = torch.cat([self.each(query, shared_keys.mT), query @ keys.mT], -1)  # (B, H, R, L + width)
-        probs = scores.masked_fill_(hidden, -torch.inf).softmax(-1, torch.float32).to(values.dtype)
-        mixed = self.each(probs[..., :L], shared_values) + probs[..., L:] @ values  # (B, H, R, dim)
-        return mixed.reshape(B, 1, -1, mixed.shape[-1])
+    def attend(self, layer, query, key, value, scaling):
+        keys, values = self.cache[layer]
+        keys.index_copy_(2, self.first + self.t, key)
+        values.index_copy_(2, self.first + self.t, value)
+        B, H, _, dim = keys.shape
+        query = query.view(B, H, -1, dim)  # the heads that share a key, as if they were a sequence
+        out = F.scaled_dot_product_attention(query, keys, values, self.mask, scale=scaling)
+        return out.reshape(B, 1, -1, dim)  # (B, 1, heads, dim)
 
-    def each(self, x, shared):
-        """x (B, H, R, n) @ shared (P, H, n, m), for every row that of its prompt: (B, H, R, m)."""
-        P, (B, H, R, n), m = len(shared), x.shape, shared.shape[-1]
-        if B < P * self.num_samples:  # rows that have left have nothing to ask
-            x = x.new_zeros(P * self.num_samples, H, R, n).index_copy(0, self.rows, x)
-        x = x.view(P, self.num_samples, H, R, n).transpose(1, 2).reshape(P, H, -1, n)
-        x = (x @ shared).view(P, H, self.num_samples, R, m).transpose(1, 2).reshape(-1, H, R, m)
-        return x if B == len(x) else x[self.rows]
-
-    def record(self, expected):
-        """Make the step a graph that has to give the `expected` logits for the present token."""
+    def capture_and_check(self, expected):
+        """Capture the step as a graph that must reproduce the `expected` logits."""
         try:
             with parallel.unhooked(self.model):
                 self.replay, self.logits = capture(self.step)
             self.replay()
-            found, expected = self.logits.float().nan_to_num(), expected.float().nan_to_num()
-            same = (found - expected).norm() <= 0.05 * expected.norm()  # 0.02 between kernels in bf16
+            found = self.logits.float().nan_to_num()
+            expected = expected.float().nan_to_num()
+            same = (found - expected).norm() <= 0.05 * expected.norm()  # bf16 kernels: 0.02
             problem = None if same else "a CUDA graph gave other logits"
         except RuntimeError as error:
             problem = f"no CUDA graph: {str(error).splitlines()[0]}"
         if problem:
-            Decoder.graphs, self.replay = False, None
-            print(f"warning   {problem}; decoding goes on without graphs, several times slower", file=sys.stderr)
+            Decoder.graphs = False
+            self.replay = None
+            effect = "decoding goes on without graphs, several times slower"
+            print(f"warning   {problem}; {effect}", file=sys.stderr)
 
 
 def pick(logits, temperature, noise, top_p=1.0):
-    """One token a row, (B,), and its log-probability, (B,): argmax at temperature 0, else by `noise`.
+    """One token per row, (B,), and its log-probability, (B,); argmax at temperature 0.
 
-    noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulated probabilities.
-    With top_p < 1 only the likeliest tokens whose probabilities sum up to top_p can be picked; the
-    log-probability is that of the whole distribution all the same.
+    noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulative probabilities.
+    With top_p < 1 only the likeliest tokens, whose probabilities sum to top_p, can be picked; the
+    log-probability is still that of the full distribution.
     """
     logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
@@ -228,94 +223,117 @@ def pick(logits, temperature, noise, top_p=1.0):
         probs = logps.exp()  # (B, V)
         if top_p < 1:
             rising, order = probs.sort(-1)
-            rare = rising.cumsum(-1) <= 1 - top_p  # (B, V) cut where transformers cuts
+            rare = rising.cumsum(-1) <= 1 - top_p  # (B, V), cut where transformers cuts
             rare[:, -1] = False  # the likeliest always stays
             probs = probs.masked_fill(rare.scatter(-1, order, rare), 0)
-        cumulated = probs.cumsum(-1, dtype=torch.double)
-        tokens = torch.searchsorted(cumulated, noise.double() * cumulated[:, -1:], right=True)
+        cumulative = probs.cumsum(-1, dtype=torch.double)
+        target = noise.double() * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 
+def draw_noise(seeds, num_samples, max_new_tokens):
+    """Uniform numbers in [0, 1), (rows, max_new_tokens); every prompt has its own generator."""
+    noise = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.rand(max_new_tokens, num_samples, generator=generator))
+    return torch.cat(noise, 1).T
+
+
 @torch.no_grad()
 def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0):
-    """Complete each prompt `num_samples` times.
+    """Sample `num_samples` completions of each prompt.
 
-    prompts: list of P lists of ids, of any lengths; eos: list of ids that end a completion; seed: an
-    int, or a list of P ints. The chance of prompt i hangs on its seed alone (seed + i, for an int), not
-    on the other prompts.
-    Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and
-    T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask covers a
-    completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
-    Temperature 0 is greedy and equals transformers' generate token for token. top_p < 1 leaves the
-    unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
+    prompts: list of P lists of ids, of any lengths. eos: list of ids that end a completion. seed:
+    an int, or a list of P ints; prompt i's random numbers depend only on its own seed (seed + i
+    for an int), not on the other prompts.
+    Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples
+    and T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask
+    covers a completion and its EOS; one that is cut at max_new_tokens has none. Outside the mask
+    all is 0. Temperature 0 is greedy and equals transformers' generate token for token. Training
+    never uses top_p: it would score under a different distribution than it sampled from.
     """
     model.eval()
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-    draw = lambda s: torch.rand(max_new_tokens, num_samples, generator=torch.Generator().manual_seed(s))
-    noise = torch.cat([draw(s) for s in seeds], 1).T.to(model.device)  # (B, max_new_tokens)
-    decoder = Decoder(model, Prompts(model, prompts), num_samples)
+    noise = draw_noise(seeds, num_samples, max_new_tokens).to(model.device)  # (B, max_new_tokens)
+    decoder = Decoder(model, prompts, num_samples)
     tokens = torch.zeros(noise.shape, dtype=torch.long, device=model.device)  # (B, T)
-    mask, logps, eos = tokens.bool(), tokens.float(), torch.tensor(eos, device=model.device)
-    share = 0.5 if on_gpu(model) else 0.8  # what leaving costs: a new graph, a copy of the cache
-    alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # which rows of the batch have not ended
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    logps = torch.zeros_like(tokens, dtype=torch.float)
+    eos = torch.tensor(eos, device=model.device)
+    worth = 0.5 if on_gpu(model) else 0.8  # dropping costs a new graph, or a copy of the cache
+    alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
     for t in range(max_new_tokens):
         rows = decoder.rows
-        drawn, logps[rows, t] = pick(decoder.next(t), temperature, noise[rows, t, None], top_p)
-        tokens[rows, t], mask[rows, t] = drawn, alive
-        decoder.tokens.copy_(drawn)
-        alive &= ~torch.isin(drawn, eos)
+        new, new_logps = pick(decoder.logits_at(t), temperature, noise[rows, t, None], top_p)
+        tokens[rows, t] = new
+        logps[rows, t] = new_logps
+        mask[rows, t] = alive
+        decoder.tokens.copy_(new)  # in place: a captured graph reads this address
+        alive &= ~torch.isin(new, eos)
         left = int(alive.sum())
         if left == 0:
             break
-        if left <= share * len(rows):
-            decoder.keep(alive)
+        if left <= worth * len(rows):
+            decoder.drop_finished(alive)
             alive = alive[alive]
     return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
 
 # ------------------------------------------------------------------------- 3. log-probabilities
 
-LOGITS = 9_000_000  # logits held at once: 36 MB in fp32; below 32 MiB glibc would not give them back
-ON_GPU = 16  # times as many there, or the output layer would be read more than used
+MAX_LOGITS = 9_000_000  # at once: 36 MB in fp32; glibc would not give back less than 32 MiB
+MAX_LOGITS_GPU = 16 * MAX_LOGITS  # else the output layer is read more often than it is used
 
 
-def token_logps(model, prompts, tokens, mask, temperature=1.0, group=None):
-    """log pi(token t of row b | its prompt and the tokens before), (B, T) fp32, 0 outside the mask.
+def target_logps(hidden, targets, head, temperature):
+    """log softmax of the target tokens (N,), from hidden states (N, d)."""
+    logits = head(hidden).float() / temperature  # (N, V)
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    prompts: list of B lists of ids, or, with group (B,) int64, of P lists or Prompts, where group[b] is
-    the prompt of row b. tokens (B, T) int64; mask (B, T) bool, true on a first stretch of every row.
-    Differentiable. The output layer sees completion positions only, a few at a time, and is computed
-    again in the backward pass, so the (B, T, V) logits never exist.
+
+def completion_logps(model, cache, last, tokens, mask, temperature):
+    """log pi(token t | prompt and the tokens before) of completions of one prompt, (B, T) fp32.
+
+    cache: prefill()'s, last: the prompt's last token. tokens (B, T) int64; mask (B, T) bool, true
+    on the first tokens of a row; 0 outside it. Differentiable. The output layer runs in chunks
+    that are recomputed in the backward pass, so the (B, T, V) logits never exist.
     """
-    if not isinstance(prompts, Prompts):
-        prompts = Prompts(model, prompts)
-    group = torch.arange(len(tokens), device=tokens.device) if group is None else group
     T = int(mask.sum(1).max())
-    ids = torch.cat([prompts.last[group][:, None], tokens[:, : T - 1]], 1).masked_fill(~mask[:, :T], 0)  # (B, T)
-    t = torch.arange(T, device=ids.device)
-    before = prompts.visible[group][:, None, None].expand(-1, 1, T, -1)  # (B, 1, T, L)
-    causal = (t <= t[:, None]).expand(len(ids), 1, T, T)
+    mask_T = mask[:, :T]
+    first = torch.full_like(tokens[:, :1], last)
+    ids = torch.cat([first, tokens[:, : T - 1]], 1).masked_fill(~mask_T, 0)  # (B, T)
+    L = cache[0][0].shape[2]
+    causal = causal_lower_right(T, L + T)  # padding needs no mask: it comes after all that counts
 
-    def attend(module, query, key, value, mask, **kwargs):
-        key = torch.cat([prompts.keys[module.layer_idx][group], key], 2)  # (B, heads, L + T, dim)
-        value = torch.cat([prompts.values[module.layer_idx][group], value], 2)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    def attend(layer, query, key, value, scaling):
+        shared_key, shared_value = cache[layer]  # (1, H, L, dim)
+        key = torch.cat([shared_key.expand(len(key), -1, -1, -1), key], 2)  # (B, H, L + T, dim)
+        value = torch.cat([shared_value.expand(len(key), -1, -1, -1), value], 2)
+        settings = {"attn_mask": causal, "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2)
 
-    positions = prompts.lengths[group][:, None] + t  # (B, T)
-    hidden = forward(model, ids, positions, torch.cat([before, causal], -1), attend)[mask[:, :T]]  # (N, d)
+    hidden = forward(model, ids, L, attend)[mask_T]  # (N, d)
     head = model.get_output_embeddings()
+    budget = MAX_LOGITS_GPU if on_gpu(model) else MAX_LOGITS
+    parts = max(1, len(hidden) * head.weight.shape[0] // budget)
+    chunks = []
+    for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True):
+        recompute = {"use_reentrant": False, "preserve_rng_state": False}
+        chunks.append(checkpoint(target_logps, h, y, head, temperature, **recompute))
+    logps = torch.zeros(mask.shape, device=mask.device)
+    return logps.masked_scatter(mask, torch.cat(chunks))  # (B, T)
 
-    def logps_of(hidden, targets):
-        logits = head(hidden).float() / temperature
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    parts = max(1, len(hidden) * head.weight.shape[0] // (LOGITS * (ON_GPU if on_gpu(model) else 1)))
-    chunks = [
-        checkpoint(logps_of, h, y, use_reentrant=False, preserve_rng_state=False)
-        for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True)
-    ]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(chunks))  # (B, T)
+def token_logps(model, prompts, tokens, mask, temperature=1.0):
+    """completion_logps() of B rows with a prompt each; prompts: list of B lists of ids."""
+    rows = []
+    for prompt, row, kept in zip(prompts, tokens[:, None], mask[:, None], strict=True):
+        cache = prefill(model, prompt)
+        rows.append(completion_logps(model, cache, prompt[-1], row, kept, temperature))
+    return torch.cat(rows)  # (B, T)
 
 
 @dataclasses.dataclass
@@ -323,79 +341,91 @@ class Batch:
     """B completions of P prompts with all that an update needs; tensors are (B, T) or (B,)."""
 
     prompts: list
-    group: torch.Tensor  # which prompt is a row's
+    group: torch.Tensor  # the prompt of each row
     tokens: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
-    rows: torch.Tensor | None = None  # of a part that passes() gives: its rows in the whole
+    rows: torch.Tensor | None = None  # of a part: its rows in the batch that it was selected from
 
     def select(self, rows):
-        """The part with only `rows`, an index tensor, in that order, and the prompts that they need."""
-        chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        used, chosen["group"] = self.group[rows].unique(return_inverse=True)
-        return dataclasses.replace(self, prompts=[self.prompts[i] for i in used.tolist()], **chosen)
+        """The part with `rows` only, an index tensor, in that order; prompts and group stay."""
+        part = dataclasses.replace(self, rows=rows)
+        for name in ("group", "tokens", "mask", "advantages", "old_logps", "ref_logps"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[rows])
+        return part
 
-    def between(self, start, end):
-        """The part of prompts start, ..., end - 1."""
-        return self.select(((self.group >= start) & (self.group < end)).nonzero()[:, 0])
-
-    def shares(self, size):
-        """Parts of `size` prompts each, the last one perhaps of fewer."""
-        return [self.between(start, start + size) for start in range(0, len(self.prompts), size)]
+    def split(self, size):
+        """Parts of `size` prompts each; the last one may have fewer."""
+        parts = []
+        for start in range(0, len(self.prompts), size):
+            part = self.select((self.group // size == start // size).nonzero()[:, 0])
+            part.prompts = self.prompts[start : start + size]
+            part.group = part.group - start
+            parts.append(part)
+        return parts
 
 
 def make_batch(groups, advantages, device):
-    """The Batch of all completions of some Groups, whose advantages are (groups, num_samples)."""
-    tokens, lengths = pad([ids for group in groups for ids in group.completions], device)  # (B, T), (B,)
-    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # (B, T)
-    group = torch.arange(len(groups), device=device).repeat_interleave(advantages.shape[1])  # (B,)
-    return Batch([group.prompt for group in groups], group, tokens, mask, advantages.flatten().to(device))
+    """The Batch of all completions of some Groups; advantages (groups, num_samples)."""
+    rows = [torch.tensor(ids) for group in groups for ids in group.completions]
+    tokens = torch.zeros(0, 0, dtype=torch.long)  # DAPO may find no group
+    if rows:
+        tokens = pad_sequence(rows, batch_first=True)  # (B, T)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
+    group = torch.arange(len(groups)).repeat_interleave(advantages.shape[1])  # (B,)
+    tensors = [x.to(device) for x in (group, tokens, mask, advantages.flatten())]
+    return Batch([each.prompt for each in groups], *tensors)
 
 
-def pieces(lengths, budget):
-    """Cut a list of lengths into [start, end) with (end - start) * longest <= budget, or of one item."""
-    start = longest = 0
-    for i, n in enumerate(lengths):
-        longest = max(longest, n)
+def split_by_budget(lengths, budget):
+    """Split a list of lengths into [start, end) of one item, or count * longest <= budget."""
+    start = 0
+    longest = 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
         if i > start and (i + 1 - start) * longest > budget:
             yield start, i
-            start, longest = i, n
+            start = i
+            longest = length
     if lengths:
         yield start, len(lengths)
 
 
-def passes(model, batch, config):
-    """This rank's rows of a Batch, a micro-batch at a time, longest first: (part, its log-probabilities (B, T)).
+def micro_batches(model, batch, config):
+    """Yield this rank's rows of a Batch as (part, its log-probabilities (B, T)), prompt by prompt.
 
-    A rank takes every WORLD-th prompt. Call backward() on each before the next: what belongs to the prompts
-    follows when all of their rows are through. No pass holds more than config.micro_tokens tokens, padding included.
+    A rank takes every WORLD-th prompt. Call backward() before the next part: the shared prompt's
+    own backward runs inside this iterator, after its last rows. A pass has one prompt's rows,
+    sorted by length, and at most config.micro_tokens tokens, unless one row alone has more.
     """
     parallel.gather_weights(model)
-    mine = (batch.group % parallel.WORLD == parallel.RANK).nonzero()[:, 0]
-    batch = dataclasses.replace(batch, rows=torch.arange(len(batch.mask), device=batch.mask.device)).select(mine)
-    for start, end in pieces([len(prompt) for prompt in batch.prompts], config.micro_tokens):
-        whole = batch.between(start, end)
-        lengths, order = whole.mask.sum(1).sort(descending=True, stable=True)
-        with shared_prompts(model, whole.prompts) as prompts:
-            for first, last in pieces(lengths.tolist(), config.micro_tokens):
-                rows = order[first:last]
-                part, group = whole.select(rows), whole.group[rows]
-                yield part, token_logps(model, prompts, part.tokens, part.mask, config.temperature, group)
+    for i in parallel.share(range(len(batch.prompts))):
+        rows = (batch.group == i).nonzero()[:, 0]
+        lengths, order = batch.mask[rows].sum(1).sort(descending=True, stable=True)
+        prompt = batch.prompts[i]
+        with shared_prompt(model, prompt) as cache:
+            for start, end in split_by_budget(lengths.tolist(), config.micro_tokens):
+                part = batch.select(rows[order[start:end]])
+                tokens, mask, temperature = part.tokens, part.mask, config.temperature
+                logps = completion_logps(model, cache, prompt[-1], tokens, mask, temperature)
+                yield part, logps
 
 
 @torch.no_grad()
 def batch_logps(model, batch, config):
-    """The log-probabilities of a whole Batch without gradient or dropout, (B, T): all ranks' rows, on every rank."""
+    """The log-probabilities of a Batch without gradient or dropout, (B, T), on every rank."""
     model.eval()
     logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    for part, found in passes(model, batch, config):
+    for part, found in micro_batches(model, batch, config):
         logps[part.rows] = found
-    return parallel.add(logps)
+    return parallel.sum_ranks(logps)
 
 
-# ------------------------------------------------------------------------- 4. groups and their figures
+# ------------------------------------------------------------------------- 4. groups and rewards
 
 
 class Answer(NamedTuple):
@@ -426,45 +456,53 @@ def sample_answers(
 
 @dataclasses.dataclass
 class Group:
-    """One task and its completions, a list of ids with their EOS each.
-
-    Sampled ones also have their texts, rewards, grades, and whether they were cut.
-    """
+    """One task and its completions, lists of ids with their EOS; the rest if they were sampled."""
 
     prompt: list
     example: data.Example
     completions: list
     texts: list = ()
     rewards: list = ()
-    cut: list = ()
+    cut: list = ()  # whether a completion was cut at max_new_tokens
     grades: list = ()
+    seconds: float = 0.0  # that scoring took
 
 
-def rollout(model, tokenizer, tasks, config, num_samples, temperature, seed):
-    """Complete and score `tasks`, each `num_samples` times: a list of Groups, and the seconds it took.
+def score_group(prompt, example, answers, correctness):
+    """The Group of one task's answers, graded and rewarded."""
+    started = time.perf_counter()
+    grades = [reward.grade(answer.text, example) for answer in answers]
+    rewards = [reward.total(grade, example, correctness) for grade in grades]
+    completions, texts, cut, _ = zip(*answers)
+    seconds = time.perf_counter() - started
+    return Group(prompt, example, completions, texts, rewards, cut, grades, seconds)
 
-    Every rank samples its share. Task i uses seed + i, so any rank may sample it.
+
+def sample_groups(model, tokenizer, tasks, config, position):
+    """Sample and score config.num_samples completions of every task: a list of Groups.
+
+    Every rank samples its share. Task i of the stream uses a seed of its own, so any rank may
+    sample it.
     """
-    started, groups, answers = time.perf_counter(), [], []
     parallel.gather_weights(model)
-    mine, seeds = parallel.share(tasks), parallel.share(range(seed, seed + len(tasks)))
+    first = config.seed * 1_000_003 + position  # a prime keeps (seed, position) apart
+    mine = parallel.share(tasks)
+    seeds = parallel.share(range(first, first + len(tasks)))
+    answers = []
     if mine:  # there may be fewer tasks than ranks
         prompts = [prompt for prompt, _ in mine]
+        n, longest = config.num_samples, config.max_new_tokens
         answers = sample_answers(
-            model, tokenizer, prompts, num_samples, config.max_new_tokens, temperature, seeds
+            model, tokenizer, prompts, n, longest, config.temperature, seeds
         )
-    sampled = time.perf_counter()
-    finite = all(math.isfinite(answer.logp) for answer in answers)
+    groups = []
     for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
-        group = answers[i * num_samples : (i + 1) * num_samples]
-        grades = [reward.grade(answer.text, example) for answer in group]
-        rewards = [reward.total(grade, example, config.correctness) for grade in grades]
-        if not finite:  # the weights have overflowed: NaN rewards stop the run
-            rewards = [math.nan] * num_samples
-        completions, texts, cut, _ = zip(*group)
-        groups.append(Group(prompt, example, completions, texts, rewards, cut, grades))
-    groups = parallel.gather(groups)
-    return groups, {"seconds_sample": sampled - started, "seconds_score": time.perf_counter() - sampled}
+        some = answers[i * config.num_samples : (i + 1) * config.num_samples]
+        groups.append(score_group(prompt, example, some, config.correctness))
+    if not all(math.isfinite(answer.logp) for answer in answers):
+        for group in groups:  # the weights have overflowed: rewards of NaN stop the run
+            group.rewards = [math.nan] * config.num_samples
+    return parallel.gather(groups)
 
 
 def summarize(groups):
@@ -481,23 +519,11 @@ def summarize(groups):
 
 def describe(groups):
     """The metrics of a rollout: those of summarize(), spread within groups, lengths; floats."""
-    several = len(groups[0].rewards) > 1  # one answer has no spread
+    metrics = summarize(groups)
     lengths = [len(ids) for group in groups for ids in group.completions]
-    stds = [torch.tensor(group.rewards).std().item() if several else 0.0 for group in groups]
-    return summarize(groups) | {
-        "reward_std": mean(stds),
-        "no_spread": mean(max(group.rewards) == min(group.rewards) for group in groups),
-        "completion_length": mean(lengths),
-        "truncated": mean(cut for group in groups for cut in group.cut),
-    }
-
-
-def evaluate(model, tokenizer, tasks, config):
-    """Figures over held-out `tasks`: those of summarize() for greedy answers, but the reward of sampled ones."""
-    size, greedy, sampled = config.prompts_per_step * config.num_samples, [], []
-    hidden = config.quiet or parallel.RANK > 0 or None
-    for start in tqdm(range(0, len(tasks), size), "held-out tasks", leave=False, disable=hidden):
-        part = tasks[start : start + size]
-        greedy += rollout(model, tokenizer, part, config, 1, 0, start)[0]
-        sampled += rollout(model, tokenizer, part, config, 1, config.temperature, start)[0]
-    return summarize(greedy) | {"reward": summarize(sampled)["reward"]}
+    metrics["reward_std"] = mean(torch.tensor(group.rewards).std().item() for group in groups)
+    metrics["no_spread"] = mean(max(group.rewards) == min(group.rewards) for group in groups)
+    metrics["completion_length"] = mean(lengths)
+    metrics["truncated"] = mean(cut for group in groups for cut in group.cut)
+    metrics["seconds_score"] = sum(group.seconds for group in groups)
+    return metrics

@@ -205,14 +205,6 @@ def total(grade, example, correctness="es_star"):
     return grade.format + CORRECTNESS[correctness](grade, example)  # eq. 1
 
 
-def overlong(length, config):
-    """DAPO's soft penalty for a completion of `length` tokens, in [-1, 0]; 0 if it is off."""
-    if config.overlong_cache == 0:
-        return 0.0
-    excess = length - (config.max_new_tokens - config.overlong_cache)
-    return min(0.0, -excess / config.overlong_cache)
-
-
 # ------------------------------------------------------------------------- without an example
 
 

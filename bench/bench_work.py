@@ -146,8 +146,9 @@ def our_config(spec):
 
 def adapt(model, spec, config):
     """`model` as load_model would give it, under our adapter."""
-    if not config.keep_activations:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if not config.keep_activations:  # transformers 5.17 has the second name only
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
 
 

@@ -195,8 +195,8 @@ def test_paper_defaults(script, capsys):
         assert re.search(rf"^  --{field.name.replace('_', '-')}(?: X)?\s+\S", text, re.MULTILINE), field.name
 
 
-COLUMNS = """step reward reward_std format es em loss kl clip_fraction grad_norm lr completion_length truncated
-    tokens_per_second seconds_sample seconds_score seconds_update stale""".split()
+COLUMNS = "step loss kl grad_norm lr completion_length tokens_per_second seconds_sample seconds_update".split()
+SAMPLED = "reward reward_std format es em stale clip_fraction truncated seconds_score".split()  # not in sft.py
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -213,8 +213,10 @@ def test_run_directory(script, family, checkpoints, settings, write_rows, rows, 
     assert config.items() >= {name: str(value) for name, value in settings.items()}.items()
     assert config.keys() == {field.name for field in dataclasses.fields(script.Config)}
     table = metrics(path)
-    assert [row["step"] for row in table] == [1, 2] and all(row.keys() >= set(COLUMNS) for row in table)
-    assert all(isinstance(row[name], int | float) and -3 <= row["reward"] <= 3 for row in table for name in COLUMNS)
+    columns = COLUMNS if script is sft else COLUMNS + SAMPLED
+    assert [row["step"] for row in table] == [1, 2] and all(row.keys() >= set(columns) for row in table)
+    assert all(isinstance(row[name], int | float) for row in table for name in columns)
+    assert all(-3 <= row.get("reward", 0) <= 3 and ("reward" in row) == (script is not sft) for row in table)
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     assert samples and all(isinstance(sample["completion"], str) and "reward" in sample for sample in samples)
     assert ElementTree.parse(path / "curve.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -339,7 +341,7 @@ def test_interrupt_and_resume(script, settings):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in err
-    assert re.search(rf"to go on:\n  python {script.__name__}.py .*--resume\n", out)
+    assert re.search(rf"to continue:\n  python {script.__name__}.py .*--resume\n", out)
     assert (settings["output"] / "adapter/adapter_model.safetensors").is_file()
     steps = len(metrics(settings["output"]))
     with open(log, "a") as file:
@@ -352,9 +354,14 @@ def test_interrupt_and_resume(script, settings):
 def test_interrupt_after_a_skipped_step(script, settings, spoil, monkeypatch):
     """Ctrl-C just after a skipped step is taken for the end of a lost run: nothing saved, status 1."""
     spoil({2})
-    log = run.Run.log
-    ask = lambda self, row, samples: log(self, row, samples) or row["step"] == 2 and signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(run.Run, "log", ask)
+    log = run.RunDirectory.log
+
+    def ask(self, step, *rest):
+        log(self, step, *rest)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run.RunDirectory, "log", ask)
     assert script.main(flags(settings | {"steps": 4})) == 130
     assert script.main(flags(settings | {"steps": 4, "resume": True})) == 0
 

@@ -26,8 +26,8 @@ def test_objective_equals_the_peers(case):
     read = lambda name: torch.tensor(case[name], dtype=torch.float64)
     new, A = read("new_logps").requires_grad_(), read("advantages")
     old = new.detach() if case["on_policy"] else read("old_logps")
-    weights = dapo.token_weights(torch.tensor(case["mask"]).bool())
-    loss = -(weights * dapo.objective(new, old, None, A)).sum()
+    weights = dapo.token_weights(torch.tensor(case["mask"]).bool(), dapo.Config())
+    loss = -(weights * dapo.objective(new, old, None, A, dapo.Config())).sum()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-9)
     torch.testing.assert_close(torch.autograd.grad(loss, new)[0], read("grad_new_logps"), atol=1e-9, rtol=0)
     rewards = read("rewards").view(-1, case["num_generations"] if "num_generations" in case else len(A))
@@ -46,13 +46,13 @@ def test_objective_equals_the_peers(case):
 def test_clip_acts_on_the_right_side(A, ratio, value, slope):
     """Stops a clip-higher on the wrong side, and a dual clip that is inverted, misplaced or not scaled by A."""
     rho = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
-    J = dapo.objective(rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]))
+    J = dapo.objective(rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]), dapo.Config())
     assert J.item() == pytest.approx(value) and torch.autograd.grad(J, rho)[0].item() == pytest.approx(slope)
 
 
 def test_token_weights_by_hand():
     """Stops a mean of means: every token of the update batch counts alike, EOS included."""
-    weights = dapo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool())
+    weights = dapo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(), dapo.Config())
     expected = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]) / 8
     torch.testing.assert_close(weights, expected, check_dtype=False)
 
@@ -123,7 +123,7 @@ def test_overlong_by_hand(cache, soft, monkeypatch):
     ids, rewards = [[6] * n for n in lengths], [0.0, 1, 2, 3, 4, 5]
     grades = [reward.grade("x", TASKS[0][1])] * 6
     group = recode.Group([5], TASKS[0][1], ids, ["x"] * 6, rewards, [False] * 6, grades)
-    monkeypatch.setattr(recode, "rollout", lambda *_: ([group], {}))
+    monkeypatch.setattr(recode, "sample_groups", lambda *_: [group])
     monkeypatch.setattr(dapo, "advantages", lambda rewards: seen.append(rewards) or rewards)
     config = dapo.Config(prompts_per_step=1, updates=1, num_samples=6, max_new_tokens=100, overlong_cache=cache)
     model = torch.nn.Module()
@@ -150,7 +150,7 @@ def test_an_empty_rollout_changes_nothing(checkpoints):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     batch = recode.make_batch([], torch.zeros(0, 8), "cpu")
     figures = dapo.update(model, optimizer, batch, dapo.Config())
-    assert figures["skipped"] == figures["loss"] == figures["grad_norm"] == 0
+    assert figures == {"skipped": 0}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -163,7 +163,7 @@ def test_a_short_rollout_is_parted_by_whole_groups(checkpoints, monkeypatch):
     parameter = torch.nn.Parameter(torch.ones(1))
     model = torch.nn.Module()
     model.weight = parameter
-    monkeypatch.setattr(dapo.parallel, "reduce", lambda _, sums: sums)  # one process has nothing to add up
+    monkeypatch.setattr(dapo.parallel, "all_reduce", lambda _, sums: sums)  # one process has nothing to add
     monkeypatch.setattr(recode, "batch_logps", lambda *_: torch.zeros(20, 3))
     batch = recode.make_batch([recode.Group([5], None, [[6, 7, 8]] * 4)] * 5, torch.ones(5, 4), "cpu")
     config = dapo.Config(prompts_per_step=6, updates=2, num_samples=4)

@@ -12,9 +12,9 @@ import dapo
 import grpo
 import sft
 
-MOST = 45  # changed lines between grpo.py and dapo.py
+MOST = 36  # changed lines between grpo.py and dapo.py
 PLUMBING = re.compile(
-    r"^\W*(import |from |if __name__|run\b|parser|def (?!objective))|recode\.(save|finish|set_up|parse)|log\("
+    r"^\W*(import |from |if __name__|run\b|parser|def )|training\.|run\.(save|finish|begin|lap)|log\("
 )
 
 
@@ -62,8 +62,8 @@ def test_the_diff_is_the_lesson():
         ("def k3(logps, ref_logps):", "def kl(logps, ref_logps):  # eq. 6", "no equation"),
         ("# eq. 8\n", "# the weights\n", "no equation"),
         ("# eq. 8\n", "# eq. 12\n", "eq. 12"),
-        ("    torch.manual_seed(", "    torch.manual_seed(1 + ", "manual_seed"),
-        ("# eq. 1\n", "# eq. 1\n" + 20 * "        # eq. 1\n", "45 at most"),
+        ("parallel.seed_dropout(", "parallel.seed_dropout(1 + ", "seed_dropout"),
+        ("# eq. 1\n", "# eq. 1\n" + 20 * "        # eq. 1\n", "36 at most"),
     ],
 )
 def test_the_diff_test_can_fail(tmp_path, old, new, word):

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import reward
 import sft
+import training.run
 from tools import experiments
 from training.config import BadInput
 
@@ -30,14 +31,14 @@ def as_before(monkeypatch):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """What recode.evaluate() was called with, in place of its work; it returns METRICS."""
+    """What training.run.evaluate() was called with, in place of its work; it returns METRICS."""
     calls = []
 
     def evaluate(*args):
         calls.append(args)
-        return METRICS
+        return METRICS, []
 
-    monkeypatch.setattr(experiments.recode, "evaluate", evaluate)
+    monkeypatch.setattr(training.run, "evaluate", evaluate)
     return calls
 
 

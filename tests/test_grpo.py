@@ -26,8 +26,10 @@ def test_objective_equals_the_peers(case):
     new, ref, A, settings = read("new_logps").requires_grad_(), read("ref_logps"), read("advantages"), case["params"]
     old = new.detach() if case["on_policy"] else read("old_logps")
     clip = settings.get("eps_low", settings.get("low")), settings.get("eps_high", settings.get("high"))
-    beta, weights = settings.get("beta", settings.get("kl_coef")), grpo.token_weights(torch.tensor(case["mask"]).bool())
-    loss = -(weights * grpo.objective(new, old, ref, A, *clip, beta)).sum()
+    beta = settings.get("beta", settings.get("kl_coef")) or 0.0
+    config = grpo.Config(clip_low=clip[0], clip_high=clip[1], beta=beta)
+    weights = grpo.token_weights(torch.tensor(case["mask"]).bool(), config)
+    loss = -(weights * grpo.objective(new, old, ref, A, config)).sum()
     gradient = torch.autograd.grad(loss, new)[0]
     if beta and case["peer"] == "trl" and settings.get("bias_kl", True):
         gradient += beta * weights * grpo.k3(new.detach(), ref)  # TRL's default is rho k3: equal but for d rho
@@ -59,7 +61,7 @@ def test_advantages_by_hand():
 def test_clip_acts_on_the_right_side(A, ratio, value, slope):
     """Stops a clip that is inverted for negative advantages; value and d J / d ratio by hand."""
     rho = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
-    J = grpo.objective(rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]), 0.2, 0.2, 0)
+    J = grpo.objective(rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]), grpo.Config(beta=0.0))
     assert J.item() == pytest.approx(value) and torch.autograd.grad(J, rho)[0].item() == pytest.approx(slope)
 
 
@@ -67,7 +69,8 @@ def test_kl_pulls_towards_the_reference():
     """Stops a KL term without gradient on policy, such as mean(new - ref), and a negative or misplaced one."""
     new = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64, requires_grad=True)
     ref, step = torch.tensor([[-1.5, -1.0, -0.5]], dtype=torch.float64), 1e-6
-    term = lambda x: grpo.objective(x, x.detach(), ref, torch.zeros(1), beta=0.5)
+    config = grpo.Config(beta=0.5)
+    term = lambda x: grpo.objective(x, x.detach(), ref, torch.zeros(1), config)
     gradient = torch.autograd.grad(term(new).sum(), new)[0]
     with torch.no_grad():
         assert (term(new) <= 0).all()
@@ -77,7 +80,7 @@ def test_kl_pulls_towards_the_reference():
 
 def test_token_weights_by_hand():
     """Stops a mean over the wrong tokens: every completion counts 1/N, each of its tokens alike, EOS included."""
-    weights = grpo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool())
+    weights = grpo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(), grpo.Config())
     expected = torch.tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [1 / 12] * 4])
     torch.testing.assert_close(weights, expected, check_dtype=False)
 

@@ -48,15 +48,15 @@ def gradient_of_ranks(name, groups):
     script, model, batch, config = one_update(name, groups)
     if config.adapter == "none":
         parallel.shard(model, offload=False)
-    sums = parallel.reduce(model, script.accumulate(model, batch, config))
-    norm = parallel.clip(model, 1e9)
-    return dict(sums), [parallel.whole(p.grad) for p in model.parameters() if p.requires_grad], norm
+    sums = parallel.all_reduce(model, script.accumulate(model, batch, config))
+    norm = parallel.clip_grad_norm(model, 1e9)
+    return dict(sums), [parallel.full_tensor(p.grad) for p in model.parameters() if p.requires_grad], norm
 
 
 def train(base, name, output, *more, stop=None):
     """A run of four steps in base/output; the exit status. stop=(rank, step): that rank gets a Ctrl-C there."""
     script, adapter = CASES[NAMES.index(name)]
-    log, flags = run.Run.log, (
+    log, flags = run.RunDirectory.log, (
         f"--model {base}/model --data {base}/data.jsonl --output {base}/{output} --adapter {adapter} --steps 4 "
         "--save-every 2 --prompts-per-step 3 --num-samples 4 --max-new-tokens 8 --micro-tokens 60 --r 4 --lr 0.01 "
         "--dropout 0 --warmup 0.3 --show-every 2 --heldout 0.34 --weight-decay 0.1"
@@ -64,12 +64,12 @@ def train(base, name, output, *more, stop=None):
     flags += {grpo: "", dapo: " --max-tries 2 --updates 3", sft: ""}[script]
     flags += " --beta 0" if adapter == "none" else " --beta 0.01"
 
-    def logged(self, row, groups):
-        log(self, row, groups)
-        if (parallel.RANK, row["step"]) == stop:
+    def logged(self, step, *rest):
+        log(self, step, *rest)
+        if (parallel.RANK, step) == stop:
             signal.raise_signal(signal.SIGINT)
 
-    with patch.object(reward, "total", score), patch.object(run.Run, "log", logged):
+    with patch.object(reward, "total", score), patch.object(run.RunDirectory, "log", logged):
         return script.main([*flags.split(), *more])
 
 
@@ -84,11 +84,11 @@ def job(base):
         assert train(base, name, f"{name}-stopped", stop=(1, 2)) == 130
         if parallel.RANK == 0:
             shutil.copytree(base / f"{name}-stopped", base / f"{name}-2to1")
-        parallel.together(False)
+        parallel.any_rank(False)
         assert train(base, name, f"{name}-stopped", "--resume") == 0
         assert train(base, name, f"{name}-1to2", "--resume") == 0
     torch.save(found, base / f"rank{parallel.RANK}.pt")
-    parallel.end()
+    torch.distributed.destroy_process_group()
 
 
 def environment():
@@ -198,15 +198,15 @@ def test_the_number_of_ranks_may_change(name, base):
         parallel.load_state(model, optimizer, torch.load(base / f"{name}-2to1" / "checkpoint" / "state.pt"))
         loaded = parallel.full_state(model, optimizer)
         assert same(loaded, {key: saved[key] for key in loaded})
-        assert all(torch.equal(parallel.whole(p), saved["trained"][key]) for key, p in model.named_parameters())
+        assert all(torch.equal(parallel.full_tensor(p), saved["trained"][key]) for key, p in model.named_parameters())
     assert train(base, name, f"{name}-2to1", "--resume") == 0
     close(base / f"{name}-2to1", base / f"{name}-1")
 
 
 def test_small_steps_are_not_rounded_away(monkeypatch):
     """Stops weights in bf16 from being what is trained: a step of 1e-4 is less than the last bit of 1.0."""
-    halves = parallel.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda **_: halves)  # as on a GPU
+    halves = parallel.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    monkeypatch.setattr(parallel.fsdp, "MixedPrecisionPolicy", lambda **_: halves)  # as on a GPU
     model = random_model("qwen2").bfloat16()
     parallel.shard(model, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
@@ -214,10 +214,10 @@ def test_small_steps_are_not_rounded_away(monkeypatch):
         parallel.gather_weights(model)
         assert model.dtype == torch.bfloat16
         model.model.norm.weight.sum().backward()
-        parallel.reduce(model, Counter())
+        parallel.all_reduce(model, Counter())
         optimizer.step()
         optimizer.zero_grad()
-    norm = parallel.whole(model.model.norm.weight.detach())
+    norm = parallel.full_tensor(model.model.norm.weight.detach())
     torch.testing.assert_close(norm, torch.full_like(norm, 0.998), atol=1e-5, rtol=0)
 
 
@@ -281,16 +281,16 @@ def ends(base):
 
 def fail(how, base):
     """What each rank of such a job does: as `how` has it, in step 2 of a run."""
-    log = run.Run.log
+    log = run.RunDirectory.log
 
-    def logged(self, row, groups):
-        log(self, row, groups)
-        if parallel.RANK == 1 and row["step"] == 2 and how == "killed":
+    def logged(self, step, *rest):
+        log(self, step, *rest)
+        if parallel.RANK == 1 and step == 2 and how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if parallel.RANK == 1 and row["step"] == 2 and how == "own error":
+        if parallel.RANK == 1 and step == 2 and how == "own error":
             raise data.BadInput("no such luck")
 
-    with patch.object(run.Run, "log", logged):
+    with patch.object(run.RunDirectory, "log", logged):
         more = ["--data", "nowhere.jsonl"] if how == "same error" else []
         parallel.run_main(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
 

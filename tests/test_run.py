@@ -42,14 +42,14 @@ def metrics(directory):
 
 def kill(monkeypatch, step):
     """End the next run as kill -9 would, after this step was logged."""
-    log = run.Run.log
+    log = run.RunDirectory.log
 
-    def killed(self, figures, groups):
-        log(self, figures, groups)
-        if figures["step"] == step:
+    def killed(self, now, *rest):
+        log(self, now, *rest)
+        if now == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Run, "log", killed)
+    monkeypatch.setattr(run.RunDirectory, "log", killed)
 
 
 # ------------------------------------------------------------------------- the log of another program

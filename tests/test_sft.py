@@ -47,16 +47,17 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
     assert position == 2 and all(len(group.completions) == 1 for group in groups)
 
 
-def test_nothing_is_learnt_from_the_answers(tokenizer, monkeypatch):
-    """Stops rewards or sampled answers from finding their way into the gradient of the baseline."""
+def test_nothing_is_sampled(tokenizer, monkeypatch):
+    """Stops rewards or sampled answers from costing time, or finding their way into the baseline's gradient."""
     model, batches = random_model("qwen2", len(tokenizer)), []
     tasks = data.encode_tasks([ROW], tokenizer, 999, {})
+    monkeypatch.setattr(recode, "sample", lambda *_, **__: pytest.fail("sampled"))
     for value, seed in ((3.0, 1), (-3.0, 2)):
         monkeypatch.setattr(reward, "total", lambda *_, value=value: value)
         config = sft.Config(max_new_tokens=8, seed=seed)
-        batch, figures, _, _ = sft.collect(model, tokenizer, tasks, 0, config)
+        batch, metrics, groups, _ = sft.collect(model, tokenizer, tasks, 0, config)
         batches.append(batch)
-        assert figures["reward"] == value and figures["reward_std"] == 0
+        assert metrics == {"completion_length": len(groups[0].completions[0])}
     assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].advantages, torch.ones(1))
 
 

@@ -74,7 +74,10 @@ def brute_force(script, model, batch, config):
             kl += (d.exp() - d - 1).item() / count
         loss -= row / len(ids) / len(batch.mask) if script is grpo else row / count
     loss.backward()
-    return {"loss": loss.item(), "clip_fraction": clipped / count, "kl": kl}, gradients(model)
+    sums = {"loss": loss.item(), "clip_fraction": clipped / count, "kl": kl}
+    if script is sft:  # no ratio, nothing to clip
+        del sums["clip_fraction"]
+    return sums, gradients(model)
 
 
 def gradients(model):
@@ -91,7 +94,7 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
         batch.advantages[1], batch.old_logps[1, 0] = -1.0, batch.old_logps[1, 0] - 4  # the dual clip acts
     config = lambda size: script.Config(beta=0.1, micro_tokens=size)
     wanted, exact = brute_force(script, model, batch, config(1))
-    assert (wanted["clip_fraction"] > 0.1) == (kind != "on policy" and script is not sft)
+    assert (wanted.get("clip_fraction", 0) > 0.1) == (kind != "on policy" and script is not sft)
     if kind == "checkpointed":
         model.gradient_checkpointing_enable()
     for size in (1000, 1, 8, 15):
@@ -114,7 +117,7 @@ def test_on_policy_the_ratio_is_one(script):
     batch = ragged(model, off_policy=False)
     figures = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9))
     assert model.training and figures["clip_fraction"] == 0
-    mean = (script.token_weights(batch.mask).sum(1) * batch.advantages).sum().item()
+    mean = (script.token_weights(batch.mask, script.Config()).sum(1) * batch.advantages).sum().item()
     assert figures["loss"] == pytest.approx(-mean, abs=1e-6)
     assert all(g.abs().sum() > 0 for g in gradients(model))
 
@@ -209,7 +212,7 @@ def same(left, right):
 
 def test_resume_is_as_if_nothing_had_happened(script, flags, tmp_path, monkeypatch, capsys):
     """Stops a resume that repeats a batch, forgets the optimizer, or leaves a gap or a repeat in the logs."""
-    drawn, draw, log = [], data.draw, run.Run.log
+    drawn, draw, log = [], data.draw, run.RunDirectory.log
     monkeypatch.setattr(data, "draw", lambda tasks, at, *rest: drawn.append(at) or draw(tasks, at, *rest))
     assert script.main(flags("straight")) == 0
     straight = leavings(tmp_path / "straight")
@@ -220,8 +223,8 @@ def test_resume_is_as_if_nothing_had_happened(script, flags, tmp_path, monkeypat
 
     def until(last, end):
         """From here on `end` is called when step `last` has been logged."""
-        logged = lambda self, row, samples: (log(self, row, samples), row["step"] == last and end())
-        monkeypatch.setattr(run.Run, "log", logged)
+        logged = lambda self, step, *rest: (log(self, step, *rest), step == last and end())
+        monkeypatch.setattr(run.RunDirectory, "log", logged)
 
     until(3, lambda: signal.raise_signal(signal.SIGINT))
     assert script.main(flags("stopped")) == 130 and "--resume" in capsys.readouterr().out

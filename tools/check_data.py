@@ -6,15 +6,13 @@ Prints how many rows are usable, which are dropped and why, how many tokens prom
 have, and three prompts as the model sees them.
 """
 
-import os
 import statistics
 import textwrap
-from pathlib import Path
 
 from data import encode_prompt, encode_target, locate, sift
 from reward import strip_comments
 from training import loading, parallel
-from training.config import BadInput, Parser
+from training.config import TINY, BadInput, Parser
 
 
 def lengths(name, counts, limit, flag):
@@ -62,9 +60,8 @@ def main(argv=None):
     """Check a data set. The exit status is 0 if it has a usable row."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    tiny = os.path.relpath(Path(__file__).parent.parent / "tiny")
     add("data", help="JSONL file or hub id of the migration examples")
-    add("--model", default=tiny, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
+    add("--model", default=TINY, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
     add("--max-prompt-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 2048]")
     add("--max-new-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 1024]")
     args = parser.parse_args(argv)

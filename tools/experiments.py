@@ -27,14 +27,14 @@ from statistics import mean, stdev
 import dapo
 import data
 import grpo
-import recode
 import reward
 import sft
+import training.run
 from training import dora, loading, parallel
 from training.config import BadInput, Parser, read_settings
 from training.files import write
 
-TINY = Path(__file__).parent.parent / "tiny"
+TINY = str(Path(__file__).parent.parent / "tiny")
 SEEDS = (42, 1, 2)
 RUNS = {  # directory: row of the table, script, flags
     "base": ("base", None, ""),
@@ -58,13 +58,13 @@ SPLITS = (  # file, {metric: column of the table}
 
 def measure(model):
     """{column: value} of a model, on the files of SPLITS."""
-    tokenizer = loading.load_tokenizer(str(TINY))
+    tokenizer = loading.load_tokenizer(TINY)
     config = grpo.Config(prompts_per_step=8, max_new_tokens=96)  # two calls are longer than one
     result = {}
     for split, columns in SPLITS:
-        examples = data.load_examples(str(TINY / f"{split}.jsonl"))
+        examples = data.load_examples(f"{TINY}/{split}.jsonl")
         tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        metrics = recode.evaluate(model, tokenizer, tasks, config)
+        metrics, _ = training.run.evaluate(model, tokenizer, tasks, config)
         result |= {column: metrics[name] for name, column in columns.items()}
     return result
 
@@ -92,7 +92,7 @@ def end_with_parent():
 def work(path, steps):
     """A worker: train a run, measure it, write its result.json. Returns the exit status."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    model = loading.load_model(str(TINY))
+    model = loading.load_model(TINY)
     rows = []
     if path.name != "base-0":
         status = train(path, steps)
@@ -153,7 +153,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
     add("--jobs", default=os.cpu_count(), type=int, metavar="X", help="at a time [%(default)s]")
-    steps = read_settings(TINY / "defaults.json")["steps"]
+    steps = read_settings(Path(TINY, "defaults.json"))["steps"]
     add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
     add("--worker", metavar="X", help="do the run of this directory, until stdin closes [none]")
     args = parser.parse_args(argv)

@@ -8,22 +8,23 @@ such a step on your machine; its peak includes the process itself, which eq. 6 l
 
 The model has W weights, n layers, width d, MLP width f, query and key widths q and k, V words; its
 adapter has A weights. A number takes b bytes: 2 in bf16 (GPU), 4 in fp32 (CPU). Each of N GPUs
-samples p prompts of L tokens, and G completions of T tokens for each. It trains in micro-batches of
-at most M tokens (--micro-tokens): u tokens of prompts; r rows, c = r T tokens, of completions.
+samples p prompts of L tokens, and G completions of T tokens for each. It trains on one prompt at a
+time, in passes of r completions, c = r T tokens, at most M of them (--micro-tokens).
 
     weights    b W                                                                       (eq. 1)
     trained    16 A with an adapter; else 4 W + 12 W / N: the fp32 gradient, and as      (eq. 2)
                shards (none with --offload) the fp32 weights and AdamW's moments
-    sampling   2 b n k p (L + G T) + 16 p G V      keys and values; logits               (eq. 3)
-    layer      a = b ((11 d + 3 f) c + (2 d + 2 k) r (L + T))   what it keeps            (eq. 4)
+    sampling   4 b n k p G (L + T) + 16 p G V      keys and values, twice when their     (eq. 3)
+               cache grows; logits
+    layer      a = b ((11 d + 3 f) c + 2 k r (L + T))   what it keeps                    (eq. 4)
                w = b (2 d + 3 f) c                 what its backward pass adds
-    training   b n (d (u + c) + 4 k u) + a + w     layers recomputed                     (eq. 5)
-               b n (11 d + 3 f) u + n a + w        --keep-activations
-    peak       weights + trained + max(sampling, training + 16 LOGITS)                   (eq. 6)
+    training   b n (d (L + c) + 4 k L) + a + w     layers recomputed                     (eq. 5)
+               b n (11 d + 3 f) L + n a + w        --keep-activations
+    peak       weights + trained + max(sampling, training + 16 MAX_LOGITS)               (eq. 6)
 
 Time on a GPU that moves B bytes/s and computes C operations/s; 1.5 and 0.4 are goals, not measured:
 
-    sample     1.5 T (b W + 2 b n k p (L + G T / 2)) / B                                 (eq. 7)
+    sample     1.5 T (b W + 2 b n k p G (L + T / 2)) / B                                 (eq. 7)
     update     2 W p (L + G T) s / (0.4 C)         s = 2 passes, and one more each for   (eq. 8)
                the reference, for recomputed layers and for the gradient of W
 """
@@ -54,25 +55,24 @@ def shape(d, n, f, q, k, V, tied, rank=64):
     return SimpleNamespace(d=d, n=n, f=f, k=k, V=V, W=W, A=A)
 
 
-def memory(x, config, L, p, N=1, b=2, logits=recode.LOGITS):
+def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS):
     """{part: bytes} of a shape() and a script's Config; eq. 1 to 6."""
-    G, T, M = config.num_samples, config.max_new_tokens, config.micro_tokens
-    u = min(p * L, max(M, L))
-    r = min(p * G, max(M // T, 1))
+    G, T = config.num_samples, config.max_new_tokens
+    r = min(G, max(config.micro_tokens // T, 1))
     c = r * T
     held = b * (HELD_D * x.d + HELD_F * x.f)
-    a = held * c + b * (2 * x.d + 2 * x.k) * r * (L + T)  # eq. 4
+    a = held * c + b * 2 * x.k * r * (L + T)  # eq. 4
     w = b * (BACK_D * x.d + BACK_F * x.f) * c
-    training = b * x.n * (x.d * (u + c) + 4 * x.k * u) + a + w  # eq. 5
+    training = b * x.n * (x.d * (L + c) + 4 * x.k * L) + a + w  # eq. 5
     if config.keep_activations:
-        training = x.n * (held * u + a) + w
+        training = x.n * (held * L + a) + w
     trained = 16 * x.A  # eq. 2
     if config.adapter == "none":
         trained = 4 * x.W + (0 if config.offload else 12 * x.W / N)
     parts = {
         "weights": b * x.W,  # eq. 1
         "trained": trained,
-        "sampling": 2 * b * x.n * x.k * p * (L + G * T) + 16 * p * G * x.V,  # eq. 3
+        "sampling": 4 * b * x.n * x.k * p * G * (L + T) + 16 * p * G * x.V,  # eq. 3
         "training": training + 16 * logits,
     }
     larger = max(parts["sampling"], parts["training"])
@@ -82,7 +82,8 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.LOGITS):
 def seconds(x, config, L, p, b=2):
     """The time of the largest step in seconds: to sample (eq. 7), to update (eq. 8)."""
     G, T = config.num_samples, config.max_new_tokens
-    sample = 1.5 * T * (b * x.W + 2 * b * x.n * x.k * p * (L + G * T / 2)) / BANDWIDTH  # eq. 7
+    cache = 2 * b * x.n * x.k * p * G * (L + T / 2)
+    sample = 1.5 * T * (b * x.W + cache) / BANDWIDTH  # eq. 7
     s = 2 + (config.beta > 0) + (not config.keep_activations) + (config.adapter == "none")
     return sample, 2 * x.W * p * (L + G * T) * s / (0.4 * OPERATIONS)  # eq. 8
 
@@ -96,7 +97,7 @@ def table():
         x = shape(*size)
         cells = [name]
         for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
-            logits = recode.LOGITS * recode.ON_GPU
+            logits = recode.MAX_LOGITS_GPU
             peak = memory(x, config, config.max_prompt_tokens, 1, N, logits=logits)["peak"]
             step = sum(seconds(x, config, config.max_prompt_tokens, 1))
             cells.append(f"{peak / 1e9:.0f} GB, {step:.1f} s")

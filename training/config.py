@@ -1,4 +1,8 @@
-"""The command line: every field of a script's Config is a flag."""
+"""The command line of a training script: every field of its Config is a flag.
+
+A script's Config holds the settings of its algorithm; it inherits those of the machinery from Run.
+The comment behind a field is the help of its flag; the comment above some fields heads a group.
+"""
 
 import argparse
 import dataclasses
@@ -8,13 +12,73 @@ import math
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import reward
 
 
 class BadInput(ValueError):
-    """Something only the user can mend. Its text is one line: what, where, the way out."""
+    """An error the user must fix. Its text is one line: what, where, the way out."""
+
+
+TINY = os.path.relpath(Path(__file__).parent.parent / "tiny")  # the embedded toy
+
+
+@dataclass
+class Run:
+    """Settings that every algorithm shares."""
+
+    # model and data
+    model: str = TINY  # checkpoint directory or hub id
+    data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
+    heldout: str = ""  # JSONL file, or share of the rows, measured before and after; "" for none
+    resume: bool = False  # continue from the last checkpoint in --output
+    seed: int = 42  # of the data order, the adapter and the samples
+    # adapter
+    adapter: str = "dora"  # what is trained: dora, lora, or none for all weights
+    r: int = 64  # rank of the adapter
+    alpha: float = 64.0  # the adapter is scaled by alpha / r
+    dropout: float = 0.01  # on the adapter's input, in training
+    targets: str = "q_proj,v_proj"  # names of the linear layers that get an adapter
+    # optimizer
+    warmup: float = 0.03  # share of the steps in which the learning rate rises from 0
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    # memory and speed
+    micro_tokens: int = 8192  # tokens per forward and backward pass, padding included
+    keep_activations: bool = False  # no gradient checkpointing: faster, much more memory
+    offload: bool = False  # with --adapter none: fp32 weights and AdamW in CPU memory
+    dry_run: bool = False  # run one worst-case step, report memory and time, exit
+    # log
+    save_every: int = 100  # steps between checkpoints
+    show_every: int = 10  # steps between sample completions
+    log_to: str = ""  # also log to "tensorboard" or "wandb"; "" for neither
+    quiet: bool = False  # print the header and the final table only
+
+
+POSITIVE = (  # settings that must be above 0; the others may be 0
+    "steps", "prompts_per_step", "num_samples", "max_tries", "updates", "max_prompt_tokens",
+    "max_new_tokens", "temperature", "r", "alpha", "lr", "max_grad_norm", "micro_tokens",
+    "save_every", "show_every",
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, help of at most 100 columns, and no abbreviated flags."""
+
+    def __init__(self, description, add_help=True):
+        columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+
+        def form(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=columns)
+
+        super().__init__(
+            description=description, formatter_class=form, allow_abbrev=False, add_help=add_help
+        )
+
+    def error(self, message):
+        raise BadInput(f"{message}; see --help")
 
 
 def read_settings(path):
@@ -25,77 +89,114 @@ def read_settings(path):
         raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
 
 
-MAY_BE_ZERO = ("seed", "dropout", "beta", "warmup", "weight_decay", "overlong_cache")  # every other number is above 0
+def described(Config):
+    """Yield (heading, name, comment) of every field of a Config, its own before those of Run."""
+    missing = {field.name for field in dataclasses.fields(Config)}
+    for cls in Config.__mro__[:-1]:
+        heading = "settings"
+        for line in inspect.getsource(cls).splitlines():
+            if match := re.fullmatch(r"    # (.+)", line):
+                heading = match[1]
+            match = re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line)
+            if match and match[1] in missing:
+                missing.remove(match[1])
+                yield heading, match[1], match[2]
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise TypeError(f"{Config.__module__}.Config: {names}: a field needs a comment, its help")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line for a mistake, help of at most 100 columns, and no abbreviated flags."""
-
-    def __init__(self, description):
-        columns = min(100, shutil.get_terminal_size((100, 24)).columns)
-        form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=columns)
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
-
-    def error(self, message):
-        raise BadInput(f"{message}; see --help")
+def checkpoint_defaults(model, fields):
+    """The settings in MODEL/defaults.json, if it exists; its data and heldout may lie beside it."""
+    path = Path(model) / "defaults.json"
+    found = read_settings(path) if path.is_file() else {}
+    for name, value in found.items():
+        wanted = type(fields.get(name))
+        if name not in fields or not isinstance(value, int | float if wanted is float else wanted):
+            raise BadInput(f"{path}: {name!r}: {value!r} is not a setting of this script")
+        beside = path.parent / str(value)
+        if name in ("data", "heldout") and beside.is_file():
+            found[name] = str(beside)
+    return found
 
 
 def parse_config(Config, argv, doc):
-    """A checked Config: its own defaults, then those of the checkpoint, then the flags of `argv`.
+    """A checked Config: its own defaults, then those of MODEL/defaults.json, then the flags.
 
-    The comment behind a field is the help of its flag, the comment above some fields their heading.
-    MODEL/defaults.json holds the checkpoint's defaults; "data" and "heldout" in it may name files
-    beside it. Raises BadInput for an unknown flag or a value that makes no sense.
+    Raises BadInput for an unknown flag or a value that makes no sense.
     """
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    finder = Parser(None, add_help=False)
+    finder.add_argument("--model", default=defaults["model"])
+    model = finder.parse_known_args(argv)[0].model
+    used = defaults | checkpoint_defaults(model, defaults)
     parser = Parser(doc)
-    parser.epilog = "Defaults are in brackets; those that a checkpoint brings (tiny/defaults.json) go before them."
-    group, defaults = parser, {field.name: field.default for field in dataclasses.fields(Config)}
-    for line in inspect.getsource(Config).splitlines():
-        if heading := re.fullmatch(r"    # (.+)", line):
-            group = parser.add_argument_group(heading[1])
-        elif field := re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line):
-            name, default = field[1], defaults[field[1]]
-            kind = {"action": "store_true"} if default is False else {"type": type(default), "metavar": "X"}
-            shown = "off" if default is False else "none" if default == "" else default
-            text = f"{field[2]} [{shown}]".replace("%", "%%")
-            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    path = Path(given.get("model", defaults["model"])) / "defaults.json"
-    for name, value in read_settings(path).items() if path.is_file() else ():
-        wanted = type(defaults.get(name))
-        if name not in defaults or not isinstance(value, int | float if wanted is float else wanted):
-            raise BadInput(f"{path}: {name!r}: {value!r} is no setting of this script")
-        beside = path.parent / value if name in ("data", "heldout") else None
-        given.setdefault(name, str(beside) if beside and beside.is_file() else value)
-    return check(Config(**given))
+    parser.epilog = f"Defaults in brackets are those used with --model {model}."
+    groups = {}
+    for heading, name, comment in described(Config):
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        flag = "--" + name.replace("_", "-")
+        default = used[name]
+        if defaults[name] is False:
+            text = f"{comment} [{'on' if default else 'off'}]"
+            groups[heading].add_argument(flag, action="store_true", default=default, help=text)
+            continue
+        text = f"{comment} [{'none' if default == '' else default}]".replace("%", "%%")
+        kind = type(defaults[name])
+        groups[heading].add_argument(flag, default=default, type=kind, metavar="X", help=text)
+    config = Config(**vars(parser.parse_args(argv)))
+    check(config)
+    return config
 
 
 def check(config):
-    """`config` itself, if its values make sense; else BadInput naming the flag."""
+    """Raise BadInput, naming the flag, where the values of `config` make no sense."""
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-                raise BadInput(f"{flag} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+        if isinstance(value, int | float):
+            if name in POSITIVE and not value > 0:
+                raise BadInput(f"{flag} {value}: must be above 0")
+            if not 0 <= value < math.inf:
+                raise BadInput(f"{flag} {value}: must be at least 0, and finite")
     if config.seed >= 2**32:
         raise BadInput(f"--seed {config.seed}: must be below 2**32")
-    if config.num_samples == 1 < type(config).num_samples:
-        raise BadInput("--num-samples 1: advantages compare the samples of a group; give at least 2")
+    if config.num_samples == 1 and type(config).num_samples > 1:
+        raise BadInput(
+            "--num-samples 1: advantages compare the samples of a group; give at least 2"
+        )
     if config.prompts_per_step % config.updates:
-        raise BadInput(f"--updates {config.updates}: must divide --prompts-per-step {config.prompts_per_step}")
-    if config.dropout >= 1 or config.warmup > 1:
-        raise BadInput("--dropout must be below 1 and --warmup at most 1: both are shares")
-    if vars(config).get("overlong_cache", 0) > config.max_new_tokens:
-        raise BadInput(f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens {config.max_new_tokens}")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
+        raise BadInput(
+            f"--updates {config.updates}: must divide --prompts-per-step {config.prompts_per_step}"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     if config.prompts_per_step < ranks:
-        raise BadInput(f"--prompts-per-step {config.prompts_per_step}: at least one for each of {ranks} ranks")
+        raise BadInput(
+            f"--prompts-per-step {config.prompts_per_step}: at least one for each of {ranks} ranks"
+        )
+    for name in ("dropout", "warmup", "clip_low"):
+        if getattr(config, name, 0) >= 1:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"{flag} {getattr(config, name)}: is a share, must be below 1")
+    if getattr(config, "overlong_cache", 0) > config.max_new_tokens:
+        raise BadInput(
+            f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens "
+            f"{config.max_new_tokens}"
+        )
+    check_adapter(config)
+    if config.correctness not in reward.CORRECTNESS:
+        known = ", ".join(reward.CORRECTNESS)
+        raise BadInput(f"--correctness {config.correctness!r}: give one of {known}")
+
+
+def check_adapter(config):
+    """Raise BadInput where adapter, beta and offload contradict each other."""
     if config.adapter not in ("dora", "lora", "none"):
         raise BadInput(f"--adapter {config.adapter!r}: give dora, lora or none")
     if config.adapter == "none" and config.beta:
-        raise BadInput("--adapter none: without an adapter to switch off there is no reference policy; give --beta 0")
+        raise BadInput(
+            "--adapter none: without an adapter to switch off there is no reference policy; "
+            "give --beta 0"
+        )
     if config.offload and config.adapter != "none":
-        raise BadInput("--offload: there is nothing to move to the CPU but with --adapter none")
-    if config.correctness not in reward.CORRECTNESS:
-        raise BadInput(f"--correctness {config.correctness!r}: give one of {', '.join(reward.CORRECTNESS)}")
-    return config
+        raise BadInput("--offload: only --adapter none has weights to keep in CPU memory")

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were."""
+"""Files that hold either all of their new content or what they held before."""
 
 import contextlib
 import os
@@ -7,20 +7,24 @@ from training.config import BadInput
 
 
 def write(path, content):
-    """Write bytes so that `path` holds either all of them or what it held before, whatever happens.
+    """Replace a file atomically: write beside it, sync, rename. Makes the directory if needed.
 
-    `content` may also be a function that writes to an open file.
+    content: bytes, or a function that writes to an open binary file. Raises BadInput.
     """
-    aside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            content(file) if callable(content) else file.write(content)
+        with open(beside, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
-            aside.unlink()
-        why = getattr(error, "strerror", None) or "torch.save failed, as it does on a full disk"
-        raise BadInput(f"cannot write {path}: {why}; nothing that was there is harmed")
+            beside.unlink()
+        reason = getattr(error, "strerror", None)
+        reason = reason if reason else "torch.save failed, as it does on a full disk"
+        raise BadInput(f"cannot write {path}: {reason}; what was there is unharmed")

@@ -1,17 +1,18 @@
-"""The run directory: everything a run leaves behind, complete and readable while it goes on.
+"""A run from its first line on the screen to its last, and the directory that it leaves.
 
     config.json      every setting                     curve.svg    reward, exact match, stale rate
-    metrics.jsonl    one row of figures a step         adapter/     the trained part, as PEFT saves it
-    samples.jsonl    prompts, completions, rewards     model/       or the whole of it, at the end
-    heldout.json     held-out figures, at the end      checkpoint/  all that --resume needs
-    tensorboard/, wandb/    the same figures for another program, with --log-to
+    metrics.jsonl    one row per step                  adapter/     what was trained, in PEFT's form
+    samples.jsonl    notes, completions, rewards       model/       or the full model, at the end
+    heldout.json     held-out metrics, at the end      checkpoint/  all that --resume needs
+    tensorboard/, wandb/    the metrics for another program, with --log-to
 
-A file is either appended to line by line or replaced whole: written aside, synced, renamed. So a run
-that is killed at any moment, also while it saves, or that meets a full disk, keeps its last
-checkpoint; --resume cuts the logs back to it and goes on as if nothing had happened.
+A file is either appended to line by line or replaced atomically. So a run that is killed at any
+moment, or that meets a full disk, keeps its last checkpoint; --resume truncates the logs to it and
+continues as if nothing had happened.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -19,12 +20,12 @@ import pickle
 import re
 import resource
 import secrets
+import shlex
 import signal
 import sys
 import textwrap
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -38,333 +39,477 @@ from training.curve import curve
 from training.files import write
 from training.loading import load_model, load_tokenizer, write_model
 
+MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
+HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
 MAY_CHANGE = (  # between a run and its --resume
-    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload", "micro_tokens",
-    "keep_activations", "dry_run",
+    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload",
+    "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
-
-
-# figure, heading, format of a step's row on the screen
-COLUMNS = (
-    ("step", "step", "5d"), ("reward", "reward", "7.3f"), ("reward_std", "std", "6.3f"), ("format", "format", "7.2f"),
-    ("es", "ES", "6.3f"), ("em", "exact", "6.2f"), ("stale", "stale", "6.2f"), ("loss", "loss", "8.4f"),
-    ("kl", "kl", "8.5f"), ("clip_fraction", "clip", "6.3f"), ("grad_norm", "grad", "6.2f"), ("lr", "lr", "9.1e"),
+COLUMNS = (  # metric, heading, format of a step's row on the screen
+    ("step", "step", "5d"), ("reward", "reward", "7.3f"), ("reward_std", "std", "6.3f"),
+    ("format", "format", "7.2f"), ("es", "ES", "6.3f"), ("em", "exact", "6.2f"),
+    ("stale", "stale", "6.2f"), ("loss", "loss", "8.4f"), ("kl", "kl", "8.5f"),
+    ("clip_fraction", "clip", "6.3f"), ("grad_norm", "grad", "6.2f"), ("lr", "lr", "9.1e"),
     ("completion_length", "tokens", "7.1f"), ("tokens_per_second", "tok/s", "6.0f"),
 )  # fmt: skip
 
-
-def style(text, code):
-    """`text` in an ANSI style ("1" bold, "2" dim), but plain where no terminal shows it or NO_COLOR is set."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\033[{code}m{text}\033[0m"
-
-
-class Stop:
-    """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
-
-    asked = 0.0
-
-    def __call__(self, number, frame):
-        if self.asked and (parallel.WORLD == 1 or time.monotonic() > self.asked + 2):  # torchrun repeats a Ctrl-C
-            raise KeyboardInterrupt
-        self.asked = time.monotonic()
-        tqdm.write("stopping after this step; once more to stop at once")
-
-
-def show(step, group):
-    """A sample completion for the screen: the update note, what the model made of it, the reward."""
-    lines = [
-        f"sample of step {step}, reward {group.rewards[0]:.2f}",
-        f"note: {' '.join(group.example.update_info.split())}",
-        *f"<think>{group.texts[0]}".split("\n"),
-    ]
-    clean = lambda line: "".join(char if char.isprintable() else " " for char in line)  # no commands to the terminal
-    return "\n" + "\n".join(style(f"    | {clean(line[:92])}", "2") for line in lines[:20]) + "\n"
-
-
-def opener(name):
-    """What opens the other log that --log-to names, None for "". BadInput where it is unknown or not installed."""
-    if name not in ("", "tensorboard", "wandb"):
-        raise BadInput(f"--log-to {name!r}: give tensorboard or wandb")
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter as found
-        elif name == "wandb":
-            from wandb import init as found
-    except ImportError:
-        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
-    return found if name else None
-
-
-def mirror(config, step):
-    """Open the other log of --log-to for steps from `step` on: the functions add(row) and close().
-
-    What a killed run told it of later steps is done anew: TensorBoard forgets those rows, wandb keeps
-    the first it got, and on a CPU the two are the same.
-    """
-    open_log, path = opener(config.log_to), Path(config.output)
-    if parallel.RANK > 0:
-        return lambda row: None, lambda: None
-    if config.log_to == "tensorboard":
-        writer = open_log(path / "tensorboard", purge_step=step)
-
-        def add(row):
-            for name, value in row.items():
-                if value is not None:
-                    writer.add_scalar(name, value, row["step"])
-            writer.flush()
-
-        return add, writer.close
-    if config.log_to == "wandb":
-        from wandb import Error
-
-        name = path / "wandb" / "id"  # of this run on the server, also after --resume
-        if not name.is_file():
-            write(name, secrets.token_hex(4).encode())
-        try:
-            again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
-            there = open_log(project="recode", dir=path, config=asdict(config), **again)
-        except Error as error:
-            raise BadInput(f"--log-to wandb: {' '.join(str(error).split())}; or set WANDB_MODE=offline")
-        return lambda row: row["step"] < there.step or there.log(row, step=row["step"]), there.finish
-    return lambda row: None, lambda: None
-
-
-class Run:
-    """The run directory: config.json, metrics.jsonl, samples.jsonl, curve.svg, checkpoint/, adapter/."""
-
-    def __init__(self, config):
-        """Claim config.output for a new run, or check that it holds the run to go on with."""
-        self.config, self.path, self.rows = config, Path(config.output), []
-        opener(config.log_to)  # tells now if it is missing
-        self.estimate = True  # the first step of this process tells how long all will take
-        self.checkpoint = self.path / "checkpoint" / "state.pt"
-        settings = asdict(config)
-        if config.resume and not self.checkpoint.is_file():
-            raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
-        if config.resume:
-            before = read_settings(self.path / "config.json")
-            for name in settings:
-                if name not in MAY_CHANGE and before.get(name) != settings[name]:
-                    raise BadInput(f"--resume: {name} was {before.get(name)!r} in {self.path}, now {settings[name]!r}")
-        elif not config.dry_run and (self.path.is_dir() and any(self.path.iterdir()) or self.path.is_file()):
-            raise BadInput(f"--output {self.path} is not empty; --resume goes on with it, another --output starts anew")
-
-    def begin(self):
-        """Make the directory, once everything else has proved sound, on all ranks."""
-        parallel.together(False)
-        if parallel.RANK > 0:
-            return
-        write(self.path / "config.json", json.dumps(asdict(self.config), indent=2).encode())
-        for name in LOGS:
-            (self.path / name).touch()
-
-    @contextlib.contextmanager
-    def progress(self, done):
-        """Around the training loop: the progress bar, the log of --log-to, and the Stop that Ctrl-C sets."""
-        stop, hidden = Stop(), self.config.quiet or parallel.RANK > 0 or None  # None: hidden where no terminal is
-        self.add, close = mirror(self.config, done + 1)
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with tqdm(total=self.config.steps, initial=done, unit="step", disable=hidden, leave=False) as self.bar:
-                yield stop
-        finally:
-            close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def append(self, name, row):
-        """One JSON object more in a .jsonl file. What is not finite becomes null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        try:
-            with open(self.path / name, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise BadInput(f"cannot write {self.path / name}: {error.strerror}; make room, then --resume")
-        return row
-
-    def say(self, text):
-        """A line for the screen, above the bar, unless the run is --quiet."""
-        if not self.config.quiet:
-            tqdm.write(text)
-
-    def log(self, figures, groups):
-        """A step's row for the file and the screen; now and then its first group of samples and the curve."""
-        if parallel.RANK > 0:
-            return
-        seconds = sum(value for name, value in figures.items() if name.startswith("seconds"))
-        tokens = sum(len(ids) for group in groups for ids in group.completions)
-        row = self.append("metrics.jsonl", {**figures, "tokens_per_second": tokens / seconds})
-        self.rows.append(row)
-        self.add(row)
-        if self.estimate:
-            self.estimate, left = False, (self.config.steps - row["step"]) * seconds
-            self.say(f"estimate  {left:,.0f} seconds for the steps to come, by the first of them\n")
-            heading = "".join(f"{title:>{int(re.match('[0-9]+', form)[0])}}" for _, title, form in COLUMNS)
-            self.say(style(heading, "1"))
-        self.say("".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
-        self.bar.update()
-        if row["step"] % self.config.show_every == 0 or row["step"] in (1, self.config.steps):
-            for text, reward in zip(groups[0].texts, groups[0].rewards):
-                sample = {"update_info": groups[0].example.update_info, "completion": text, "reward": reward}
-                self.append("samples.jsonl", {"step": row["step"], **sample})
-            self.say(show(row["step"], groups[0]))
-            write(self.path / "curve.svg", curve(self.rows).encode())
-
-    def save(self, trained, state):
-        """A checkpoint in one file, replaced in one step: what parallel.full_state() gave, `state`, log lengths."""
-        if parallel.RANK > 0:
-            return
-        files = {name: (self.path / name).stat().st_size for name in LOGS}
-        write(self.checkpoint, lambda file: torch.save({**trained, "state": state, "files": files}, file))
-        write(self.path / "curve.svg", curve(self.rows).encode())
-
-    def load(self, model, optimizer):
-        """Put the last checkpoint into model and optimizer, cut later rows off the logs; its `state`."""
-        try:
-            saved = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            raise BadInput(f"--resume: {self.checkpoint} is damaged; start anew with another --output")
-        parallel.load_state(model, optimizer, saved)
-        if parallel.RANK > 0:
-            return saved["state"]
-        for name, size in saved["files"].items():
-            os.truncate(self.path / name, size)
-        self.rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return saved["state"]
-
-
-# ------------------------------------------------------------------------- beginning and end
-
-
-def load_trainable(config):
-    """The model with what is trained of it: an adapter, or all weights in slices. Prints its lines of the header."""
-    print(f"model     {config.model}", flush=True)
-    torch.manual_seed(config.seed)
-    model = load_model(config.model)
-    if config.adapter != "none":
-        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
-    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
-    what = {"dora": f"DoRA, r {config.r}, on {config.targets}", "lora": f"LoRA, r {config.r}, on {config.targets}"}
-    print(f"          {trained:,} trained: {what.get(config.adapter, 'all weights, in fp32')}")
-    if config.adapter == "none":
-        parallel.shard(model, config.offload)
-    if not config.keep_activations:
-        recompute = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        recompute({"use_reentrant": False})  # the second is its name in transformers 5.17
-    return model
+# ------------------------------------------------------------------------- set-up
 
 
 def set_up(config):
-    """Everything a training script starts from: (run, model, tokenizer, train tasks, held-out tasks).
+    """Everything a training script needs: (run, model, tokenizer, train tasks, held-out tasks).
 
-    Checks what can be checked before anything slow is done, and prints the header. A task is
+    Checks all that can be checked before anything slow, and prints the header. A task is
     (prompt ids, Example).
     """
     parallel.start()
-    run, dropped = Run(config), Counter()
+    run = RunDirectory(config)
+    dropped = Counter()
     tokenizer = load_tokenizer(config.model)
     examples = data.load_examples(config.data, dropped)
     train, heldout = data.split_heldout(config.heldout, examples, config.seed)
     train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
-    heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter()) if heldout else []
-    print(f"data      {config.data}: {len(train):,} tasks kept, {sum(dropped.values()):,} rows dropped")
+    if heldout:
+        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter())
+    count = sum(dropped.values())
+    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
     for reason, count in dropped.items():
         print(f"          {count:,} dropped: {reason}")
-    print(f"held out  {len(heldout):,} tasks" + (f" of {config.heldout}" if heldout else "; --heldout sets some aside"))
+    source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
+    print(f"held out  {len(heldout):,} tasks{source}")
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
     model = load_trainable(config)
     if parallel.WORLD > 1:
-        print(f"ranks     {parallel.WORLD}, each its share of the prompts")
+        print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
     if defaults.is_file() and not config.quiet:
-        listed = ", ".join(f"{name} {value}" for name, value in read_settings(defaults).items())
-        print(textwrap.fill(f"defaults  {listed}", 100, subsequent_indent=" " * 10))
-    print(
-        f"run       {run.path}: {config.steps:,} steps of {config.prompts_per_step} x {config.num_samples} completions"
-    )
+        settings = read_settings(defaults).items()
+        text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
+        print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
+    size = f"{config.prompts_per_step} x {config.num_samples}"
+    print(f"run       {run.path}: {config.steps:,} steps of {size} completions")
     if not config.dry_run:
-        run.begin()
+        run.create()
     return run, model, tokenizer, train, heldout
 
 
-LOST = 3  # updates in a row that are not finite, before a run gives up
+def load_trainable(config):
+    """The model with an adapter, or with all of its weights sharded. Prints its header lines."""
+    print(f"model     {config.model}", flush=True)
+    torch.manual_seed(config.seed)
+    model = load_model(config.model)
+    what = "all weights, in fp32"
+    if config.adapter != "none":
+        magnitude = config.adapter == "dora"
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
+        name = "DoRA" if magnitude else "LoRA"
+        what = f"{name}, r {config.r}, on {config.targets}"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
+    print(f"          {trained:,} trained: {what}")
+    if config.adapter == "none":
+        parallel.shard(model, config.offload)
+    if not config.keep_activations:  # transformers 5.17 has the second name only
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    return model
 
 
 def learning_rate(step, config):
-    """The rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0 at the last step's end."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
     warm = config.warmup * config.steps
     if step < warm:
         return config.lr * (step + 1) / (warm + 1)
     return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
 
 
-def save(run, model, optimizer, state):
-    """A checkpoint to go on from, and the adapter as it is now."""
-    run.save(parallel.full_state(model, optimizer), state)
-    if run.config.adapter != "none":
-        dora.save_adapter(model, run.config, run.path / "adapter")
+def evaluate(model, tokenizer, tasks, config):
+    """(metrics, groups) of held-out `tasks`: greedy answers, but the reward is of sampled ones.
 
-
-def finish(run, model, tokenizer, optimizer, heldout, state):
-    """After the loop: save, say what came out of it, and return the exit status."""
-    if state["lost"] == LOST:
-        print(f"stopped: loss or gradient not finite {LOST} times in a row, up to step {state['step']}")
-        print(f"the last checkpoint before is kept in {run.path}; lower --lr and start anew")
-        return 1
-    save(run, model, optimizer, state)
-    if run.config.adapter == "none":
-        write_model(model, tokenizer, run.path / "model", f"{run.config.model} trained by {' '.join(sys.argv)}.")
-    if state["step"] < run.config.steps:
-        again = sys.argv if run.config.resume else [*sys.argv, "--resume"]
-        start = f"torchrun --nproc-per-node {parallel.LOCAL_WORLD}" if parallel.WORLD > 1 else "python"
-        print(f"stopped after step {state['step']}, all saved in {run.path}; to go on:\n  {start} {' '.join(again)}")
-        return 130
-    if heldout:
-        figures = {"before": state["before"], "after": recode.evaluate(model, tokenizer, heldout, run.config)}
-        if parallel.RANK == 0:
-            write(run.path / "heldout.json", json.dumps(figures, indent=2).encode())
-        print(table(**figures))
-    kept = "model" if run.config.adapter == "none" else "adapter"
-    print(f"done: {run.path}/ holds metrics.jsonl, samples.jsonl, curve.svg, checkpoint/ and {kept}/")
-    return 0
+    Seed 0, so that runs with different seeds are measured on the same random numbers.
+    """
+    one = dataclasses.replace(config, num_samples=1, seed=0)
+    best = dataclasses.replace(one, temperature=0.0)
+    size = max(8, config.prompts_per_step * config.num_samples)
+    hidden = config.quiet or parallel.RANK > 0
+    greedy = []
+    sampled = []
+    starts = range(0, len(tasks), size)
+    for start in tqdm(starts, "held-out tasks", leave=False, disable=hidden or None):
+        batch = tasks[start : start + size]
+        greedy += recode.sample_groups(model, tokenizer, batch, best, start)
+        sampled += recode.sample_groups(model, tokenizer, batch, one, start)
+    metrics = recode.summarize(greedy)
+    metrics["reward"] = recode.summarize(sampled)["reward"]
+    return metrics, greedy
 
 
 def table(before, after):
-    """The held-out figures side by side, as text."""
-    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES", "reward": "sampled reward"}
+    """The held-out metrics side by side, as text."""
+    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES"}
+    names["reward"] = "sampled reward"
     rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
-    rows += [f"  {names[k]:<16}{before[k]:9.3f}{after[k]:9.3f}{after[k] - before[k]:+9.3f}" for k in names]
+    for key, name in names.items():
+        change = after[key] - before[key]
+        rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")
     return "\n".join(rows)
 
 
+# ------------------------------------------------------------------------- screen and signals
+
+
+def style(text, code):
+    """`text` in an ANSI style ("1" bold, "2" dim); plain without a terminal or with NO_COLOR."""
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if dumb or not sys.stdout.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks for a stop after the current step; a second one stops at once."""
+
+    asked = 0.0
+
+    def __call__(self, number, frame):
+        again = parallel.WORLD == 1 or time.monotonic() > self.asked + 2  # torchrun repeats Ctrl-C
+        if self.asked and again:
+            raise KeyboardInterrupt
+        self.asked = time.monotonic()
+        tqdm.write("stopping after this step; once more to stop at once")
+
+
+def show(step, group):
+    """A sample completion for the screen: the update note, the answer, the reward."""
+    lines = [f"sample of step {step}, reward {group.rewards[0]:.2f}"]
+    lines.append(f"note: {' '.join(group.example.update_info.split())}")
+    lines += f"<think>{group.texts[0]}".split("\n")
+    shown = [""]
+    for line in lines[:20]:
+        clean = "".join(char if char.isprintable() else " " for char in line[:92])
+        shown.append(style(f"    | {clean}", "2"))
+    return "\n".join([*shown, ""])
+
+
+# ------------------------------------------------------------------------- --log-to
+
+
+def check_log(name):
+    """Raise BadInput if --log-to names an unknown program or one that is not installed."""
+    if name not in ("", "tensorboard", "wandb"):
+        raise BadInput(f"--log-to {name!r}: give tensorboard or wandb")
+    try:
+        if name == "tensorboard":
+            import torch.utils.tensorboard  # noqa: F401
+        elif name == "wandb":
+            import wandb  # noqa: F401
+    except ImportError:
+        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
+
+
+class NoLog:
+    """Where --log-to sends nothing."""
+
+    def __init__(self, config, step):
+        pass
+
+    def add(self, row):
+        pass
+
+    def close(self):
+        pass
+
+
+class TensorBoardLog:
+    """Metrics for TensorBoard; it forgets rows of later steps that a killed run had sent."""
+
+    def __init__(self, config, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(Path(config.output) / "tensorboard", purge_step=step)
+
+    def add(self, row):
+        for name, value in row.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class WandbLog:
+    """Metrics for wandb; it keeps the first row of a step, and ignores a repeated one."""
+
+    def __init__(self, config, step):
+        import wandb
+
+        path = Path(config.output)
+        name = path / "wandb" / "id"  # the run's name on the server, also after --resume
+        if not name.is_file():
+            write(name, secrets.token_hex(4).encode())
+        settings = {"project": "recode", "dir": path, "config": dataclasses.asdict(config)}
+        again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
+        try:
+            self.run = wandb.init(**settings, **again)
+        except wandb.Error as error:
+            why = " ".join(str(error).split())
+            raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
+
+    def add(self, row):
+        if row["step"] >= self.run.step:
+            self.run.log(row, step=row["step"])
+
+    def close(self):
+        self.run.finish()
+
+
+OTHER_LOGS = {"": NoLog, "tensorboard": TensorBoardLog, "wandb": WandbLog}
+
+# ------------------------------------------------------------------------- the run directory
+
+
+class RunDirectory:
+    """Claims --output, logs the steps, saves checkpoints, and finishes the run."""
+
+    def __init__(self, config):
+        """Check that config.output is free for a new run, or holds the run to resume."""
+        self.config = config
+        self.path = Path(config.output)
+        self.checkpoint = self.path / "checkpoint" / "state.pt"
+        self.rows = []  # of metrics.jsonl
+        self.before = {}  # held-out metrics before training
+        self.first = True  # no step of this process has been logged yet
+        check_log(config.log_to)
+        if config.resume:
+            self.check_settings()
+        elif not config.dry_run:
+            used = self.path.is_dir() and any(self.path.iterdir())
+            if used or self.path.is_file():
+                way_out = "--resume continues it, another --output starts a new run"
+                raise BadInput(f"--output {self.path} is not empty; {way_out}")
+
+    def check_settings(self):
+        """Raise BadInput unless --output holds a run of the same settings."""
+        if not self.checkpoint.is_file():
+            raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
+        before = read_settings(self.path / "config.json")
+        for name, now in vars(self.config).items():
+            if name not in MAY_CHANGE and before.get(name) != now:
+                was = before.get(name)
+                raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
+
+    def create(self):
+        """Make the directory, after all ranks have passed their checks."""
+        parallel.any_rank(False)
+        if parallel.RANK > 0:
+            return
+        settings = json.dumps(dataclasses.asdict(self.config), indent=2)
+        write(self.path / "config.json", settings.encode())
+        for name in LOGS:
+            (self.path / name).touch()
+
+    def begin(self, model, tokenizer, optimizer, heldout):
+        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run."""
+        if self.config.resume:
+            return self.load(model, optimizer)
+        if heldout:
+            self.before = self.measure(0, model, tokenizer, heldout)
+        self.save(model, optimizer, 0, 0, 0)  # from here on there is something to resume
+        return 0, 0, 0
+
+    def measure(self, step, model, tokenizer, heldout):
+        """The held-out metrics now; the first answers go to samples.jsonl."""
+        metrics, groups = evaluate(model, tokenizer, heldout, self.config)
+        for group in groups[:HELDOUT_SAMPLES]:
+            self.append_samples(step, group, heldout=True)
+        return metrics
+
+    @contextlib.contextmanager
+    def progress(self, step):
+        """Around the training loop: the bar, the log of --log-to, and the Stop that Ctrl-C sets."""
+        hidden = self.config.quiet or parallel.RANK > 0
+        log = OTHER_LOGS[self.config.log_to if parallel.RANK == 0 else ""]
+        self.other_log = log(self.config, step + 1)
+        stop = Stop()
+        handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        bar = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
+        try:
+            with tqdm(**bar, disable=hidden or None) as self.bar:  # None: hidden without a terminal
+                self.laps = {}
+                self.mark = time.perf_counter()
+                yield stop
+        finally:
+            self.other_log.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def lap(self, name):
+        """Log the time since the last lap, or since the step began, as seconds_NAME."""
+        now = time.perf_counter()
+        self.laps[f"seconds_{name}"] = now - self.mark
+        self.mark = now
+
+    def append(self, name, row):
+        """Append a JSON object to a .jsonl file; values that are not finite become null."""
+        if parallel.RANK > 0:
+            return row
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None
+        try:
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            path = self.path / name
+            raise BadInput(f"cannot write {path}: {error.strerror}; make room, then --resume")
+        return row
+
+    def append_samples(self, step, group, **more):
+        """Append the completions of a group to samples.jsonl."""
+        for text, reward in zip(group.texts, group.rewards):
+            sample = {"step": step, **more, "update_info": group.example.update_info}
+            self.append("samples.jsonl", sample | {"completion": text, "reward": reward})
+
+    def say(self, text):
+        """A line for the screen, above the bar, unless the run is --quiet."""
+        if not self.config.quiet:
+            tqdm.write(text)
+
+    def log(self, step, metrics, groups):
+        """Log a step to the files and the screen; now and then its first group and the curve."""
+        if parallel.RANK > 0:
+            return
+        seconds = sum(self.laps.values())
+        tokens = sum(len(ids) for group in groups for ids in group.completions)
+        row = {"step": step, **metrics, **self.laps, "tokens_per_second": tokens / seconds}
+        row = self.append("metrics.jsonl", row)
+        self.rows.append(row)
+        self.other_log.add(row)
+        columns = [column for column in COLUMNS if column[0] in row or "reward" in row]
+        if self.first:
+            left = (self.config.steps - step) * seconds
+            self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
+            widths = [int(re.match("[0-9]+", form)[0]) for _, _, form in columns]
+            heads = [f"{column[1]:>{width}}" for column, width in zip(columns, widths)]
+            self.say(style("".join(heads), "1"))
+            self.first = False
+        values = [row.get(name) for name, _, _ in columns]  # None where nothing finite is known
+        values = [math.nan if value is None else value for value in values]
+        cells = [f"{value:{form}}" for value, (_, _, form) in zip(values, columns)]
+        self.say("".join(cells))
+        self.bar.update()
+        if step % self.config.show_every == 0 or step in (1, self.config.steps):
+            write(self.path / "curve.svg", curve(self.rows).encode())
+            if groups[0].texts:
+                self.append_samples(step, groups[0])
+                self.say(show(step, groups[0]))
+        self.mark = time.perf_counter()
+
+    def save(self, model, optimizer, step, position, nonfinite):
+        """Replace the checkpoint atomically, and save the adapter as it is now."""
+        saved = parallel.full_state(model, optimizer)
+        if parallel.RANK == 0:
+            state = {"step": step, "position": position, "nonfinite": nonfinite}
+            saved["state"] = state | {"before": self.before}
+            saved["files"] = {name: (self.path / name).stat().st_size for name in LOGS}
+            write(self.checkpoint, lambda file: torch.save(saved, file))
+            write(self.path / "curve.svg", curve(self.rows).encode())
+        if self.config.adapter != "none":
+            dora.save_adapter(model, self.config, self.path / "adapter")
+        self.mark = time.perf_counter()
+
+    def load(self, model, optimizer):
+        """Load the checkpoint, truncate the logs to it; its (step, position, nonfinite)."""
+        try:
+            saved = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            way_out = "start again with another --output"
+            raise BadInput(f"--resume: {self.checkpoint} is damaged; {way_out}")
+        parallel.load_state(model, optimizer, saved)
+        if parallel.RANK == 0:
+            for name, size in saved["files"].items():
+                os.truncate(self.path / name, size)
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            self.rows = [json.loads(line) for line in lines]
+        state = saved["state"]
+        self.before = state["before"]
+        return state["step"], state["position"], state["nonfinite"]
+
+    def finish(self, model, tokenizer, optimizer, heldout, step, position, nonfinite):
+        """After the loop: save, print what came of it, and return the exit status."""
+        config = self.config
+        if nonfinite == MAX_NONFINITE:
+            print(f"stopped: loss or gradient not finite {nonfinite} times in a row, step {step}")
+            print(f"{self.path} keeps the last checkpoint before; lower --lr and start again")
+            return 1
+        self.save(model, optimizer, step, position, nonfinite)
+        if config.adapter == "none":
+            what = f"{config.model} trained by {' '.join(sys.argv)}."
+            write_model(model, tokenizer, self.path / "model", what)
+        if step < config.steps:
+            print(f"stopped after step {step}, all saved in {self.path}; to continue:")
+            print(f"  {resume_command(config)}")
+            return 130
+        if heldout:
+            after = self.measure(step, model, tokenizer, heldout)
+            metrics = {"before": self.before, "after": after}
+            if parallel.RANK == 0:
+                write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
+            print(table(**metrics))
+        kept = "model" if config.adapter == "none" else "adapter"
+        files = "metrics.jsonl, samples.jsonl, curve.svg, checkpoint/"
+        print(f"done: {self.path}/ holds {files} and {kept}/")
+        return 0
+
+
+def resume_command(config):
+    """The command line that continues this run."""
+    start = ["python"]
+    if parallel.WORLD > 1:
+        start = ["torchrun", "--nproc-per-node", str(parallel.LOCAL_WORLD)]
+    more = [] if config.resume else ["--resume"]
+    return shlex.join([*start, *sys.argv, *more])
+
+
+# ------------------------------------------------------------------------- --dry-run
+
+
 def peak_bytes(device):
-    """The most memory so far: of the GPU what torch has had allocated, of a CPU process everything."""
+    """Peak memory so far: what torch has allocated on a GPU, everything of a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def dry_run(model, tasks, optimizer, config, update):
-    """The largest step that can come: the longest prompt, every completion of full length. Prints what it takes.
+    """Run one worst-case step: the longest prompt, every completion of full length. Returns 0.
 
-    The model is of no use afterwards, for it has learned from random rewards. Returns the exit status, 0.
+    Prints memory and time. The model is useless afterwards: it has learned from random rewards.
     """
     parallel.gather_weights(model)
-    before, start = peak_bytes(model.device), time.perf_counter()
-    longest, P, G = max((prompt for prompt, _ in tasks), key=len), config.prompts_per_step, config.num_samples
+    before = peak_bytes(model.device)
+    started = time.perf_counter()
+    longest = max((prompt for prompt, _ in tasks), key=len)
+    P, G, T = config.prompts_per_step, config.num_samples, config.max_new_tokens
     mine = len(parallel.share(range(P)))
-    tokens, _, _ = recode.sample(model, [longest] * mine, G, config.max_new_tokens, [], config.temperature, 0)
-    sampled = time.perf_counter() - start
-    completions = [tokens[i % len(tokens)].tolist() for i in range(P * G)]
-    groups = [recode.Group(longest, None, completions[i * G : (i + 1) * G]) for i in range(P)]
-    batch = recode.make_batch(groups, torch.randn(P, G), model.device)
-    updated = update(model, optimizer, batch, config)["seconds_update"]
-    hours = (sampled + updated) * config.steps / 3600
-    print(f"dry run   one step of {P} x {G} completions of {config.max_new_tokens:,} tokens, prompt {len(longest):,}")
-    print(f"          {sampled:.1f} s to sample, {updated:.1f} s to update; {config.steps:,} steps: {hours:.1f} h at most")
-    print(f"          peak {peak_bytes(model.device) / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
+    tokens, _, _ = recode.sample(model, [longest] * mine, G, T, [], config.temperature, 0)
+    sampled = time.perf_counter()
+    rows = tokens.tolist()
+    groups = []
+    for i in range(P):
+        completions = [rows[(i * G + j) % len(rows)] for j in range(G)]
+        groups.append(recode.Group(longest, None, completions))
+    update(model, optimizer, recode.make_batch(groups, torch.randn(P, G), model.device), config)
+    updated = time.perf_counter()
+    hours = (updated - started) * config.steps / 3600
+    print(f"dry run   one step of {P} x {G} completions of {T:,} tokens, prompt {len(longest):,}")
+    print(f"          {sampled - started:.1f} s to sample, {updated - sampled:.1f} s to update")
+    print(f"          {config.steps:,} steps: {hours:.1f} h at most")
+    peak = peak_bytes(model.device)
+    print(f"          peak {peak / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
     return 0
