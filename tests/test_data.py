@@ -276,12 +276,13 @@ def look(capsys, *argv):
 
 
 def test_own_data_set(rows, write_rows, tokenizer, capsys):
-    """Stops a report that miscounts, names the wrong lines, or leaves it open how long the texts are."""
+    """Stops a report that miscounts, names the wrong lines, or hides how long the texts are."""
     rows[1]["old_code"] += "\n# more" * 30
     rows[2]["new_code"] = rows[2]["old_code"] + "  # the same"
     bad = [rows[0] | {"new_code": "("} for _ in range(7)]
     source = write_rows([rows[0], "", *bad, rows[1], rows[0], *rows[2:]])
-    lines = look(capsys, source, "--max-prompt-tokens", "200", "--max-new-tokens", "30", "--model", str(ROOT / "tiny"))
+    limits = ["--max-prompt-tokens", "200", "--max-new-tokens", "30"]
+    lines = look(capsys, source, *limits, "--model", str(ROOT / "tiny"))
     assert lines[0].endswith("6 usable rows, 8 dropped")
     assert "          7 dropped: the reference does not parse (line 3, 4, 5, 6, 7, ...)" in lines
     assert "          1 dropped: repeat of an earlier row (line 11)" in lines
@@ -293,19 +294,22 @@ def test_own_data_set(rows, write_rows, tokenizer, capsys):
     for name, counts, limit in (("prompt", prompts, 200), ("reference", targets, 30)):
         (line,) = [line.split() for line in lines if line.startswith(name + " ") and "over" in line]
         middle = (counts[2] + counts[3]) / 2
-        assert line[1] == f"{middle:.0f}" and line[2:4] == [str(counts[5])] * 2  # 90 % of six is six
+        assert line[1] == f"{middle:.0f}"
+        assert line[2:4] == [str(counts[5])] * 2  # 90 % of six is six
         assert int(line[4]) == sum(count > limit for count in counts) and line[-1] == str(limit)
 
 
 def test_own_data_set_shows_prompts(rows, write_rows, capsys):
-    """Stops prompts that are cut, wider than a screen, a wall of text, or that send commands to the terminal."""
+    """Stops prompts that are cut, too wide or too long, or that send commands to the terminal."""
     rows[0]["update_info"] = "a long note " * 20 + "\x1b[2J the end"
     rows[5]["old_code"] = "x = 1\n" * 200
     lines = look(capsys, write_rows(rows))
     text = " ".join(line.removeprefix("    | ").strip() for line in lines)
-    assert sum("usable row " in line for line in lines) == 3 and "long note a long note ?[2J the end" in text
-    assert max(map(len, lines[1:])) <= 100 and len(lines) < 150 and any("lines more" in line for line in lines)
-    assert "\x1b" not in text and any("toy" in line for line in lines)
+    assert sum("usable row " in line for line in lines) == 3
+    assert "long note a long note ?[2J the end" in text
+    assert max(map(len, lines[1:])) <= 100 and len(lines) < 150
+    assert any("lines more" in line for line in lines)
+    assert "\x1b" not in text and any("by the tokenizer of" in line for line in lines)
     assert sum("usable row " in line for line in look(capsys, write_rows(rows[:1]))) == 1
 
 
@@ -315,4 +319,5 @@ def test_own_data_set_as_a_program(write_rows, rows):
     assert done.returncode == 2 and "1 dropped: no update note or no code (line 1)" in done.stdout
     assert done.stderr.startswith("error: data: no usable row") and done.stderr.count("\n") == 1
     done = python(os.environ, "-m", "tools.check_data", write_rows(["{"]))
-    assert done.returncode == 2 and "line 1: not JSON" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "line 1: not JSON" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,86 +1,266 @@
-"""tools/experiments.py: the control, going on after a stop, the table; its figures are in the README as they came out."""
+"""tools/experiments.py: the control, going on after every kind of stop, the table."""
 
 import json
-from xml.etree import ElementTree
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
-from tools import experiments
 import reward
+import sft
+import training.run
+from tools import experiments
+from training.config import BadInput
 
-SMALL = ["--prompts-per-step", "2", "--max-new-tokens", "8"]
-FIGURES = {"em": 0.5, "stale": 0.25, "format": 1.0, "reward": 2.0}
+METRICS = {"em": 0.5, "stale": 0.25, "format": 1.0, "reward": 2.0}
+COLUMNS = [column for _, columns in experiments.SPLITS for column in columns.values()]
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Undo what a worker and run_all() change in their process."""
+    monkeypatch.setattr(reward, "CORRECTNESS", dict(reward.CORRECTNESS))
+    monkeypatch.setattr(experiments, "end_with_parent", lambda: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """What measure() was called with, in place of its work; it gives FIGURES for every split."""
-    calls, real = [], reward.total
-    monkeypatch.setattr(experiments, "measure", lambda model: calls.append((model, reward.total is real)) or result())
+def evaluated(monkeypatch):
+    """What training.run.evaluate() was called with, in place of its work; it returns METRICS."""
+    calls = []
+
+    def evaluate(*args):
+        calls.append(args)
+        return METRICS, []
+
+    monkeypatch.setattr(training.run, "evaluate", evaluate)
     return calls
 
 
 def result(**changes):
-    return {split: FIGURES | changes for split in experiments.SPLITS}
+    return dict.fromkeys(COLUMNS, 0.5) | {"seconds": 1.0} | changes
 
 
 def rows(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_control_is_rewarded_at_random_and_measured_truly(tmp_path, measured):
-    """Stops a control that sees the real reward, or one whose figures are as random as its rewards."""
-    path = experiments.directory(tmp_path, "GRPO, random reward", 1)
-    experiments.train("GRPO, random reward", 1, path, ["--steps", "1", "--num-samples", "8", *SMALL])
-    rewards = {json.loads(line)["reward"] for line in (path / "samples.jsonl").read_text().splitlines()}
-    assert len(rewards) == 8 and max(rewards) > 0.1  # answers cut after 8 tokens all earn -3
-    assert [true for _, true in measured] == [True]
+def test_control_is_rewarded_at_random_and_measured_truly(tmp_path, evaluated):
+    """Stops a control that sees the real reward, or whose metrics are as random as its rewards."""
+    path = tmp_path / "grpo-random-reward-1"
+    assert experiments.work(path, 1) == 0
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert all(-3 <= sample["reward"] <= 3 for sample in samples)
+    [row] = rows(path)
+    assert row["no_spread"] == 0  # equal answers differ in their rewards
+    assert row["reward"] < 0.8  # the mean of 64 random ones is about 0, of the real ones 1.6
+    assert [config.correctness for *_, config in evaluated] == ["es_star"] * 3
 
 
-def test_a_run_goes_on(tmp_path, measured):
-    """Stops a suite that starts a stopped run anew, or measures something else than the adapter it trained."""
-    path = experiments.directory(tmp_path, "SFT", 1)
-    experiments.train("SFT", 1, path, ["--steps", "1", *SMALL])
+def test_a_run_goes_on(tmp_path, evaluated):
+    """Stops a suite that restarts a stopped run, or measures something else than it trained."""
+    path = tmp_path / "sft-1"
+    assert experiments.train(path, 1) == 0
     first = rows(path)
-    got = experiments.train("SFT", 1, path, ["--steps", "2", *SMALL])
+    assert experiments.work(path, 2) == 0
     assert rows(path)[0] == first[0] and [row["step"] for row in rows(path)] == [1, 2]
-    assert got["seconds"] == sum(v for row in rows(path) for k, v in row.items() if k.startswith("seconds"))
-    layer = measured[-1][0].model.layers[0].self_attn.q_proj
+    got = json.loads((path / "result.json").read_text())
+    seconds = [row[name] for row in rows(path) for name in row if name.startswith("seconds")]
+    assert got["seconds"] == pytest.approx(sum(seconds))
+    assert [got[column] for column in COLUMNS] == [0.5, 0.25, 1.0, 2.0, 0.5, 0.5]
+    layer = evaluated[-1][0].model.layers[0].self_attn.q_proj
     assert layer.lora_B.abs().sum() > 0
 
 
-def test_what_is_there_is_not_done_again(tmp_path):
-    """Stops finished runs from being trained again, seeds that overwrite each other, errors lost in a worker."""
-    runs = [("base", 0), ("GRPO, EM\\*", 1), ("GRPO, EM\\*", 2), ("GRPO, EM", 1)]
-    for number, (name, seed) in enumerate(runs):
-        path = experiments.directory(tmp_path, name, seed)
-        assert not path.exists()
-        path.mkdir()
-        (path / "result.json").write_text(json.dumps(result(em=number / 4) | {"seconds": 1.0}))
-    found = experiments.results(runs, tmp_path, 1, [])
-    assert {name: [run["heldout"]["em"] for run in seeds] for name, seeds in found.items()} == {
-        "base": [0.0], "GRPO, EM\\*": [0.25, 0.5], "GRPO, EM": [0.75],
-    }  # fmt: skip
-    with pytest.raises(KeyError, match="nothing"):
-        experiments.results([("nothing", 1)], tmp_path, 1, [])
+def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
+    """Stops a suite that fails for ever once a run was killed before its first checkpoint."""
+    path = tmp_path / "sft-lr-3e-3-1"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    seen = []
+    monkeypatch.setattr(sft, "main", seen.append)
+    experiments.train(path, 1)
+    assert not path.exists() and "--resume" not in seen[0] and seen[0][-2:] == ["--lr", "3e-3"]
 
 
-def test_table_and_picture_by_hand():
-    """Stops a mean over the wrong runs, a biased deviation, a column under the wrong heading, a broken SVG."""
-    seeds = [result(em=em) | {"seconds": s} for em, s in ((0.1, 10.0), (0.2, 20.0), (0.6, 30.0))]
-    seeds[0]["retention"] = FIGURES | {"em": 0.9}
-    by_name = {"base": [result() | {"seconds": 0.0}], "GRPO (ES\\*)": seeds}
-    head, _, base, grpo = experiments.table(by_name).splitlines()
-    assert head == "| | exact match | stale | format | sampled reward | retention | two updates | seconds |"
-    assert base == "| base | 0.500 | 0.250 | 1.000 | 2.000 | 0.500 | 0.500 | 0 |"
-    assert grpo.startswith(
-        "| GRPO (ES\\*) | 0.300 ± 0.265 | 0.250 ± 0.000 | 1.000 ± 0.000 | 2.000 ± 0.000 | 0.567 ± 0.351"
+def test_a_stopped_run_has_no_result(tmp_path, monkeypatch, evaluated):
+    """Stops half-trained runs from being measured and taken for finished ones."""
+    monkeypatch.setattr(sft, "main", lambda argv: 130)
+    assert experiments.work(tmp_path / "sft-1", 1) == 130
+    assert evaluated == [] and not (tmp_path / "sft-1" / "result.json").exists()
+
+
+def finish(output):
+    """Put a result of its own into every run's directory."""
+    number = 0
+    for name in experiments.RUNS:
+        for seed in [0] if name == "base" else experiments.SEEDS:
+            path = output / f"{name}-{seed}"
+            assert not path.exists()
+            path.mkdir(parents=True)
+            (path / "result.json").write_text(json.dumps(result(stale=number / 8)))
+            number += 1
+
+
+def test_what_is_there_is_not_done_again(tmp_path, monkeypatch, capsys):
+    """Stops finished runs from being trained again, seeds that share a directory, mixed-up rows."""
+    finish(tmp_path / "x")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert experiments.main(["--output", str(tmp_path / "x")]) == 0
+    text = (tmp_path / "x" / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = [line.split(" | ") for line in text.splitlines()[2:]]
+    names = [row for row, _, _ in experiments.RUNS.values()]
+    assert [line[0].removeprefix("| ") for line in lines] == names
+    means = [0] + [(2 + 3 * i) / 8 for i in range(len(names) - 1)]  # of 1, 2, 3 eighths; of 4, ...
+    assert [line[2].split()[0] for line in lines] == [f"{value:.3f}" for value in means]
+
+
+def test_other_steps(tmp_path, monkeypatch):
+    """Stops a table that mixes runs of one step, made to try it out, with real ones."""
+    monkeypatch.setattr(experiments, "run_all", lambda waiting, jobs, steps: finish(tmp_path / "x"))
+    output = ["--output", str(tmp_path / "x")]
+    assert experiments.main(["--steps", "1", *output]) == 0
+    with pytest.raises(BadInput, match="other --steps"):
+        experiments.main(output)
+    monkeypatch.setattr(experiments, "run_all", lambda waiting, jobs, steps: None)
+    assert experiments.main(["--steps", "1", *output]) == 0
+
+
+def test_table_by_hand():
+    """Stops a mean over the wrong runs, a biased deviation, a column under the wrong heading."""
+    values = {"exact match": 0.5, "stale": 0.25, "format": 1.0, "sampled reward": 2.0}
+    values |= {"retention": 0.5, "two updates": 0.5}
+    seeds = []
+    for em, seconds in ((0.1, 10), (0.2, 20), (0.6, 30)):
+        seeds.append(values | {"exact match": em, "seconds": seconds})
+    seeds[0]["retention"] = 0.9
+    by_name = {"base": [values | {"seconds": 0}], "GRPO (ES\\*)": seeds}
+    head, line, base, grpo = experiments.table(by_name).splitlines()
+    assert head == (
+        "| | exact match | stale | format | sampled reward | retention | two updates | seconds |"
     )
-    assert grpo.endswith("| 0.300 ± 0.265 | 20 ± 10 |")
-    assert len(ElementTree.fromstring(experiments.picture(by_name)).findall(".//*[@r='3']")) == 3 * 4
+    assert line == "|---|---|---|---|---|---|---|---|"
+    assert base == "| base | 0.500 | 0.250 | 1.000 | 2.000 | 0.500 | 0.500 | 0 |"
+    assert grpo.startswith("| GRPO (ES\\*) | 0.300 ± 0.265 | 0.250 ± 0.000 | 1.000 ± 0.000 |")
+    assert " | 1.000 ± 0.000 | 2.000 ± 0.000 | " in grpo
+    assert grpo.endswith("| 0.633 ± 0.231 | 0.500 ± 0.000 | 20 ± 10 |")
+
+
+@pytest.mark.parametrize("flags", ["--steps 0", "--steps -3", "--jobs 0", "--jobs -1"])
+def test_counts_below_one(tmp_path, monkeypatch, flags):
+    """Stops a mistyped number from starting everything, or from waiting for ever."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(BadInput, match=f"{flags}.*at least 1"):
+        experiments.main([*flags.split(), "--output", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------- workers
+
+SAVES = """
+trap 'echo saved; exit 130' TERM
+echo started
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    """workers(script): every worker is this shell script from now on; returns those that start."""
+    started = []
+    real = subprocess.Popen
+
+    def use(script):
+        (tmp_path / "worker").write_text(f"#!/bin/sh\n{script}")
+        (tmp_path / "worker").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "worker"))
+        return started
+
+    def popen(*args, **kwargs):
+        started.append(real(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return use
+
+
+def when(monkeypatch, log, act):
+    """Have run_all() call act() as soon as the worker of this log has started."""
+    real = experiments.time.sleep
+
+    def sleep(seconds):
+        real(seconds)
+        if log.exists() and "started" in log.read_text():
+            act()
+
+    monkeypatch.setattr(experiments.time, "sleep", sleep)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_a_stop(number, workers, tmp_path, monkeypatch):
+    """Stops workers that live on after Ctrl-C or SIGTERM, do not save, or start after it."""
+    started = workers(SAVES)
+    when(monkeypatch, tmp_path / "one.log", lambda: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run_all([tmp_path / "one", tmp_path / "two"], 1, 1)
+    assert [worker.returncode for worker in started] == [130]
+    assert (tmp_path / "one.log").read_text().split() == ["started", "saved"]
+    assert not (tmp_path / "two.log").exists()
+
+
+def test_a_failure_stops_the_others(workers, tmp_path):
+    """Stops errors that are lost in a worker, and runs that go on after their parent has failed."""
+    started = workers('case "$*" in *bad*) exit 3;; esac' + SAVES)
+    with pytest.raises(BadInput, match="bad failed; see .*bad.log"):
+        experiments.run_all([tmp_path / "good", tmp_path / "bad", tmp_path / "more"], 2, 1)
+    assert started[1].returncode == 3 and started[0].returncode not in (0, None)
+    assert len(started) == 2
+
+
+def test_jobs_at_a_time(workers, tmp_path, capsys):
+    """Stops more workers at a time than --jobs, a lost run, or settings that do not reach it."""
+    started = workers('echo "$@"; sleep 0.1')
+    paths = [tmp_path / str(i) for i in range(5)]
+    experiments.run_all(list(paths), 2, 7)
+    assert [worker.returncode for worker in started] == [0] * 5
+    assert sorted(capsys.readouterr().out.split()[1::2]) == [str(path) for path in paths]
+    for path in paths:
+        words = (tmp_path / f"{path.name}.log").read_text().split()
+        assert words == f"-m tools.experiments --steps 7 --worker {path}".split()
+
+
+def test_a_worker_is_held_by_its_parent(workers, tmp_path, monkeypatch):
+    """Stops a worker whose standard input outlives the parent, or that Ctrl-C reaches too."""
+    started = workers("echo started; cat")
+    sessions = []
+
+    def close():
+        sessions.append(os.getsid(started[0].pid))
+        started[0].stdin.close()
+
+    when(monkeypatch, tmp_path / "one.log", close)
+    experiments.run_all([tmp_path / "one"], 1, 1)  # returns: cat saw the end of its input
+    assert started[0].returncode == 0
+    assert sessions[0] == started[0].pid != os.getsid(0)
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """Stops workers that live on after kill -9, so that a restart gives a run two writers."""
+    command = [sys.executable, "-m", "tools.experiments", "--steps", "5000"]
+    command += ["--worker", str(tmp_path / "sft-1")]
+    worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
+    worker.stdin.close()  # as the kernel does when the parent is killed
+    assert worker.wait(timeout=300) == 1
 
 
 def test_readme_shows_the_table_as_it_came_out():
-    """Stops figures in the README that no command gave."""
-    assert (ROOT / "figures" / "experiments.md").read_text() in (ROOT / "README.md").read_text()
+    """Stops metrics in the README that no command gave."""
+    measured = (ROOT / "figures" / "experiments.md").read_text()
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    assert any(measured in page.read_text() for page in pages)

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from conftest import random_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 import grpo
@@ -16,43 +16,110 @@ import data
 from training import dora
 from training import loading
 from training import parallel
+from training.config import BadInput
+
+
+def shape_of(config, rank=64):
+    """plan.shape() of a transformers config."""
+    d, n, f = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    head = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    q, k = head * config.num_attention_heads, head * config.num_key_value_heads
+    return plan.shape(d, n, f, q, k, config.vocab_size, config.tie_word_embeddings, rank)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_counted(family, tied):
-    """Stops a table whose models have other sizes than the real ones; norms and biases may be missing, 2 % at most."""
-    model = random_model(family, 500, tie_word_embeddings=tied, hidden_size=128, intermediate_size=320)
+    """Stops a table of other sizes than the real ones; norms and biases may miss, 2 % at most."""
+    sizes = {"hidden_size": 128, "intermediate_size": 320}
+    model = random_model(family, 500, tie_word_embeddings=tied, **sizes)
     real = sum(p.numel() for p in model.parameters())
-    assert 0.98 * real <= plan.Shape.of(model.config).W <= real
+    assert 0.98 * real <= shape_of(model.config).W <= real
     adapted = dora.add_dora(model, 64, 64.0, 0.0, "q_proj,v_proj")
-    assert plan.Shape.of(model.config, 64).A == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert shape_of(model.config, 64).A == trained
 
 
-@pytest.mark.parametrize("name, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("7B", 7.616), ("14B", 14.77), ("32B", 32.76)])
-def test_sizes_are_those_of_the_model_cards(name, billions):
+BILLIONS = {"0.5B": 0.494, "1.5B": 1.544, "7B": 7.616, "14B": 14.77, "32B": 32.76}
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_sizes_are_those_of_the_model_cards(name):
     """Stops a wrong width or number of layers in the table; the counts are Qwen's own."""
-    assert plan.Shape.of(plan.qwen(name)).W == pytest.approx(billions * 1e9, rel=0.01)
+    assert plan.shape(*plan.SIZES[name]).W == pytest.approx(BILLIONS[name] * 1e9, rel=0.01)
+
+
+SMALL = plan.shape(d=10, n=1, f=30, q=10, k=5, V=100, tied=True)
+SMALL.W, SMALL.A = 1000, 50  # round numbers
 
 
 def test_memory_by_hand():
-    """Stops a term that is counted twice or not at all: a model of one layer, every part worked out by hand."""
-    x = plan.Shape(d=10, n=1, f=30, k=5, V=100, W=1000, A=50)
+    """Stops a term that is counted twice or not at all: every part of one layer by hand."""
+    x = SMALL
     config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
     parts = plan.memory(x, config, 4, 3, b=2, logits=7)
     assert parts["weights"] == 2000 and parts["trained"] == 800
-    assert parts["sampling"] == 2 * 2 * 5 * 3 * (4 + 2 * 8) + 16 * 3 * 2 * 100
+    assert parts["sampling"] == 2 * 2 * 2 * 5 * 3 * 2 * (4 + 8) + 16 * 3 * 2 * 100
     held = plan.HELD_D * 10 + plan.HELD_F * 30  # numbers that a layer keeps of a token
-    layer = 2 * (held * 16 + (2 * 10 + 2 * 5) * 2 * (4 + 8))
+    layer = 2 * (held * 16 + 2 * 5 * 2 * (4 + 8))
     back = 2 * (plan.BACK_D * 10 + plan.BACK_F * 30) * 16  # and what its gradients take
-    assert parts["training"] == 2 * (10 * (12 + 16) + 4 * 5 * 12) + layer + back + 16 * 7
+    assert parts["training"] == 2 * (10 * (4 + 16) + 4 * 5 * 4) + layer + back + 16 * 7
     assert parts["peak"] == 2800 + max(parts["sampling"], parts["training"])
-    kept = plan.memory(x, grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16, keep_activations=True), 4, 3, b=2, logits=7)
-    assert kept["training"] == 2 * held * 12 + layer + back + 16 * 7
+    config.keep_activations = True
+    kept = plan.memory(x, config, 4, 3, b=2, logits=7)
+    assert kept["training"] == 2 * held * 4 + layer + back + 16 * 7
+    config.micro_tokens = 8  # one completion at a time
+    assert plan.memory(x, config, 4, 3, b=2, logits=7)["training"] == (
+        2 * held * 4 + layer / 2 + back / 2 + 16 * 7
+    )
     full = grpo.Config(adapter="none", beta=0.0)
-    assert plan.memory(x, full, 4, 1, ranks=4)["trained"] == 4000 + 12 * 1000 / 4
+    assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000 + 12 * 1000 / 4
     full.offload = True
-    assert plan.memory(x, full, 4, 1, ranks=4)["trained"] == 4000
+    assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000
+
+
+@pytest.mark.parametrize("adapter", ["dora", "none"])
+def test_memory_in_fp32(adapter):
+    """Stops fp32 from being counted as bf16, and the trained part, fp32 anyway, from doubling."""
+    config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
+    config.adapter = adapter
+    half = plan.memory(SMALL, config, 4, 3, b=2, logits=7)
+    full = plan.memory(SMALL, config, 4, 3, b=4, logits=7)
+    assert full["weights"] == 2 * half["weights"] == 4000
+    assert full["trained"] == half["trained"] == (800 if adapter == "dora" else 16_000)
+    logits = 16 * 3 * 2 * 100  # always fp32
+    assert full["sampling"] - logits == 2 * (half["sampling"] - logits)
+    assert full["training"] - 16 * 7 == 2 * (half["training"] - 16 * 7)
+
+
+def test_time_by_hand(monkeypatch):
+    """Stops a pass that is not counted, and a sampler that reads its keys too often."""
+    monkeypatch.setattr(plan, "BANDWIDTH", 10)
+    monkeypatch.setattr(plan, "OPERATIONS", 100)
+    config = grpo.Config(num_samples=2, max_new_tokens=8)
+    sample, update = plan.seconds(SMALL, config, 4, 3)
+    assert sample == pytest.approx(1.5 * 8 * (2000 + 2 * 2 * 5 * 3 * 2 * (4 + 4)) / 10)
+    assert update == pytest.approx(2 * 1000 * 3 * (4 + 16) * 4 / 40)  # reference, recomputation
+    config.keep_activations = True
+    assert plan.seconds(SMALL, config, 4, 3)[1] == pytest.approx(update * 3 / 4)
+    full = grpo.Config(num_samples=2, max_new_tokens=8, adapter="none", beta=0.0)
+    assert plan.seconds(SMALL, full, 4, 3) == (pytest.approx(sample), pytest.approx(update))
+
+
+def test_plan_is_a_program(capsys):
+    """Stops --help from printing the table, and a table that lacks a row or a column."""
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "--dry-run" in said and "(eq. 8)" in said and "| 7B |" not in said
+    assert max(map(len, said.split("\n"))) <= 100
+    with pytest.raises(BadInput, match="unrecognized arguments: 7B"):
+        plan.main(["7B"])
+    assert plan.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "\n".join(lines[2:]) == plan.table() and len(lines[4:]) == len(plan.SIZES)
+    assert {line.count("|") for line in lines[2:]} == {6}
 
 
 class Alive(TorchDispatchMode):
@@ -60,7 +127,8 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.known, self.now, self.peak = {p.untyped_storage()._cdata for p in model.parameters()}, 0, 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.now, self.peak = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -77,21 +145,52 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+def uncounted(function):
+    """The function without a dispatch mode: a tensor subclass cannot be made inside Alive."""
+
+    def call(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+def model_of(layers):
+    """A small bf16 model with a DoRA, as on a GPU."""
+    sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 8}
+    model = random_model("qwen2", num_hidden_layers=layers, **sizes).bfloat16()
+    return dora.add_dora(model, 4, 4.0, 0.01, "q_proj,v_proj")
+
+
 @pytest.mark.parametrize("layers", [2, 8])
 @pytest.mark.parametrize("keep", [True, False])
-def test_training_memory_is_that_of_the_tensors_alive(layers, keep):
-    """Stops a formula that forgets what a layer holds, or counts all layers where they are computed anew."""
-    sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 8, "num_hidden_layers": layers}
-    model = dora.add_dora(random_model("qwen2", **sizes).bfloat16(), 4, 4.0, 0.01, "q_proj,v_proj")
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_training_memory_is_that_of_the_tensors_alive(layers, keep, prompts, monkeypatch):
+    """Stops a formula that forgets what a layer holds, or counts all layers though recomputed."""
+    model = model_of(layers)
     if not keep:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    config = grpo.Config(num_samples=8, max_new_tokens=64, micro_tokens=512, beta=0.0, keep_activations=keep)
-    group = recode.Group([5] * 64, None, torch.randint(4, 97, (8, 64)).tolist())
-    batch = recode.make_batch([group], torch.randn(1, 8), "cpu")
+    monkeypatch.setattr(recode, "causal_lower_right", uncounted(recode.causal_lower_right))
+    config = grpo.Config(num_samples=8, max_new_tokens=64, micro_tokens=512, beta=0.0)
+    config.keep_activations = keep
+    tokens = torch.randint(4, 97, (prompts, 8, 64)).tolist()
+    groups = [recode.Group([5] * 64, None, completions) for completions in tokens]
+    batch = recode.make_batch(groups, torch.randn(prompts, 8), "cpu")
     with Alive(model) as alive:
         grpo.accumulate(model, batch, config)
-    formula = plan.memory(plan.Shape.of(model.config, 4), config, 64, 1, b=2, logits=0)["training"]
-    assert 0.9 <= formula / alive.peak <= 1.1
+    formula = plan.memory(shape_of(model.config, 4), config, 64, prompts, b=2, logits=0)
+    assert 0.9 <= formula["training"] / alive.peak <= 1.1
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_sampling_memory_is_that_of_the_tensors_alive(prompts):
+    """Stops a formula that counts a prompt's keys once for its group, or forgets a copy of them."""
+    model = model_of(8)
+    config = grpo.Config(num_samples=4, max_new_tokens=256)
+    with Alive(model) as alive:
+        recode.sample(model, [[5] * 64] * prompts, 4, 256, [], 1.0, 0)
+    formula = plan.memory(shape_of(model.config, 4), config, 64, prompts, b=2)["sampling"]
+    assert 0.9 <= formula / alive.peak <= 1.2
 
 
 @pytest.mark.parametrize("more", ["", "--adapter lora --keep-activations", "--adapter none --beta 0"])

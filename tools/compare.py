@@ -1,89 +1,77 @@
-"""Several runs side by side.
+"""Compares runs: prints a line for each and draws them in one picture.
 
     python -m tools.compare runs/grpo runs/dapo runs/sft
 
-Prints a line per run, the means of its last ten steps, and writes one SVG: a panel for exact match,
-one for reward, a line per run, each point the mean of the nine steps around it. The figures are
-those of metrics.jsonl, so they are of sampled answers to training tasks; a run may still go on.
+A line holds means of the last ten steps, of sampled answers to training tasks, and the held-out
+result of a finished run: exact match before training, metrics after. The picture shows reward and
+exact match by step, each point a mean of nine; not of sft.py, which trains without sampling.
 """
 
-import contextlib
 import html
 import json
 from pathlib import Path
-from statistics import fmean as mean
+from statistics import fmean
 
 from training import parallel
-from training.config import BadInput, Parser
-from training.curve import known, polyline, smooth, svg, text
+from training.config import BadInput, Parser, read_settings
+from training.curve import SERIES, known, panel, smooth, svg
 from training.files import write
 
 
-COLOURS = "#1f5fbf #c2452d #2a8a3e #8a4fbf #d08a1f #2a8f99 #b03a7a #555555".split()
-DASHES = ("", 'stroke-dasharray="6 3"', 'stroke-dasharray="2 2"')  # for the ninth run, the seventeenth, ...
-PANELS = (("exact match", "em", (0, 0.25, 0.5, 0.75, 1), 50), ("reward", "reward", range(-3, 4), 430))  # ..., ticks, x
-
-
 def read_metrics(run):
-    """The rows of a run's metrics.jsonl, oldest first; a last line that is only half written is left out."""
-    path, rows = Path(run) / "metrics.jsonl", []
-    if not path.is_file():
-        raise BadInput(f"{run}: no metrics.jsonl there; give run directories, runs/grpo say")
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    """The rows of a run's metrics.jsonl, oldest first, without a last line half written."""
+    path = Path(run) / "metrics.jsonl"
+    content = path.read_text() if path.is_file() else ""
+    rows = [json.loads(line) for line in content.rpartition("\n")[0].splitlines()]
     if not rows:
-        raise BadInput(f"{run}: no step in its metrics.jsonl yet; leave it out or wait for the first")
+        raise BadInput(f"{run}: no metrics.jsonl with a step there; give run directories")
     return rows
 
 
-def compare(runs):
-    """An SVG of several runs, {name: metrics rows}: a panel a figure, a line a run, the names below."""
-    first = min(rows[0]["step"] for rows in runs.values())
-    last = max(rows[-1]["step"] for rows in runs.values())
-    styles = [
-        f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2" {DASHES[i // len(COLOURS) % len(DASHES)]}'
-        for i in range(len(runs))
-    ]
-    parts = []
-    for heading, name, ticks, x in PANELS:
-        box, low, high = (x, x + 300, 40, 290), ticks[0], ticks[-1]
-        parts.append(text(x, 22, heading, 'font-weight="bold"'))
-        for tick in ticks:
-            y = 290 - 250 * (tick - low) / (high - low)
-            parts.append(f'<path d="M{x} {y:.0f}h300" stroke="#ddd"/>')
-            parts.append(text(x - 8, y + 4, tick, 'text-anchor="end"'))
-        for place in (0, 0.5, 1):
-            parts.append(text(x + 300 * place, 310, round(first + (last - first) * place), 'text-anchor="middle"'))
-        for rows, style in zip(runs.values(), styles):
-            steps, values = known(rows, name)
-            parts.append(polyline(steps, smooth(values), box, first, last, low, high, style))
-    for i, (name, style) in enumerate(zip(runs, styles)):
+def summary(run, rows):
+    """The printed line of a run; "-" where it has no such metric."""
+    path = Path(run) / "heldout.json"
+    heldout = read_settings(path) if path.is_file() else {"before": {}, "after": {}}
+    metrics = ("em", "reward", "stale")
+    line = f"{rows[-1]['step']:8,}"
+    parts = ((rows[-10:], metrics), ([heldout["before"]], ("em",)), ([heldout["after"]], metrics))
+    for part, names in parts:
+        for name in names:
+            values = [row[name] for row in part if row.get(name) is not None]
+            line += f"{fmean(values):8.3f}" if values else f"{'-':>8}"
+    return f"{line}  {run}"
+
+
+def picture(runs):
+    """An SVG of {name: metrics rows}: a panel per metric, a line per run, the names below."""
+    span = (min(r[0]["step"] for r in runs.values()), max(r[-1]["step"] for r in runs.values()))
+    drawn = {name: rows for name, rows in runs.items() if known(rows, "em")}
+    styles, parts = [], []
+    for i, name in enumerate(drawn):
+        style = f'stroke="hsl({137 * i % 360}, 70%, 40%)" stroke-width="2"'
+        styles.append(style)
         parts.append(f'<path d="M50 {340 + 20 * i}h40" {style}/>')
-        parts.append(text(100, 344 + 20 * i, html.escape(name)))
-    return svg(345 + 20 * len(runs), parts)
-
-
-def summary(runs):
-    """A line per run, {name: metrics rows}: the last step, and the means of the last ten."""
-    width = max(map(len, runs))
-    lines = [f"{'mean of the last 10 steps':<{max(width, 25)}}{'step':>8}{'exact':>8}{'reward':>8}{'stale':>8}"]
-    for name, rows in runs.items():
-        means = [known(rows[-10:], figure)[1] for figure in ("em", "reward", "stale")]
-        cells = [f"{mean(values):8.3f}" if values else f"{'-':>8}" for values in means]
-        lines.append(f"{name:<{max(width, 25)}}{rows[-1]['step']:8,}{''.join(cells)}")
-    return "\n".join(lines)
+        parts.append(f'<text x="100" y="{344 + 20 * i}">{html.escape(name)}</text>')
+    for place, (metric, heading, ticks) in enumerate(SERIES[:2]):
+        points = [smooth(known(rows, metric)) for rows in drawn.values()]
+        parts += panel(place, heading, span, ticks, zip(points, styles, strict=True))
+    return svg(2, 345 + 20 * len(drawn), parts)
 
 
 def main(argv=None):
     """Compare runs: a line each, and a picture. The exit status is 0."""
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, runs/grpo say")
-    parser.add_argument("--output", default="figures/compare.svg", metavar="X", help="picture [figures/compare.svg]")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run directory, e.g. runs/grpo")
+    default = "figures/compare.svg"
+    add("--output", default=default, metavar="X", help=f"the picture [{default}]")
     args = parser.parse_args(argv)
     runs = {str(Path(run)): read_metrics(run) for run in args.runs}
-    write(Path(args.output), compare(runs).encode())
-    print(summary(runs))
+    write(Path(args.output), picture(runs).encode())
+    print(f"{'mean of the last 10':>32}{'held-out tasks':>32}")
+    print(f"    step{'   exact  reward   stale'}  before{'   exact  reward   stale'}")
+    for run, rows in runs.items():
+        print(summary(run, rows))
     print(f"done: {args.output}")
     return 0
 

@@ -1,183 +1,182 @@
-"""The paper's tables in miniature: the embedded model by every algorithm and reward, three seeds each.
+"""The paper's tables in miniature: every algorithm and reward on the toy model, three seeds each.
 
-    python -m tools.experiments               trains what is missing, then writes table and picture
-    python -m tools.experiments --jobs 4      four runs at a time, each on one thread
+    python -m tools.experiments --jobs 4      four runs at a time, one thread each
 
-Every run is one call of grpo.py, dapo.py or sft.py with its default settings, on the same tasks in
-the same order. What comes out is measured by the same code on three files that no run has seen:
+A run is grpo.py, dapo.py or sft.py at its defaults, measured on three files of unseen tasks:
 
     heldout      one note about what the code does      exact match, stale, format, sampled reward
     retention    one note about what it does not use    exact match: leave the code alone
     two_updates  two notes, two calls to change         exact match: training had one note a task
 
-The control is GRPO with a random number for a reward. Stopped, or killed, it goes on where it was.
+The control is GRPO with a random reward. Ctrl-C and SIGTERM save what is running and stop. The same
+command goes on, also after kill -9.
 """
 
-import contextlib
 import json
 import os
 import random
+import shutil
 import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from statistics import mean, stdev
-from unittest import mock
-
-from tqdm import tqdm
 
 import dapo
 import data
 import grpo
-import recode
 import reward
 import sft
 import training.run
-from eval import fit
-from training import loading, parallel
-from training import dora
-from training.config import Parser, read_settings
-from training.curve import svg, text
+from training import dora, loading, parallel
+from training.config import BadInput, Parser, read_settings
 from training.files import write
 
-HERE = Path(__file__).parent.parent
+TINY = str(Path(__file__).parent.parent / "tiny")
 SEEDS = (42, 1, 2)
-SCRIPTS = {"grpo": grpo, "dapo": dapo, "sft": sft}
-RUNS = {  # what it is called, the script, its flags
-    "SFT": ("sft", []),
-    "SFT, lr 3e-3": ("sft", ["--lr", "3e-3"]),
-    "GRPO (ES\\*)": ("grpo", []),
-    "DAPO (ES\\*)": ("dapo", []),
-    "GRPO, format only": ("grpo", ["--correctness", "none"]),
-    "GRPO, EM": ("grpo", ["--correctness", "em"]),
-    "GRPO, ES": ("grpo", ["--correctness", "es"]),
-    "GRPO, EM\\*": ("grpo", ["--correctness", "em_star"]),
-    "GRPO, random reward": ("grpo", []),
+RUNS = {  # directory: row of the table, script, flags
+    "base": ("base", None, ""),
+    "sft": ("SFT", sft, ""),
+    "sft-lr-3e-3": ("SFT, lr 3e-3", sft, "--lr 3e-3"),
+    "grpo-es-star": ("GRPO (ES\\*)", grpo, ""),
+    "dapo-es-star": ("DAPO (ES\\*)", dapo, ""),
+    "grpo-format-only": ("GRPO, format only", grpo, "--correctness none"),
+    "grpo-em": ("GRPO, EM", grpo, "--correctness em"),
+    "grpo-es": ("GRPO, ES", grpo, "--correctness es"),
+    "grpo-em-star": ("GRPO, EM\\*", grpo, "--correctness em_star"),
+    "grpo-random-reward": ("GRPO, random reward", grpo, "--correctness random"),
 }
-SPLITS = ("heldout", "retention", "two_updates")
-COLUMNS = (  # heading, split, figure
-    ("exact match", "heldout", "em"), ("stale", "heldout", "stale"), ("format", "heldout", "format"),
-    ("sampled reward", "heldout", "reward"), ("retention", "retention", "em"), ("two updates", "two_updates", "em"),
+SPLITS = (  # file, {metric: column of the table}
+    ("heldout", {"em": "exact match", "stale": "stale", "format": "format",
+                 "reward": "sampled reward"}),
+    ("retention", {"em": "retention"}),
+    ("two_updates", {"em": "two updates"}),
 )  # fmt: skip
 
 
 def measure(model):
-    """{split: figures} of a model on the held-out files of the embedded default, by training.run.evaluate."""
-    tokenizer = loading.load_tokenizer(str(HERE / "tiny"))
+    """{column: value} of a model, on the files of SPLITS."""
+    tokenizer = loading.load_tokenizer(TINY)
     config = grpo.Config(prompts_per_step=8, max_new_tokens=96)  # two calls are longer than one
     result = {}
-    for split in SPLITS:
-        examples = data.load_examples(str(HERE / "tiny" / f"{split}.jsonl"))
+    for split, columns in SPLITS:
+        examples = data.load_examples(f"{TINY}/{split}.jsonl")
         tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        result[split], _ = training.run.evaluate(model, tokenizer, tasks, config)
+        metrics, _ = training.run.evaluate(model, tokenizer, tasks, config)
+        result |= {column: metrics[name] for name, column in columns.items()}
     return result
 
 
-def train(name, seed, path, flags):
-    """One run: train, or go on, in the directory `path`; measure; leave result.json there and return it."""
-    script, more = RUNS[name]
-    resume = ["--resume"] if (path / "checkpoint" / "state.pt").is_file() else []
-    chance = random.Random(seed)
-    scored = mock.patch.object(reward, "total", lambda *_: chance.uniform(-3, 3))
-    with scored if name == "GRPO, random reward" else contextlib.nullcontext():
-        status = SCRIPTS[script].main(
-            ["--seed", str(seed), "--output", str(path), "--heldout", "", *more, *flags, *resume]
-        )
-    if status:
-        raise data.BadInput(f"{name}, seed {seed}, ended with status {status}; see {path}.log, then start again")
-    model = dora.load_adapter(loading.load_model(str(HERE / "tiny")), path / "adapter")
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return measure(model) | {"seconds": sum(v for row in rows for k, v in row.items() if k.startswith("seconds"))}
+def train(path, steps):
+    """Train the run of a directory NAME-SEED, or go on with it. Returns the exit status."""
+    name, _, seed = path.name.rpartition("-")
+    _, script, flags = RUNS[name]
+    chance = random.Random(int(seed))
+    reward.CORRECTNESS["random"] = lambda grade, example: chance.uniform(-3, 3) - grade.format
+    argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--steps", str(steps)]
+    if (path / "checkpoint" / "state.pt").is_file():
+        argv.append("--resume")
+    elif path.exists():  # killed before its first checkpoint
+        shutil.rmtree(path)
+    return script.main(argv + flags.split())
 
 
-def job(name, seed, path, flags):
-    """What a worker process does: train(), or measure() for the base, with all output in a log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        base = lambda: measure(loading.load_model(str(HERE / "tiny"))) | {"seconds": 0.0}
-        result = base() if name == "base" else train(name, seed, path, flags)
+def end_with_parent():
+    """End this process with its parent, however that ends: a run must not get two writers."""
+    os.read(0, 1)  # nothing is written to this pipe; it closes with the parent
+    os._exit(1)
+
+
+def work(path, steps):
+    """A worker: train a run, measure it, write its result.json. Returns the exit status."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    model = loading.load_model(TINY)
+    rows = []
+    if path.name != "base-0":
+        status = train(path, steps)
+        if status:
+            return status
+        model = dora.load_adapter(model, path / "adapter")
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
+    result = measure(model) | {"seconds": seconds}
     write(path / "result.json", json.dumps(result, indent=2).encode())
-    return result
+    return 0
 
 
-def directory(output, name, seed):
-    """Where a run lives: runs/experiments/grpo-em-star-42, say."""
-    words = name.lower().replace("\\*", " star").replace("(", "").replace(")", "").replace(",", "").split()
-    return Path(output) / "-".join([*words, str(seed)])
+def run_all(waiting, jobs, steps):
+    """Do the runs of a list of directories, `jobs` at a time. Leaves no worker, however it ends."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    running = {}
+    try:
+        while waiting or running:
+            if waiting and len(running) < jobs:
+                path = waiting.pop(0)
+                command = [sys.executable, "-m", "tools.experiments", "--steps", str(steps)]
+                command += ["--worker", str(path)]
+                with open(f"{path}.log", "a") as log:
+                    streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+                    running[path] = subprocess.Popen(command, start_new_session=True, **streams)
+            time.sleep(0.1)
+            for path in [path for path in running if running[path].poll() is not None]:
+                if running.pop(path).returncode:
+                    raise BadInput(f"{path} failed; see {path}.log, then start again")
+                print(f"done: {path}", flush=True)
+    finally:
+        for path, worker in running.items():
+            worker.terminate()  # a training loop saves first
+            print(f"stopping: {path}", flush=True)
+        for worker in running.values():
+            worker.wait()
 
 
-def results(runs, output, jobs, flags):
-    """{name: [result per seed]}; those that exist are read, the others computed, `jobs` at a time."""
-    done = {}
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, and a training loop's, which saves
-    with ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, ignore) as pool:
-        waiting = {}
-        for name, seed in runs:
-            path = directory(output, name, seed)
-            if (path / "result.json").is_file():
-                done[name, seed] = read_settings(path / "result.json")
-            else:
-                waiting[pool.submit(job, name, seed, path, flags)] = name, seed
-        try:
-            for future in tqdm(as_completed(waiting), "runs", total=len(waiting), unit="run", disable=None):
-                name, seed = waiting[future]
-                done[name, seed] = future.result()
-                em, seconds = done[name, seed]["heldout"]["em"], done[name, seed]["seconds"]
-                tqdm.write(f"{name:24} seed {seed:<4} exact match {em:.3f}  {seconds:4.0f} s")
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return {name: [done[name, seed] for n, seed in runs if n == name] for name, _ in runs}
-
-
-def table(by_name):
-    """A Markdown table: mean and, over several seeds, standard deviation."""
-    show = lambda values, form: f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
-    lines = ["| | " + " | ".join(heading for heading, _, _ in COLUMNS) + " | seconds |", "|---|" + "---|" * 7]
-    for name, runs in by_name.items():
-        cells = [show([run[split][figure] for run in runs], ".3f") for _, split, figure in COLUMNS]
-        lines.append(" | ".join([f"| {name}", *cells, show([run["seconds"] for run in runs], ".0f")]) + " |")
+def table(results):
+    """{row: [result per seed]} as Markdown: mean and, over several seeds, standard deviation."""
+    columns = list(results["base"][0])
+    lines = [f"| | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
+    for name, seeds in results.items():
+        cells = [name]
+        for column in columns:
+            values = [result[column] for result in seeds]
+            digits = 0 if column == "seconds" else 3
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{digits}f}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def picture(by_name):
-    """An SVG: for every run a row, for every seed a dot, for their mean a bar; three figures side by side."""
-    panels = (("exact match", "heldout"), ("retention", "retention"), ("two updates", "two_updates"))
-    height, left, width = 60 + 28 * len(by_name), 170, 180
-    parts = []
-    for row, name in enumerate(by_name):
-        parts.append(text(left - 12, 58 + 28 * row, name.replace("\\", ""), 'text-anchor="end"'))
-    for place, (heading, split) in enumerate(panels):
-        x = left + place * (width + 15)
-        parts.append(text(x, 20, heading, 'font-weight="bold"'))
-        for tick in (0, 0.5, 1):
-            parts.append(f'<path d="M{x + width * tick:.0f} 40V{height - 15}" stroke="#ddd"/>')
-            parts.append(text(x + width * tick, 35, tick, 'text-anchor="middle" font-size="10" fill="#777"'))
-        for row, runs in enumerate(by_name.values()):
-            values, y = [run[split]["em"] for run in runs], 54 + 28 * row
-            parts.append(f'<rect x="{x}" y="{y - 7}" width="{width * mean(values):.1f}" height="14" fill="#bcd4f0"/>')
-            parts += [f'<circle cx="{x + width * v:.1f}" cy="{y}" r="3" fill="#1f5fbf"/>' for v in values]
-    return svg(height, parts)
-
-
 def main(argv=None):
-    """Run what is missing, write the table and the picture. The exit status is 0."""
+    """Do the runs that are missing, then write and print the table. The exit status is 0."""
     parser = Parser(__doc__)
-    add = parser.add_argument_group("where things are kept").add_argument
-    add("--output", default="runs/experiments", metavar="X", help="directory of the runs [runs/experiments]")
-    add("--figures", default=HERE / "figures", type=Path, metavar="X", help="of table and picture [figures]")
-    add = parser.add_argument_group("the runs").add_argument
-    add("--jobs", default=os.cpu_count(), type=int, metavar="X", help="at a time [one per core: %(default)s]")
-    add("--steps", type=int, metavar="X", help="rollouts of each [as in tiny/defaults.json]")
+    add = parser.add_argument
+    add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
+    add("--jobs", default=os.cpu_count(), type=int, metavar="X", help="at a time [%(default)s]")
+    steps = read_settings(Path(TINY, "defaults.json"))["steps"]
+    add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
+    add("--worker", metavar="X", help="do the run of this directory, until stdin closes [none]")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: must be at least 1")
-    flags = ["--steps", str(args.steps)] if args.steps else []
-    runs = [("base", 0), *((name, seed) for name in RUNS for seed in SEEDS)]
-    by_name = results(runs, args.output, args.jobs, flags)
-    write(args.figures / "experiments.md", table(by_name).encode())
-    write(args.figures / "experiments.svg", picture(by_name).encode())
-    print(fit(table(by_name)))
-    print(f"done: {args.figures}/ holds experiments.md and experiments.svg, {args.output}/ the runs")
+    if args.jobs < 1 or args.steps < 1:
+        parser.error(f"--jobs {args.jobs}, --steps {args.steps}: must be at least 1")
+    if args.worker:
+        return work(Path(args.worker), args.steps)
+    output = Path(args.output)
+    paths = [output / "base-0"]
+    paths += [output / f"{name}-{seed}" for name in RUNS if name != "base" for seed in SEEDS]
+    waiting = [path for path in paths if not (path / "result.json").is_file()]
+    settings = output / "config.json"
+    if settings.is_file() and read_settings(settings) != {"steps": args.steps}:
+        raise BadInput(f"--output {output}: has runs of other --steps; give another directory")
+    write(settings, json.dumps({"steps": args.steps}).encode())
+    run_all(waiting, args.jobs, args.steps)
+    results = {}
+    for path in paths:
+        row = RUNS[path.name.rpartition("-")[0]][0]
+        results.setdefault(row, []).append(read_settings(path / "result.json"))
+    text = table(results)
+    write(output / "table.md", text.encode())
+    print(f"{text}\ndone: {output}/ holds the runs and table.md")
     return 0
 
 
