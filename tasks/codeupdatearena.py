@@ -1,10 +1,21 @@
-"""CodeUpdateArena: solve a problem with a function that was just changed (arXiv 2407.06249)."""
+"""CodeUpdateArena: solve a problem with a function that was just changed (arXiv 2407.06249).
+
+An answer is right when it passes all unit tests with the update. It is "updated" when it also
+fails without it, i.e. without the one statement that puts the new function into its library.
+Rows of all three releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports},
+or one flat object.
+"""
 
 import ast
 import warnings
 
-from tasks.problem import Problem, broken, read_rows, texts
+from tasks.problem import Problem, broken, check_texts, read_rows
 
+HUB_ID = "leo-liuzy/CodeUpdateArena"
+FIELDS = """
+package update_type description signature docstring implementation function_path
+prog_syn_id scenario problem solution_signature unit_tests ref_solution
+""".split()
 NOTE = """\
 {package} was updated. The update notes say:
 <doc>
@@ -15,7 +26,7 @@ NOTE = """\
 {docstring}
 </doc>
 """
-ARENA = """\
+QUESTION = """\
 {scenario}
 
 {problem}
@@ -31,59 +42,79 @@ and has to pass this test, among others:
 """
 
 
-def functions(where, row, field, prefix=""):
-    """[(name, source)] of the top-level functions in a field whose names begin with `prefix`.
+def split_functions(where, row, field, prefix=""):
+    """[(name, source)] of a field's top-level functions whose names begin with `prefix`.
 
-    What else stands there, imports say, is put in front of each. Parted by Python's own parser, for
-    blank lines also occur within a function.
+    All its other code, e.g. imports, is put in front of each. Python's own parser finds the ends:
+    blank lines also occur within functions.
     """
-    (code,) = texts(where, row, field)
     try:
-        with warnings.catch_warnings(action="ignore"):  # an odd escape in their strings is not our news
-            nodes, lines = ast.parse(code).body, code.split("\n")
+        with warnings.catch_warnings(action="ignore"):  # odd escapes in their strings
+            nodes = ast.parse(row[field]).body
     except (SyntaxError, ValueError) as error:
         raise broken(where, field, f"does not parse ({error})")
-    first = lambda node: min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
-    source = lambda node: "\n".join(lines[first(node) - 1 : node.end_lineno])
-    wanted = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith(prefix)]
-    if not wanted:
+    lines = row[field].split("\n")
+    shared = ""
+    found = []
+    for node in nodes:
+        decorators = getattr(node, "decorator_list", [])
+        first = min(part.lineno for part in (node, *decorators))
+        source = "\n".join(lines[first - 1 : node.end_lineno])
+        if isinstance(node, ast.FunctionDef) and node.name.startswith(prefix):
+            found.append((node.name, source))
+        else:
+            shared += source + "\n"
+    if not found:
         raise broken(where, field, f"defines no function {prefix}".rstrip())
-    shared = "".join(source(node) + "\n" for node in nodes if node not in wanted)
-    return [(node.name, shared + source(node)) for node in wanted]
+    return [(name, shared + source) for name, source in found]
 
 
-def update_statement(where, update):
-    """The statement that puts the new function into its library; how, the kind of update tells."""
-    path, kind = texts(where, update, "function_path update_type")
-    parent, name = path.rpartition(".")[0], functions(where, update, "implementation")[-1][0]
-    action, place, aspect = [*kind.split("-"), "", "", ""][:3]
+def update_statement(where, row):
+    """The statement that puts the new function into its library; the kind of update tells how."""
+    path = row["function_path"]
+    kind = row["update_type"]  # action-place or action-place-aspect
+    name, _ = split_functions(where, row, "implementation")[-1]
+    parent = path.rpartition(".")[0]
     if not parent:
         raise broken(where, "function_path", f"{path!r} names no library")
-    if place in ("argument", "output") or (action, aspect) == ("add", "semantics"):
+    place = kind.partition("-")[2]
+    if place.startswith(("argument", "output")) or kind == "add-function-semantics":
         return f"{path} = {name}"
-    if place == "function" and (action, aspect) in (("modify", "name"), ("add", "")):
-        return ("" if action == "add" else f"del {path}\n") + f"setattr({parent}, {name!r}, {name})"
+    if kind == "add-function":
+        return f"setattr({parent}, {name!r}, {name})"
+    if kind == "modify-function-name":
+        return f"del {path}\nsetattr({parent}, {name!r}, {name})"
     raise broken(where, "update_type", f"{kind!r} has no rule")
 
 
-def load_arena(source):
-    """CodeUpdateArena. Tests that use a name which only the reference imports, mostly np, stay as they are."""
-    found = []
-    for where, row in read_rows(source):
-        update, examples = row.get("update", row), row.get("prog_syn_examples", [row])
-        if not isinstance(update, dict):
-            raise broken(where, "update", "is not an object")
-        if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
-            raise broken(where, "prog_syn_examples", "is not a list of objects")
-        package, kind, *_ = texts(where, update, "package update_type description signature docstring")
-        statement = update_statement(where, update)
-        for example in examples:
-            imports = "prog_syn_imports" if "prog_syn_imports" in example else "imports"
-            shown = "scenario problem solution_signature"
-            name, imports, reference, *_ = texts(where, example, f"prog_syn_id {imports} ref_solution {shown}")
-            tests = tuple(test for _, test in functions(where, example, "unit_tests", "test"))
-            words = {**example, **update, "test": tests[0]}
-            note, question = NOTE.format_map(words), ARENA.format_map(words)
-            setup = f"{imports}\n{update['implementation']}\n"
-            found.append(Problem(name, package, kind, note, question, reference, setup, statement, tests))
-    return found
+def flatten(where, row):
+    """The problems of a row of any schema, as dicts with all fields at the top level."""
+    update = row.get("update", {})
+    try:
+        return [{**update, **example} for example in row.get("prog_syn_examples", [row])]
+    except TypeError:
+        raise broken(where, "update", "or 'prog_syn_examples' does not hold objects")
+
+
+def load(source, no_update=False):
+    """The problems of a source, of any schema."""
+    problems = []
+    for where, line in read_rows(source, HUB_ID, "arena-ungrouped.jsonl"):
+        for row in flatten(where, line):
+            imports = "prog_syn_imports" if "prog_syn_imports" in row else "imports"
+            check_texts(where, row, [imports, *FIELDS])
+            tests = [test for _, test in split_functions(where, row, "unit_tests", "test")]
+            problem = Problem(
+                name=row["prog_syn_id"],
+                package=row["package"],
+                update_type=row["update_type"],
+                note="" if no_update else NOTE.format_map(row),
+                question=QUESTION.format_map(row | {"test": tests[0]}),
+                reference=row["ref_solution"],
+                control=row["ref_solution"],
+                setup=f"{row[imports]}\n{row['implementation']}\n",
+                update=update_statement(where, row),
+                tests=tuple(tests),
+            )
+            problems.append(problem)
+    return problems

@@ -1,10 +1,23 @@
-"""HumanEval (arXiv 2107.03374) and HumanEval+ (arXiv 2305.01210): write a function."""
+"""HumanEval (arXiv 2107.03374) and HumanEval+ (arXiv 2305.01210): complete a function.
+
+An answer is a whole function and runs behind the prompt, so the prompt's imports hold; it is right
+when it passes check(). A row of HumanEval+ has that in `test`, as the hub's file, or base_input,
+plus_input and atol, as evalplus's own: there the reference gives the expected values, and floats
+may differ by atol, or 1e-6.
+
+The plain form is the benchmark's usual chat: one user message, and an assistant turn that begins
+with "```python\\n". Our choice: the model writes code at once, and the code ends at "\\n```".
+"""
 
 import json
+from dataclasses import dataclass
 
-from tasks.problem import Problem, read_rows, texts
+from reward import FENCE, FENCE_END
+from tasks.problem import Problem, check_texts, read_rows
 
-COMPLETE = "Complete this function:\n```python\n{prompt}\n```\n"
+HUB_ID = "evalplus/humanevalplus"
+QUESTION = "Complete this function:\n```python\n{}\n```\n"
+PLAIN = "Complete this function in a markdown python code block:\n```python\n{}\n```\n"
 PLUS = """
 import copy, json
 inputs, atol, space = json.loads({inputs!r}), {atol!r} or 1e-6, {{}}
@@ -27,16 +40,43 @@ def check(candidate):
 """
 
 
-def load_humaneval(source):
-    """HumanEval and HumanEval+: an answer is a whole function and runs behind the prompt, so its imports hold."""
-    found = []
-    for where, row in read_rows(source):
-        name, prompt, entry, body = texts(where, row, "task_id prompt entry_point canonical_solution")
+@dataclass(frozen=True, kw_only=True)
+class Plain(Problem):
+    """A problem in the plain form."""
+
+    def encode(self, tokenizer):
+        if tokenizer.chat_template is None:
+            return tokenizer.encode(f"{self.question}\n{FENCE}")
+        turns = [{"role": "user", "content": self.question}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(text + FENCE, add_special_tokens=False)
+
+    def extract(self, completion):
+        code, end, _ = completion.partition(FENCE_END)
+        return (code if code.strip() else None), end != ""
+
+
+def load(source, plain=False):
+    """The problems of a source, of either schema."""
+    problems = []
+    for where, row in read_rows(source, HUB_ID, "test.jsonl"):
+        check_texts(where, row, ["task_id", "prompt", "entry_point", "canonical_solution"])
+        entry = row["entry_point"]
+        reference = row["prompt"] + row["canonical_solution"]
         if isinstance(row.get("base_input"), list) and isinstance(row.get("plus_input"), list):
-            inputs, atol = json.dumps(row["base_input"] + row["plus_input"]), row.get("atol", 0)
-            test = PLUS.format(inputs=inputs, atol=atol, reference=prompt + body, entry=entry)
-        else:
-            (test,) = texts(where, row, "test")
-        code = {"question": COMPLETE.format(prompt=prompt.strip("\n")), "reference": prompt + body, "setup": prompt}
-        found.append(Problem(name, **code, tests=(test,), entry_point=entry))
-    return found
+            inputs = json.dumps(row["base_input"] + row["plus_input"])
+            atol = row.get("atol", 0)
+            row["test"] = PLUS.format(inputs=inputs, atol=atol, reference=reference, entry=entry)
+        check_texts(where, row, ["test"])
+        form = Plain if plain else Problem
+        problem = form(
+            name=row["task_id"],
+            question=(PLAIN if plain else QUESTION).format(row["prompt"].strip("\n")),
+            reference=reference,
+            control="pass",
+            setup=row["prompt"],
+            tests=(row["test"],),
+            entry_point=entry,
+        )
+        problems.append(problem)
+    return problems
