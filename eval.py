@@ -6,20 +6,19 @@
     python eval.py --task humaneval --data HumanEval.jsonl.gz --references    check the sandbox
     torchrun --nproc-per-node 8 eval.py --task codeupdatearena --model ...    on 8 GPUs
 
-tasks/ says what is asked and when an answer is right. A task has a directory in --output: config.json,
-samples.jsonl (completions and verdicts), table.json and table.md. After a kill, the same command
-continues. Metrics are means over N problems, in per cent; es_star and em_star are rewards.
+tasks/ says what is asked and when an answer is right. Each task has a directory in --output, with
+config.json, samples.jsonl (completions and verdicts), table.json and table.md. After a kill, the
+same command continues. Metrics are means over N problems, in per cent; es_star and em_star are
+rewards. --compare pairs the runs by problem.
 
     pass@k = 1 - C(n - c, k) / C(n, k)      n samples of a problem, c of them right       (eq. 1)
     UPass@k: the same, where right means: passes with the update and fails without it
 
+A 95 % interval is eq. 3 (Wilson) if every problem has 0 or 1, with p their mean, else eq. 2 (the
+bootstrap). Where all have the same value, eq. 3 for p = 0 bounds the share of problems that differ.
+
     [q(.025), q(.975)] of 2,000 means over N problems drawn with replacement              (eq. 2)
     (p + z^2/2N -+ z sqrt(p (1 - p) / N + z^2/4N^2)) / (1 + z^2/N),  z = 1.96             (eq. 3)
-
-A 95 % interval is eq. 3 (Wilson) where every problem has 0 or 1, with p their mean, else eq. 2 (the
-bootstrap). Where all problems agree eq. 2 has no width: there eq. 3, for p = 0, bounds the share of
-problems that may differ. --compare pairs runs by problem; an interval of a change that contains 0
-says that the problems are too few to tell.
 """
 
 import contextlib
@@ -43,8 +42,6 @@ from training.config import BadInput, Parser, read_settings
 from training.files import write
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
-
-# ------------------------------------------------------------------------- 1. the sandbox
 
 
 def open_sandbox(problems, unsafe):
@@ -70,26 +67,23 @@ def references(problems, box):
     Returns 0 if no control passes and at least 95 % of the references do: another version of a
     library or a small memory spoils a few.
     """
-    counts = Counter()
+    passed = leaked = in_process = 0
     how = "without the update" if problems[0].update else "with an empty body"
     with ThreadPoolExecutor(JUDGES) as pool:
         right = pool.map(lambda p: p.run(box, p.reference), problems)
         wrong = pool.map(lambda p: p.run(box, p.control, updated=False), problems)
-        bar = tqdm(problems, "references", leave=False, disable=None)
-        for problem, good, bad in zip(bar, right, wrong):
-            counts["passed"] += good.passed
-            counts["leaked"] += bad.passed
-            counts["in process"] += good.passed and good.judge == "in-process"
+        for problem, good, bad in zip(tqdm(problems, disable=None), right, wrong):
+            passed += good.passed
+            leaked += bad.passed
+            in_process += good.passed and good.judge == "in-process"
             if not good.passed:
                 tqdm.write(f"{problem.name}: {good.status} {good.reason}")
             if bad.passed:
                 tqdm.write(f"{problem.name}: passes {how}")
-    print(f"references: {counts['passed']} of {len(problems)} pass, {counts['leaked']} {how}; "
-          f"{counts['in process']} passes were judged in process")  # fmt: skip
-    return int(counts["leaked"] > 0 or counts["passed"] < 0.95 * len(problems))
+    counts = f"{passed} of {len(problems)} pass, {leaked} {how}"
+    print(f"references: {counts}; {in_process} passes were judged in process")
+    return int(leaked > 0 or passed < 0.95 * len(problems))
 
-
-# ------------------------------------------------------------------------- 2. samples
 
 KEPT = (  # the settings that determine the samples
     "model adapter task data num_samples temperature top_p max_new_tokens seed no_update prompt"
@@ -134,8 +128,9 @@ def append(path, rows):
         raise BadInput(f"cannot write {path}: {error.strerror}; {way_out}")
 
 
-def complete(model, tokenizer, problems, prompts, seeds, args):
-    """Sample every prompt `num_samples` times: a row for each completion."""
+def complete(model, tokenizer, batch, args):
+    """Sample a batch of (problem, prompt, seed): a row (dict) for each completion."""
+    problems, prompts, seeds = zip(*batch)
     n = args.num_samples
     answers = recode.sample_answers(
         model, tokenizer, prompts, n, args.max_new_tokens, args.temperature, seeds, args.top_p
@@ -155,40 +150,36 @@ def evaluate(problems, directory, box, args):
     log = read_log(directory)
     tokenizer = loading.load_tokenizer(args.model)
     model = None
-    prompts = [problem.encode(tokenizer) for problem in problems]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # too long shows at once
-    batches = [order[i : i + args.batch] for i in range(0, len(order), args.batch)]
+    seed = args.seed * 1_000_003  # a problem has its own, whichever rank samples it
+    work = [(p, p.encode(tokenizer), seed + i) for i, p in enumerate(problems)]
+    work.sort(key=lambda item: -len(item[1]))  # longest prompt first: too long shows at once
+    batches = [work[i : i + args.batch] for i in range(0, len(work), args.batch)]
     by_name = {problem.name: problem for problem in problems}
+    jobs = []
+    passed = []
 
     def judge(row):
         return row | by_name[row["problem"]].judge(row["completion"], box)
 
-    jobs = []
-    passed = []
     pool = ThreadPoolExecutor(JUDGES)
-    hidden = parallel.RANK > 0 or None
-    bar = tqdm([*parallel.share(batches), []], unit="batch", disable=hidden)
     try:
+        bar = tqdm([*parallel.share(batches), []], disable=parallel.RANK > 0 or None)
         for batch in bar:  # the last one is empty: only verdicts are left
-            keys = {(problems[i].name, j) for i in batch for j in range(args.num_samples)}
+            keys = {(problem.name, j) for problem, *_ in batch for j in range(args.num_samples)}
             rows = []
             if not keys <= log.keys():
                 if model is None:
                     model = loading.load_policy(args.model, args.adapter)
-                seeds = [args.seed * 1_000_003 + i for i in batch]  # a problem's own, on any rank
-                chosen = [problems[i] for i in batch]
-                rows = complete(model, tokenizer, chosen, [prompts[i] for i in batch], seeds, args)
+                rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done)
             passed += [row["passed"] for row in done]
             bar.set_postfix_str(f"{sum(passed)} of {len(passed)} right", refresh=False)
-            rows = [row for row in rows if (row["problem"], row["sample"]) not in log]
-            jobs = [pool.submit(judge, row) for row in rows]
+            missing = [row for row in rows if (row["problem"], row["sample"]) not in log]
+            jobs = [pool.submit(judge, row) for row in missing]
     finally:
         pool.shutdown(cancel_futures=True)
 
-
-# ------------------------------------------------------------------------- 3. metrics
 
 RANGES = {"es_star": (-2, 2), "em_star": (-2, 2)}  # the other metrics are shares, in [0, 1]
 Z = 1.96
@@ -252,9 +243,10 @@ def tabulate(problems, rows, args):
             table[group][name] = interval(values, *RANGES.get(name, (0, 1)))
     statuses = Counter()
     for row in rows.values():
-        if "status" in row:
-            in_process = row.get("judge") == "in-process"  # weaker evidence, hence counted apart
-            statuses[row["status"] + " in process" * in_process] += 1
+        if row.get("judge") == "in-process":
+            statuses[f"{row['status']} in process"] += 1  # weaker evidence
+        elif "status" in row:
+            statuses[row["status"]] += 1
     return {"table": table, "statuses": statuses, "problems": each}
 
 
@@ -272,15 +264,16 @@ def markdown(lines):
 
 
 def show(result):
-    """table.md: one metric per line, and how the answers' programs ended."""
-    metrics = dict(result["table"]["all"])
-    count = metrics.pop("problems")
+    """table.md: one metric per line, and how the answers that were run ended."""
     lines = [["metric", "value", "95 % interval"]]
-    for name, values in metrics.items():
-        value, low, high = [number(name, x) for x in values]
-        lines.append([name, value, f"[{low}, {high}]"])
-    ends = [f"{n} {status}" for status, n in sorted(result["statuses"].items())]
-    return f"{markdown(lines)}\n{', '.join([f'{count} problems', *ends])}\n"
+    for name, values in result["table"]["all"].items():
+        if name != "problems":
+            value, low, high = [number(name, x) for x in values]
+            lines.append([name, value, f"[{low}, {high}]"])
+    text = f"{markdown(lines)}\n{len(result['problems'])} problems"
+    for status, count in sorted(result["statuses"].items()):
+        text += f", {count} {status}"
+    return text + "\n"
 
 
 def read_tables(run):
@@ -321,8 +314,6 @@ def compare(runs):
         lines.append(line)
     return markdown(lines)
 
-
-# ------------------------------------------------------------------------- 4. the command line
 
 
 def parse(argv):
@@ -384,10 +375,9 @@ def check(args):
     for name in ("num_samples", "max_new_tokens", "batch"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        raise BadInput("--temperature must be at least 0, --top-p above 0 and at most 1")
-    if not 0 <= args.seed < 2**32:
-        raise BadInput(f"--seed {args.seed}: must be at least 0 and below 2**32")
+    sampling = 0 <= args.temperature < math.inf and 0 < args.top_p <= 1
+    if not sampling or not 0 <= args.seed < 2**32:
+        raise BadInput("--temperature must be at least 0, --top-p in (0, 1], --seed in [0, 2**32)")
     for k in args.k:
         if not 1 <= k <= args.num_samples:
             raise BadInput(f"--k {k}: pass@k needs 1 <= k <= --num-samples {args.num_samples}")
@@ -410,7 +400,7 @@ def run(args):
         return 0
     plain = args.prompt == "plain"
     problems = tasks.load(args.task, args.data, args.no_update, plain)
-    directory = Path(args.output) / (args.task + "-plain" * plain)
+    directory = Path(args.output) / (f"{args.task}-plain" if plain else args.task)
     box = contextlib.nullcontext()
     if args.task != "migration":
         box = open_sandbox(problems, args.unsafe)
@@ -433,11 +423,12 @@ def run(args):
 
 
 def main(argv=None):
+    """run() with the arguments of a command line; ends quietly when its reader is gone."""
     try:
         status = run(parse(argv))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `| head` has seen enough; Python would flush again at exit
+    except BrokenPipeError:  # e.g. `| head`; Python flushes again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -105,16 +105,12 @@ def load(source, no_update=False):
             check_texts(where, row, [imports, *FIELDS])
             tests = [test for _, test in split_functions(where, row, "unit_tests", "test")]
             problem = Problem(
-                name=row["prog_syn_id"],
-                package=row["package"],
-                update_type=row["update_type"],
+                name=row["prog_syn_id"], package=row["package"], update_type=row["update_type"],
                 note="" if no_update else NOTE.format_map(row),
                 question=QUESTION.format_map(row | {"test": tests[0]}),
-                reference=row["ref_solution"],
-                control=row["ref_solution"],
+                reference=row["ref_solution"], control=row["ref_solution"],
                 setup=f"{row[imports]}\n{row['implementation']}\n",
-                update=update_statement(where, row),
-                tests=tuple(tests),
-            )
+                update=update_statement(where, row), tests=tuple(tests),
+            )  # fmt: skip
             problems.append(problem)
     return problems

@@ -1,12 +1,11 @@
 """HumanEval (arXiv 2107.03374) and HumanEval+ (arXiv 2305.01210): complete a function.
 
-An answer is a whole function and runs behind the prompt, so the prompt's imports hold; it is right
-when it passes check(). A row of HumanEval+ has that in `test`, as the hub's file, or base_input,
-plus_input and atol, as evalplus's own: there the reference gives the expected values, and floats
-may differ by atol, or 1e-6.
+An answer is a whole function, run behind the prompt, so the prompt's imports hold; it is right when
+it passes check(). HumanEval+ comes from the hub, or as evalplus's own file with base_input,
+plus_input and atol, where the reference gives the expected values, +- atol or 1e-6 for floats.
 
 The plain form is the benchmark's usual chat: one user message, and an assistant turn that begins
-with "```python\\n". Our choice: the model writes code at once, and the code ends at "\\n```".
+with "```python\\n". This prefix is our choice: the model writes code at once, up to "\\n```".
 """
 
 import json
@@ -70,13 +69,9 @@ def load(source, plain=False):
         check_texts(where, row, ["test"])
         form = Plain if plain else Problem
         problem = form(
-            name=row["task_id"],
+            name=row["task_id"], entry_point=entry, setup=row["prompt"], tests=(row["test"],),
             question=(PLAIN if plain else QUESTION).format(row["prompt"].strip("\n")),
-            reference=reference,
-            control="pass",
-            setup=row["prompt"],
-            tests=(row["test"],),
-            entry_point=entry,
-        )
+            reference=reference, control="pass",
+        )  # fmt: skip
         problems.append(problem)
     return problems

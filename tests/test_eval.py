@@ -245,7 +245,7 @@ def test_table_has_a_line_per_metric():
     assert len({len(line) for line in (head, rule, *lines)}) == 1
     assert empty == "" and end == "20 problems, 11 fail, 29 pass"
     star = {"es_star": [1.5, -0.25, 2.0], "problems": 1}
-    shown = eval.show({"table": {"all": star}, "statuses": {}})
+    shown = eval.show({"table": {"all": star}, "statuses": {}, "problems": {}})
     assert "| es_star | 1.50  | [-0.25, 2.00] |" in shown
 
 
@@ -626,9 +626,9 @@ def test_values_that_no_wire_carries(write_rows, box_for, capsys):
 def answers_from(texts):
     """A stand-in for eval.complete whose completions are `texts`, {problem: [text]}."""
 
-    def complete(model, tokenizer, problems, prompts, seeds, args):
+    def complete(model, tokenizer, batch, args):
         rows = []
-        for problem in problems:
+        for problem, _, _ in batch:
             for j, text in enumerate(texts[problem.name]):
                 row = {"problem": problem.name, "sample": j, "completion": text}
                 rows.append(row | {"tokens": 1, "cut": False})
