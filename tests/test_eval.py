@@ -1,6 +1,6 @@
-"""eval.py and tasks.py: estimators against their definitions, data files, prompts, verdicts, runs that are killed.
+"""eval.py and tasks/: estimators against their definitions, files, prompts, verdicts, killed runs.
 
-Tests that run code need the sandbox's Linux. ../shared/data, where it exists, holds two of the benchmarks.
+Tests that run code need the sandbox's Linux. ../shared/data may hold two of the benchmarks.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from conftest import ROOT, SHARED
 
 import data
 import eval
-import tasks
-import recode
 import reward
-from training import loading
+import tasks
+import tasks.migration
+import tasks.problem
+from training import loading, parallel
 from training.config import BadInput
-from training import parallel
 
 UPDATE = {  # of our own making: a function of the standard library gets a second argument
     "description": "colorsys.rgb_to_yiq takes a scale.",
@@ -35,7 +35,9 @@ UPDATE = {  # of our own making: a function of the standard library gets a secon
     "docstring": "The three parts are divided by `scale` first.",
     "signature": "colorsys.rgb_to_yiq(r, g, b, scale=1.0)",
     "imports": "import colorsys\nold = colorsys.rgb_to_yiq",
-    "implementation": "def rgb_to_yiq(r, g, b, scale=1.0):\n    return old(r / scale, g / scale, b / scale)",
+    "implementation": (
+        "def rgb_to_yiq(r, g, b, scale=1.0):\n    return old(r / scale, g / scale, b / scale)"
+    ),
     "update_type": "add-argument",
     "function_path": "colorsys.rgb_to_yiq",
     "package": "colorsys",
@@ -56,7 +58,10 @@ SOLVED = {
     "problem": "Return the luma of a colour {r, g, b}.",
     "solution_signature": "def luma(r, g, b):",
     "unit_tests": TESTS,
-    "ref_solution": "import colorsys\n\ndef luma(r, g, b):\n    return colorsys.rgb_to_yiq(r, g, b, scale=255)[0]",
+    "ref_solution": (
+        "import colorsys\n\n"
+        "def luma(r, g, b):\n    return colorsys.rgb_to_yiq(r, g, b, scale=255)[0]"
+    ),
 }
 RENAMED = UPDATE | {
     "signature": "colorsys.luma_of(r, g, b)", "update_type": "modify-function-name",
@@ -67,23 +72,27 @@ RENAMED = UPDATE | {
 def arena_rows(schema, update=UPDATE, count=2):
     """The same problems in each of the three schemas that are in circulation."""
     examples = [SOLVED | {"prog_syn_id": f"p{i}"} for i in range(count)]
-    if schema == "grouped":
-        return [
-            {"update": update, "prog_syn_examples": [e | {"prog_syn_imports": update["imports"]} for e in examples]}
-        ]
+    imports = update["imports"]
     if schema == "nested":
-        return [{"update": update, "update_id": "u", "imports": update["imports"], **e} for e in examples]
-    return [{**update, **e, "prog_syn_imports": update["imports"]} for e in examples]
+        return [{"update": update, "update_id": "u", "imports": imports, **e} for e in examples]
+    examples = [example | {"prog_syn_imports": imports} for example in examples]
+    if schema == "grouped":
+        return [{"update": update, "prog_syn_examples": examples}]
+    return [{**update, **example} for example in examples]
 
 
 HUMAN = {
     "task_id": "Own/0", "entry_point": "double",
-    "prompt": 'import math\n\ndef double(x: float) -> float:\n    """Twice the number.\n    >>> double(2)\n    4\n    """\n',
+    "prompt": (
+        "import math\n\ndef double(x: float) -> float:\n"
+        '    """Twice the number.\n    >>> double(2)\n    4\n    """\n'
+    ),
     "canonical_solution": "    return math.fsum([x, x])\n",
     "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0.5) == 1\n",
 }  # fmt: skip
 ROOTS = {
-    "task_id": "Own/1", "entry_point": "find_zero", "canonical_solution": "    return -xs[0] / xs[1]\n",
+    "task_id": "Own/1", "entry_point": "find_zero",
+    "canonical_solution": "    return -xs[0] / xs[1]\n",
     "prompt": 'def find_zero(xs: list):\n    """A root of the polynomial xs."""\n',
 }  # fmt: skip
 PLUS = {"base_input": [[2]], "plus_input": [[0.1], [1e300], [-7]], "atol": 0}
@@ -98,13 +107,16 @@ def arena(write_rows):
     return tasks.load("codeupdatearena", write_rows(arena_rows("flat")))
 
 
-# ------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------- metrics
 
 
 def test_pass_at_k_is_the_chance_over_all_subsets():
-    """Stops a biased estimate, 1 - (1 - c/n)^k say; every subset is counted, and human-eval's product agrees."""
+    """Stops a biased estimate, e.g. 1 - (1 - c/n)^k.
+
+    Every subset is counted, and human-eval's product agrees.
+    """
     for n, k in itertools.product(range(1, 8), range(1, 8)):
-        for c in range(n + 1) if k <= n else ():
+        for c in range(n + 1 if k <= n else 0):
             hits = [any(i < c for i in chosen) for chosen in itertools.combinations(range(n), k)]
             assert eval.pass_at_k(n, c, k) == pytest.approx(sum(hits) / len(hits), abs=1e-12)
     for n, c, k in itertools.product((5, 20, 200, 1000), (0, 1, 3, 5), (1, 5, 10, 100)):
@@ -121,175 +133,298 @@ def test_pass_at_k_is_refused_where_it_is_undefined(n, c, k):
 
 
 def test_interval_is_that_of_the_mean_over_problems():
-    """Stops an interval of single problems or of one tail; the normal approximation of a share is the oracle."""
+    """Stops an interval of single problems, or of one tail; the normal one is the oracle."""
     N, p = 500, 0.3
-    share = np.r_[np.ones(int(N * p)), np.zeros(N - int(N * p))]
-    (mean, other), (low, _), (high, _) = eval.interval(np.stack([share, 1 - share], 1))
-    half = 1.96 * math.sqrt(p * (1 - p) / N)
-    assert mean == pytest.approx(p) and other == pytest.approx(1 - p)
-    assert low == pytest.approx(p - half, abs=0.005) and high == pytest.approx(p + half, abs=0.005)
-    assert eval.interval(np.full((7, 1), 0.4)).tolist() == pytest.approx(np.full((3, 1), 0.4))
+    share = np.r_[np.full(int(N * p), 0.9), np.full(N - int(N * p), 0.1)]  # no 0 or 1: eq. 2
+    for values, expected in ((share, 0.34), (1 - share, 0.66)):
+        mean, low, high = eval.interval(values)
+        half = 1.96 * 0.8 * math.sqrt(p * (1 - p) / N)
+        assert mean == pytest.approx(expected)
+        assert low == pytest.approx(expected - half, abs=0.005)
+        assert high == pytest.approx(expected + half, abs=0.005)
+
+
+@pytest.mark.parametrize("right, N, low, high", [
+    (0, 20, 0.0, 0.161130), (20, 20, 0.838870, 1.0), (0, 1, 0.0, 0.793457), (1, 1, 0.206543, 1.0),
+    (1, 10, 0.017876, 0.404156), (50, 100, 0.403830, 0.596170), (0, 164, 0.0, 0.022888),
+])  # fmt: skip
+def test_wilson_by_hand(right, N, low, high):
+    """Stops an interval without width at 0 of n and n of n, and one that leaves [0, 1].
+
+    At 0 of n it is z^2 / (n + z^2), e.g. 3.8416 / 23.8416; the others were found as the roots x of
+    (p - x)^2 = z^2 x (1 - x) / n.
+    """
+    values = [1.0] * right + [0.0] * (N - right)
+    mean, *ends = eval.interval(values)
+    assert mean == right / N and ends == pytest.approx([low, high], abs=1e-6)
+    assert 0 <= ends[0] <= mean <= ends[1] + 1e-12 and ends[0] < ends[1] <= 1
+    assert eval.wilson(right / N, N) == pytest.approx([low, high], abs=1e-6)
+
+
+def test_interval_where_all_problems_agree():
+    """Stops certainty about problems that were never seen, also for rewards and changes.
+
+    Of 7 equal problems eq. 3 lets w = 3.8416 / 10.8416 differ, each by as much as the range allows.
+    """
+    w = 1.96**2 / (7 + 1.96**2)
+    expected = [0.4, 0.4 - w * 0.4, 0.4 + w * 0.6]
+    assert eval.interval(np.full(7, 0.4)) == pytest.approx(expected)
+    assert eval.interval([2.0] * 7, -2, 2) == pytest.approx([2.0, 2.0 - 4 * w, 2.0])
+    assert eval.interval([0.0] * 7, -1, 1) == pytest.approx([0.0, -w, w])
+    assert eval.interval([1.0] * 7, -1, 1) == pytest.approx([1.0, 1.0 - 2 * w, 1.0])
 
 
 def rows_of(*verdicts):
-    """Log rows of one problem from strings: u passes because of the update, p passes, f fails, n has no code."""
-    more = {"format": True, "cut": False}
-    return [
-        more
-        | {"passed": v in "up", "updated": v == "u", "no_code": v == "n", "status": "pass" if v in "up" else "fail"}
-        for v in verdicts
-    ]
+    """Log rows of one problem: u passes thanks to the update, p passes, f fails, n has no code."""
+    rows = []
+    for verdict in verdicts:
+        passed = verdict in "up"
+        row = {"format": True, "cut": False, "no_code": verdict == "n"}
+        row |= {"passed": passed, "updated": verdict == "u"}
+        rows.append(row | {"status": "pass" if passed else "fail"})
+    return rows
 
 
-def test_figures_of_a_problem_by_hand():
-    """Stops UPass@k counting answers that never needed the update, and missing code that is not counted."""
-    got = eval.figures(rows_of(*"upfnf"), [1, 5])
-    assert got == pytest.approx(
-        {"pass@1": 0.4, "pass@5": 1, "UPass@1": 0.2, "UPass@5": 1, "format": 1, "no_code": 0.2, "cut": 0}
-    )
-    assert list(eval.figures([{"passed": True, "stale": 0.0, "es_star": 2.0}], [1])) == ["pass@1", "es_star", "stale"]
+def test_metrics_of_a_problem_by_hand():
+    """Stops UPass@k counting answers that never needed the update, and missing code uncounted."""
+    got = eval.metrics(rows_of(*"upfnf"), [1, 5])
+    assert got == pytest.approx({
+        "pass@1": 0.4, "pass@5": 1, "UPass@1": 0.2, "UPass@5": 1, "format": 1, "no_code": 0.2,
+        "cut": 0})  # fmt: skip
+    got = eval.metrics([{"passed": True, "stale": 0.0, "es_star": 2.0}], [1])
+    assert list(got) == ["pass@1", "es_star", "stale"]
+
+
+def problem(name, package="", update_type="", update=""):
+    fixed = {"question": "", "reference": "", "control": "", "setup": "", "tests": ()}
+    more = {"package": package, "update_type": update_type, "update": update}
+    return tasks.problem.Problem(name=name, **fixed, **more)
 
 
 def table_of(found, verdicts, ks=(1,)):
     args = SimpleNamespace(num_samples=len(verdicts[0]), k=list(ks))
-    rows = {(p.name, j): row for p, text in zip(found, verdicts) for j, row in enumerate(rows_of(*text))}
+    rows = {}
+    for problem, text in zip(found, verdicts):
+        for j, row in enumerate(rows_of(*text)):
+            rows[problem.name, j] = row
     return eval.tabulate(found, rows, args)
 
 
 def test_table_by_group():
-    """Stops groups that lose or repeat problems, and a row per library where every task has its own."""
-    found = [tasks.Problem(f"p{i}", "ab"[i > 0], f"kind{i}", update="x") for i in range(3)]
+    """Stops groups that lose or repeat problems."""
+    found = [problem(f"p{i}", "ab"[i > 0], f"kind{i}", update="x") for i in range(3)]
     result = table_of(found, ["uu", "uf", "nf"])
     table = result["table"]
     assert {group: row["problems"] for group, row in table.items()} == {
         "all": 3, "a": 1, "b": 2, "kind0": 1, "kind1": 1, "kind2": 1}  # fmt: skip
-    assert table["all"]["pass@1"][0] == 0.5 and table["b"]["pass@1"][0] == 0.25 and table["b"]["no_code"][0] == 0.25
-    assert result["problems"]["p1"]["UPass@1"] == 0.5 and result["statuses"] == {"pass": 3, "fail": 3}
-    head, _, first, *_ = eval.show(result).splitlines()
-    assert re.split(r" *\| *", head) == ["", "", "problems", "pass@1", "UPass@1", "format", "no code", "cut", ""]
-    assert re.split(r" *\| *", first)[1:4] == ["all", "3", "50.0 [0.0, 100.0]"]
-    many = [tasks.Problem(f"p{i}", f"lib{i}") for i in range(21)]
-    assert list(table_of(many, ["u"] * 21)["table"]) == ["all"]
+    assert table["all"]["pass@1"][0] == 0.5 and table["b"]["pass@1"][0] == 0.25
+    assert table["b"]["no_code"][0] == 0.25
+    assert result["problems"]["p1"]["UPass@1"] == 0.5
+    assert result["statuses"] == {"pass": 3, "fail": 3}
+    many = [problem(f"p{i}", f"lib{i}") for i in range(21)]
+    groups = table_of(many, ["u"] * 21)["table"]
+    assert list(groups) == ["all", *(f"lib{i}" for i in range(21))]
 
 
-def test_compare_by_hand(tmp_path):
-    """Stops a change against another run than the first, unpaired problems, tasks that are only in one run."""
-    found = [tasks.Problem(f"p{i}", "lib", "kind", update="x") for i in range(4)]
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_has_a_line_per_metric():
+    """Stops a table too wide for the screen, without a metric, or with an interval turned round."""
+    found = [problem(f"p{i}", "lib", "kind", update="x") for i in range(20)]
+    shown = eval.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
+    head, rule, *lines, empty, end = shown.splitlines()
+    assert cells_of(head) == ["metric", "value", "95 % interval"] and set(rule) == {"|", "-", " "}
+    assert [cells_of(line)[0] for line in lines] == [
+        "pass@1", "pass@2", "UPass@1", "UPass@2", "format", "no_code", "cut"]  # fmt: skip
+    values = {cells_of(line)[0]: cells_of(line)[1:] for line in lines}
+    assert values["format"] == ["100.0", "[83.9, 100.0]"]
+    assert values["cut"] == ["0.0", "[0.0, 16.1]"]
+    assert values["pass@1"][0] == "72.5" and values["pass@2"] == ["95.0", "[76.4, 99.1]"]
+    assert len({len(line) for line in (head, rule, *lines)}) == 1
+    assert empty == "" and end == "20 problems, 11 fail, 29 pass"
+    star = {"es_star": [1.5, -0.25, 2.0], "problems": 1}
+    shown = eval.show({"table": {"all": star}, "statuses": {}, "problems": {}})
+    assert "| es_star | 1.50  | [-0.25, 2.00] |" in shown
+
+
+def test_passes_in_process_are_counted_apart():
+    """Stops weaker evidence from being counted as a confirmed pass."""
+    found = [problem("p0", update="x")]
+    rows = rows_of(*"uuff")
+    for row, judge in zip(rows, ("split", "in-process", "in-process", "split")):
+        row["judge"] = judge
+    args = SimpleNamespace(num_samples=4, k=[1])
+    result = eval.tabulate(found, {("p0", j): row for j, row in enumerate(rows)}, args)
+    assert result["statuses"] == {
+        "pass": 1, "pass in process": 1, "fail": 1, "fail in process": 1}  # fmt: skip
+    assert eval.show(result).endswith(
+        "1 problems, 1 fail, 1 fail in process, 1 pass, 1 pass in process\n"
+    )
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    """write_table(run, task, found, verdicts) -> path of a table.json."""
+
+    def write(run, task, found, verdicts):
+        path = tmp_path / run / task / "table.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(table_of(found, verdicts)))
+        return path
+
+    return write
+
+
+def test_compare_by_hand(tmp_path, write_table):
+    """Stops a change against another run than the first, and the loss of a task of one run."""
+    found = [problem(f"p{i}", "lib", "kind", update="x") for i in range(4)]
     for run, verdicts in {"base": "uuff", "grpo": "uuuf", "sft": "ffff"}.items():
-        path = tmp_path / run / "codeupdatearena"
-        path.mkdir(parents=True)
-        (path / "table.json").write_text(json.dumps(table_of(found, list(verdicts))))
-    (tmp_path / "grpo" / "humaneval+").mkdir()
-    plain = [tasks.Problem("h0")]
-    (tmp_path / "grpo/humaneval+/table.json").write_text(json.dumps(table_of(plain, ["p"])))
+        write_table(run, "codeupdatearena", found, verdicts)
+    write_table("grpo", "humaneval+", [problem("h0")], ["p"])
     runs = [str(tmp_path / run) for run in ("base", "grpo", "sft")]
-    head, _, *lines = [re.split(r" *\| *", line) for line in eval.compare(runs).splitlines()]
-    column = {heading: [line[i] for line in lines] for i, heading in enumerate(head)}
-    assert column["codeupdatearena pass@1"] == ["50.0", "75.0, +25.0 [+0.0, +75.0]", "0.0, -50.0 [-100.0, +0.0]"]
-    assert column["humaneval+ pass@1"] == ["-", "100.0", "-"]
-    (tmp_path / "sft/codeupdatearena/table.json").write_text(json.dumps(table_of(found[1:], list("fff"))))
-    with pytest.raises(BadInput, match="sft: its codeupdatearena has other problems"):
+    head, _, *lines = [cells_of(line) for line in eval.compare(runs).splitlines()]
+    assert head == ["", *runs]
+    table = {line[0]: line[1:] for line in lines}
+    assert table["codeupdatearena pass@1"] == [
+        "50.0", "75.0 +25.0 [+0.0, +75.0]", "0.0 -50.0 [-100.0, +0.0]"]  # fmt: skip
+    assert table["humaneval+ pass@1"] == ["-", "100.0", "-"]
+    assert table["codeupdatearena format"] == ["100.0"] + ["100.0 +0.0 [-49.0, +49.0]"] * 2
+    write_table("sft", "codeupdatearena", found[1:], "fff")
+    with pytest.raises(BadInput, match="sft: .* pass@1 has other problems than in .*base"):
         eval.compare(runs)
     with pytest.raises(BadInput, match="none: no .*table.json there"):
         eval.compare([*runs, "none"])
+
+
+@pytest.mark.parametrize("content", [
+    "{}", '{"problems": {}}', '{"problems": 3}', '{"problems": {"p0": 3}}', '{"problems": [{}]}',
+    '{"problems": {"p0": {"pass@1": 1}, "p1": {}}}', '{"problems": {"p0": {"pass@1": [1]}}}',
+    '{"problems": {"p0": {"pass@1": "x"}}}', '{"problems": {"p0": "ab"}}', "[1", "[]", "3",
+])  # fmt: skip
+def test_compare_refuses_other_files(tmp_path, write_table, content):
+    """Stops a traceback for a table.json that is empty, old, torn or another program's."""
+    good = write_table("good", "migration", [problem("p0")], ["p"])
+    bad = write_table("bad", "migration", [problem("p0")], ["p"])
+    bad.write_text(content)
+    with pytest.raises(BadInput, match="bad/migration/table.json") as error:
+        eval.compare([str(good.parent.parent), str(bad.parent.parent)])
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------- problems
 
 
 def test_three_schemas_are_one(write_rows):
-    """Stops a release of CodeUpdateArena that cannot be read, or whose fields land in each other's places."""
-    load = lambda schema: tasks.load("codeupdatearena", write_rows(arena_rows(schema)))
-    first = load("grouped")
-    assert load("nested") == first == load("flat") and [p.name for p in first] == ["p0", "p1"]
-    one = first[0]
-    assert one.package == "colorsys" and one.update_type == "add-argument" and one.reference == SOLVED["ref_solution"]
+    """Stops a release of CodeUpdateArena that cannot be read, or whose fields change places."""
+    grouped, nested, flat = [
+        tasks.load("codeupdatearena", write_rows(arena_rows(schema)))
+        for schema in ("grouped", "nested", "flat")
+    ]
+    assert grouped == nested == flat and [p.name for p in flat] == ["p0", "p1"]
+    one = flat[0]
+    assert one.package == "colorsys" and one.update_type == "add-argument"
+    assert one.reference == SOLVED["ref_solution"]
     assert one.setup == f"{UPDATE['imports']}\n{UPDATE['implementation']}\n"
     assert all(UPDATE[name] in one.note for name in ("description", "signature", "docstring"))
-    assert "{r, g, b}" in one.question and one.tests[0] in one.question and one.tests[1] not in one.question
+    assert one.control == one.reference and one.update == "colorsys.rgb_to_yiq = rgb_to_yiq"
+    assert "{r, g, b}" in one.question
+    assert one.tests[0] in one.question and one.tests[1] not in one.question
 
 
-def test_tests_are_parted_by_the_parser(write_rows):
-    """Stops tests that end at their first blank line, or lose their decorator or the imports around them."""
-    code = (
-        "import functools\n" + TESTS + "\n@functools.cache\ndef test_last():\n    pass\n\ndef helper():\n    return 1\n"
-    )
-    (one,) = tasks.load("codeupdatearena", write_rows([arena_rows("flat")[0] | {"unit_tests": code}]))
-    assert [test.count("def test_") for test in one.tests] == [1, 1, 1] and "- expected" in one.tests[0]
+def test_tests_are_split_by_the_parser(write_rows):
+    """Stops tests that end at their first blank line, or lose their decorator or an import."""
+    code = f"import functools\n{TESTS}\n@functools.cache\ndef test_last():\n    pass\n\n"
+    code += "def helper():\n    return 1\n"
+    row = arena_rows("flat")[0] | {"unit_tests": code}
+    (one,) = tasks.load("codeupdatearena", write_rows([row]))
+    assert [test.count("def test_") for test in one.tests] == [1, 1, 1]
+    assert "- expected" in one.tests[0]
     assert all("import functools" in test and "def helper" in test for test in one.tests)
     assert "@functools.cache\ndef test_last" in one.tests[2]
 
 
 @pytest.mark.parametrize("kind, expected", [
     *[(kind, "colorsys.rgb_to_yiq = luma_of") for kind in (
-        "add-argument", "add-argument-default_value(s)", "modify-argument-name", "modify-output-data_type",
-        "add-output-semantics", "add-function-semantics")],
+        "add-argument", "add-argument-default_value(s)", "modify-argument-name",
+        "modify-output-data_type", "add-output-semantics", "add-function-semantics")],
     ("modify-function-name", "del colorsys.rgb_to_yiq\nsetattr(colorsys, 'luma_of', luma_of)"),
     ("add-function", "setattr(colorsys, 'luma_of', luma_of)"),
 ])  # fmt: skip
 def test_update_statement(write_rows, kind, expected):
     """Stops a renamed function that keeps its old name, or a new one that takes another's place."""
-    found = tasks.load("codeupdatearena", write_rows(arena_rows("flat", RENAMED | {"update_type": kind})))
+    rows = arena_rows("flat", RENAMED | {"update_type": kind})
+    found = tasks.load("codeupdatearena", write_rows(rows))
     assert {problem.update for problem in found} == {expected}
 
 
 BAD_ARENA = [
-    ("{", "not JSON"), ("[1]", "not a JSON object but list"), ({"update": 3}, "field 'update' is not an object"),
-    ({"prog_syn_examples": 3}, "'prog_syn_examples' is not a list"),
-    ({"prog_syn_examples": [3]}, "'prog_syn_examples' is not a list"),
+    ("{", "not JSON"), ("[1]", "not a JSON object but list"),
+    ({"update": 3}, "field 'update' or 'prog_syn_examples' does not hold objects"),
+    ({"prog_syn_examples": 3}, "'prog_syn_examples' does not hold objects"),
+    ({"prog_syn_examples": [3]}, "'prog_syn_examples' does not hold objects"),
     *[({name: None}, f"field '{name}' is not text") for name in (
-        "description", "signature", "docstring", "implementation", "update_type", "function_path", "package", "scenario",
-        "problem", "solution_signature", "unit_tests", "ref_solution", "prog_syn_id", "prog_syn_imports")],
-    ({"unit_tests": ["def test(): pass"]}, "'unit_tests' is not text"), ({"problem": "\ud800"}, "'problem' is not text"),
-    ({"unit_tests": "def test("}, "'unit_tests' does not parse"), ({"unit_tests": "x = 1"}, "defines no function test"),
-    ({"unit_tests": "def helper(): pass"}, "defines no function test"), ({"implementation": "x"}, "defines no function;"),
-    ({"update_type": "deprecate-function"}, "'deprecate-function' has no rule"), ({"update_type": ""}, "'' has no rule"),
-    ({"function_path": "rgb_to_yiq"}, "names no library"),
+        "description", "signature", "docstring", "implementation", "update_type", "function_path",
+        "package", "scenario", "problem", "solution_signature", "unit_tests", "ref_solution",
+        "prog_syn_id", "prog_syn_imports")],
+    ({"unit_tests": ["def test(): pass"]}, "'unit_tests' is not text"),
+    ({"problem": "\ud800"}, "'problem' is not text"),
+    ({"unit_tests": "def test("}, "'unit_tests' does not parse"),
+    ({"unit_tests": "x = 1"}, "defines no function test"),
+    ({"unit_tests": "def helper(): pass"}, "defines no function test"),
+    ({"implementation": "x"}, "defines no function;"),
+    ({"update_type": "deprecate-function"}, "'deprecate-function' has no rule"),
+    ({"update_type": ""}, "'' has no rule"), ({"function_path": "rgb_to_yiq"}, "names no library"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("spoilt, word", BAD_ARENA, ids=lambda value: str(value)[:40])
 def test_a_broken_row_is_named(write_rows, spoilt, word):
-    """Stops a defect of one row among 670 that ends in a traceback, or passes for a problem no model can solve."""
+    """Stops a defect of one row in 670 that ends in a traceback, or that no model can solve."""
     rows = arena_rows("flat")
     path = write_rows([rows[0], "", rows[1] | spoilt if isinstance(spoilt, dict) else spoilt])
-    with pytest.raises(BadInput, match=f"^{re.escape(path)}, line 3: .*{re.escape(word)}") as error:
+    pattern = f"^{re.escape(path)}, line 3: .*{re.escape(word)}"
+    with pytest.raises(BadInput, match=pattern) as error:
         tasks.load("codeupdatearena", path)
     assert "\n" not in str(error.value)
 
 
 def test_bad_files(write_rows, tmp_path, monkeypatch):
-    """Stops tracebacks for a missing, empty or damaged file, and problems that overwrite each other's samples."""
+    """Stops tracebacks for a missing, empty or damaged file, and two problems with one log."""
     for word, path in (
-        ("no file 'none.jsonl'", "none.jsonl"),
-        ("no file", str(tmp_path)),
+        ("cannot read 'none.jsonl' .*No such file", "none.jsonl"),
+        ("cannot read .*Is a directory", str(tmp_path)),
         ("file is empty", write_rows([])),
     ):
         with pytest.raises(BadInput, match=word):
             tasks.load("humaneval", path)
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(json.dumps(HUMAN).encode())[:-20])
-    with pytest.raises(BadInput, match="cut.gz: cannot be unpacked"):
-        tasks.load("humaneval", str(tmp_path / "cut.gz"))
+    whole = gzip.compress(json.dumps(HUMAN).encode())
+    for spoilt in (whole[:-20], whole[:20] + bytes(20) + whole[40:], b"\x1f\x8bnothing"):
+        (tmp_path / "cut.gz").write_bytes(spoilt)
+        with pytest.raises(BadInput, match="cannot read '.*cut.gz' .*; give a JSONL file") as error:
+            tasks.load("humaneval", str(tmp_path / "cut.gz"))
+        assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="2 problems of .* are called 'Own/0'"):
         tasks.load("humaneval", write_rows([HUMAN, HUMAN]))
     for name in HUMAN:
+        row = {key: value for key, value in HUMAN.items() if key != name}
         with pytest.raises(BadInput, match=f"line 2: field '{name}' is missing"):
-            tasks.load("humaneval", write_rows([HUMAN, {k: v for k, v in HUMAN.items() if k != name}]))
+            tasks.load("humaneval", write_rows([HUMAN, row]))
 
 
 def test_hub_ids(monkeypatch, tmp_path):
-    """Stops a hub id that asks for the wrong file, and a missing network that ends in a traceback."""
+    """Stops a hub id that asks for the wrong file, and a traceback without a network."""
     asked = []
 
     def offline(*args, **kwargs):
         asked.append((*args, kwargs["repo_type"]))
         raise OSError("no network\nmore")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    monkeypatch.setattr(data, "hf_hub_download", offline)
     for task, source in tasks.SOURCES.items():
-        with pytest.raises(
-            BadInput, match=re.escape(f"cannot fetch {source!r} from the hub (no network); give a local")
-        ):
+        words = re.escape(f"of {source!r} from the hub (no network); give a local")
+        with pytest.raises(BadInput, match=words):
             tasks.load(task, source)
     assert asked == [
         ("leo-liuzy/CodeUpdateArena", "arena-ungrouped.jsonl", "dataset"),
@@ -298,34 +433,79 @@ def test_hub_ids(monkeypatch, tmp_path):
 
 
 def test_prompts_ask_as_training_does(arena, tokenizer, write_rows, rows):
-    """Stops another template or request than training's, a closed turn, and a note that --no-update leaves in."""
-    frame = lambda text: re.sub(
-        r"(system\n).*?(<\|im_end\|>\n<\|im_start\|>user\n).*(Reason inside)", r"\1\2\3", text, flags=re.S
-    )
+    """Stops a template or request unlike training's, a closed turn, a note with --no-update."""
+
+    def frame(text):
+        heads = r"(system\n).*?(<\|im_end\|>\n<\|im_start\|>user\n).*(Reason inside)"
+        return re.sub(heads, r"\1\2\3", text, flags=re.DOTALL)
+
     trained = tokenizer.decode(data.encode_prompt(data.Example(**rows[0]), tokenizer))
-    (human,) = tasks.load("humaneval", write_rows([HUMAN]))
-    for problem in (arena[0], human):
-        text = tokenizer.decode(tasks.encode(problem, tokenizer))
+    path = write_rows(arena_rows("flat"))
+    (human,) = tasks.load("humaneval", write_rows([HUMAN], "human.jsonl"))
+    bare_arena, *_ = tasks.load("codeupdatearena", path, no_update=True)
+    for problem, without in ((arena[0], bare_arena), (human, human)):
+        text = tokenizer.decode(problem.encode(tokenizer))
         complete = "give the complete new code", "give the complete code"
         assert frame(text) == frame(trained).replace(*complete) and text.endswith(data.OPENING)
         assert problem.note in text and problem.question in text
-        bare = tokenizer.decode(tasks.encode(problem, tokenizer, no_update=True))
+        bare = tokenizer.decode(without.encode(tokenizer))
         assert ("update notes" in text) == bool(problem.note) and "update notes" not in bare
         assert problem.question in bare and "<doc>" not in bare and UPDATE["docstring"] not in bare
-    (first, *_) = tasks.load("migration", write_rows(rows))
-    assert tasks.encode(first, tokenizer) == data.encode_prompt(first.example, tokenizer)
-    bare = tokenizer.decode(tasks.encode(first, tokenizer, no_update=True))
+    path = write_rows(rows, "migration.jsonl")
+    (first, *_) = tasks.load("migration", path)
+    assert first.encode(tokenizer) == data.encode_prompt(first.example, tokenizer)
+    (first, *_) = tasks.load("migration", path, no_update=True)
+    bare = tokenizer.decode(first.encode(tokenizer))
     assert "double_0" in trained and "double_0" not in bare and "twice_0" in bare
-    tokenizer = type("Bare", (), {"chat_template": None, "encode": lambda self, text: text})()
-    plain = tasks.encode(arena[0], tokenizer)
-    assert plain.endswith("\n\n" + data.OPENING) and arena[0].question + tasks.REQUEST in plain
+    plain = arena[0].encode(Untemplated())
+    assert plain.endswith("\n\n" + data.OPENING)
+    assert arena[0].question + tasks.problem.REQUEST in plain
+
+
+class Untemplated:
+    """A tokenizer without a chat template, whose ids are the text."""
+
+    chat_template = None
+
+    def encode(self, text):
+        return text
+
+
+@pytest.mark.parametrize("task", ["humaneval", "humaneval+"])
+def test_plain_prompt(tokenizer, write_rows, task):
+    """Stops a plain form with training's request, a system message of ours, or a closed turn."""
+    (problem,) = tasks.load(task, write_rows([HUMAN]), plain=True)
+    text = tokenizer.decode(problem.encode(tokenizer))
+    question = f"```python\n{HUMAN['prompt'].strip()}\n```"
+    assert question in text and "Complete this function in a markdown python code block" in text
+    turn = [{"role": "user", "content": problem.question}]
+    shown = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert text == shown + "```python\n"
+    assert not re.search("think|answer|system|step by step", text.lower())
+    assert problem.encode(Untemplated()) == f"{problem.question}\n```python\n"
+    (usual,) = tasks.load(task, write_rows([HUMAN]))
+    assert tokenizer.decode(usual.encode(tokenizer)).endswith(data.OPENING)
+
+
+def test_plain_code_ends_at_the_fence(write_rows):
+    """Stops talk after the fence that is run, code that is lost without one, and empty answers."""
+    (problem,) = tasks.load("humaneval", write_rows([HUMAN]), plain=True)
+    code = "def double(x):\n    return 2 * x"
+    assert problem.extract(f"{code}\n```\nIt doubles.\n```python\nx\n```") == (code, True)
+    assert problem.extract(code) == (code, False)  # no closing fence
+    assert problem.extract(f"{code}  # not ```\n    # ``` here\n```") == (
+        f"{code}  # not ```\n    # ``` here", True)  # fmt: skip
+    for text in ("", "\n", "\n```\nNo idea."):
+        assert problem.extract(text)[0] is None
+        verdict = {"format": "```" in text, "no_code": True, "passed": False}
+        assert problem.judge(text, None) == verdict | {"status": "no code"}
 
 
 # ------------------------------------------------------------------------- verdicts
 
 
 class Box:
-    """Stands in for the sandbox: code that says "new" passes with the update, code that says "old" without it."""
+    """Stands in for the sandbox: "new" in the code passes with the update, "old" without it."""
 
     def __init__(self):
         self.calls = []
@@ -341,41 +521,52 @@ class Outcome:
     status: str
     reason: str = ""
     judge: str = "split"
-    passed = property(lambda self: self.status == "pass")
+
+    @property
+    def passed(self):
+        return self.status == "pass"
 
 
 def test_verdict_needs_the_update(arena):
-    """Stops UPass@k for code that also passes without the update, and tests that run for no code at all."""
-    judged = lambda completion: eval.judge(arena[0], completion, Box())
+    """Stops UPass@k for code that also passes without the update, and tests run for no code."""
+
+    def judged(completion):
+        return arena[0].judge(completion, Box())
+
     both, only = judged(answer("# old, new")), judged(answer("# new"))
     assert both["passed"] and not both["updated"] and only["passed"] and only["updated"]
     assert only["status"] == "pass" and only["format"] and not only["no_code"]
     assert not judged(answer("# old"))["passed"] and not judged(answer("# none"))["updated"]
     box = Box()
-    for text in ("", "\n</think>\n<answer>new</answer>", "new ```python\nnew\n``` and no end of thought"):
-        verdict = eval.judge(arena[0], text, box)
-        assert (
-            verdict["no_code"] and not verdict["passed"] and not verdict["updated"] and verdict["status"] == "no code"
-        )
+    open_thought = "new ```python\nnew\n``` and no end of thought"
+    for text in ("", "\n</think>\n<answer>new</answer>", open_thought):
+        verdict = arena[0].judge(text, box)
+        assert verdict["no_code"] and not verdict["passed"]
+        assert not verdict["updated"] and verdict["status"] == "no code"
     assert not box.calls
-    eval.judge(arena[0], answer("first\n```\n```python\nlast"), box)
-    assert box.calls == [("last", arena[0].tests, f"{arena[0].setup}\n{arena[0].update}\n", None)]
+    arena[0].judge(answer("first\n```\n```python\nlast"), box)
+    setup = f"{arena[0].setup}\n{arena[0].update}\n"
+    assert box.calls == [("last", arena[0].tests, setup, None)]
 
 
 def test_verdict_on_a_migration(write_rows, rows):
-    """Stops figures that are not those of the rewards, or code that is run where nothing needs to be."""
+    """Stops metrics that are not those of the rewards, or code that is run without need."""
     (problem, *_) = tasks.load("migration", write_rows(rows))
-    for code in (rows[0]["new_code"], rows[0]["old_code"], "x = (", None):
+    old, new = rows[0]["old_code"], rows[0]["new_code"]
+    for code in (new, old, "x = (", None):
         text = "no code" if code is None else answer(code)
-        got = eval.judge(problem, text, None)
-        assert got["passed"] == (code == rows[0]["new_code"]) and got["stale"] == (code == rows[0]["old_code"])
-        assert got["es_star"] == reward.es_star(text, rows[0]["new_code"]) and got["no_code"] == (code is None)
-        assert got["em_star"] == reward.em_star(text, rows[0]["new_code"]) and got["format"] == (code is not None)
+        got = problem.judge(text, None)
+        assert got["passed"] == (code == new) and got["stale"] == (code == old)
+        assert got["es_star"] == reward.es_star(text, new) and got["no_code"] == (code is None)
+        assert got["em_star"] == reward.em_star(text, new) and got["format"] == (code is not None)
 
 
 def test_references_by_hand(arena, capsys):
-    """Stops an installation check that passes although references fail, or pass without the update."""
-    case = lambda name, code: replace(arena[0], name=name, reference=code)
+    """Stops a check that passes although references fail, or pass without the update."""
+
+    def case(name, code):
+        return replace(arena[0], name=name, reference=code, control=code)
+
     good = [case(f"g{i}", "new") for i in range(19)]
     assert eval.references([*good, case("bad", "none")], Box()) == 0
     out = capsys.readouterr().out
@@ -387,7 +578,7 @@ def test_references_by_hand(arena, capsys):
 
 @pytest.fixture
 def box_for():
-    """box_for(found): the sandbox that eval.py would open for these problems; skips where there is none."""
+    """box_for(found): the sandbox for these problems; skips where there is none."""
     pytest.importorskip("sandbox")
     with contextlib.ExitStack() as stack:
 
@@ -401,36 +592,59 @@ def box_for():
 
 
 def test_arena_in_the_sandbox(write_rows, box_for, capsys):
-    """Stops a program put together in the wrong order: the update must come after the imports, before the answer."""
-    renamed = {"ref_solution": SOLVED["ref_solution"].replace("rgb_to_yiq", "luma_of").replace("scale=255", "")}
-    renamed = {k: v.replace("255", "1") for k, v in (SOLVED | renamed).items()}
-    rows = [*arena_rows("nested", count=1), arena_rows("flat", RENAMED, 1)[0] | renamed | {"prog_syn_id": "renamed"}]
+    """Stops a program in the wrong order: imports, then the update, then the answer."""
+    code = SOLVED["ref_solution"].replace("rgb_to_yiq", "luma_of").replace("scale=255", "")
+    renamed = SOLVED | {"ref_solution": code, "prog_syn_id": "renamed"}
+    renamed = {name: text.replace("255", "1") for name, text in renamed.items()}
+    rows = [*arena_rows("nested", count=1), arena_rows("flat", RENAMED, 1)[0] | renamed]
     found = tasks.load("codeupdatearena", write_rows(rows))
     box = box_for(found)
     assert eval.references(found, box) == 0
     assert "2 of 2 pass, 0 without the update" in capsys.readouterr().out
-    stale = eval.judge(
-        found[1], answer("import colorsys\ndef luma(r, g, b):\n    return colorsys.rgb_to_yiq(r, g, b)[0]"), box
-    )
+    old = "import colorsys\ndef luma(r, g, b):\n    return colorsys.rgb_to_yiq(r, g, b)[0]"
+    stale = found[1].judge(answer(old), box)
     assert not stale["passed"] and "rgb_to_yiq" in stale["reason"]
-    knows = eval.judge(found[0], answer("def luma(r, g, b):\n    return (0.3 * r + 0.59 * g + 0.11 * b) / 255"), box)
+    known = "def luma(r, g, b):\n    return (0.3 * r + 0.59 * g + 0.11 * b) / 255"
+    knows = found[0].judge(answer(known), box)
     assert knows["passed"] and not knows["updated"]
 
 
 def test_values_that_no_wire_carries(write_rows, box_for, capsys):
-    """Stops references of CodeUpdateArena that return objects of their own from failing for that."""
-    code = "import colorsys\nclass Colour:\n    luma = colorsys.rgb_to_yiq(255, 0, 0, scale=255)[0]\nluma = lambda: Colour()"
-    row = arena_rows("flat")[0] | {
-        "ref_solution": code,
-        "unit_tests": "def test():\n    assert 0.2 < luma().luma < 0.4\n",
-    }
+    """Stops references of CodeUpdateArena from failing because they return their own objects."""
+    code = (
+        "import colorsys\nclass Colour:\n    luma = colorsys.rgb_to_yiq(255, 0, 0, scale=255)[0]\n"
+        "luma = lambda: Colour()"
+    )
+    tests = "def test():\n    assert 0.2 < luma().luma < 0.4\n"
+    row = arena_rows("flat")[0] | {"ref_solution": code, "unit_tests": tests}
     found = tasks.load("codeupdatearena", write_rows([row]))
     assert eval.references(found, box_for(found)) == 0
-    assert "1 of 1 pass, 0 without the update; 1 passes were judged in process" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 1 pass, 0 without the update; 1 passes were judged in process" in out
+
+
+def answers_from(texts):
+    """A stand-in for eval.complete whose completions are `texts`, {problem: [text]}."""
+
+    def complete(model, tokenizer, batch, args):
+        rows = []
+        for problem, _, _ in batch:
+            for j, text in enumerate(texts[problem.name]):
+                row = {"problem": problem.name, "sample": j, "completion": text}
+                rows.append(row | {"tokens": 1, "cut": False})
+        return rows
+
+    return complete
+
+
+def means_of(directory):
+    result = json.loads((directory / "table.json").read_text())
+    table = result["table"]["all"]
+    return {name: table[name][0] for name in table if name != "problems"}, result["statuses"]
 
 
 def test_arena_from_end_to_end(command, write_rows, box_for, monkeypatch, tmp_path):
-    """Stops verdicts that end up with the wrong sample, or figures that are not those of the log."""
+    """Stops verdicts that end up with the wrong sample, or metrics that are not the log's."""
     path = write_rows(arena_rows("flat"), "arena.jsonl")
     box_for(tasks.load("codeupdatearena", path)).close()
     knows = "def luma(r, g, b):\n    return (0.3 * r + 0.59 * g + 0.11 * b) / 255"
@@ -438,40 +652,61 @@ def test_arena_from_end_to_end(command, write_rows, box_for, monkeypatch, tmp_pa
         "p0": [answer(SOLVED["ref_solution"]), answer(knows), "?"],
         "p1": [answer("def luma():"), "?", answer(knows)],
     }
-    write = lambda model, tokenizer, batch, seed, args: [
-        {"problem": problem.name, "sample": j, "tokens": 1, "cut": False, "completion": text}
-        for problem, _ in batch
-        for j, text in enumerate(texts[problem.name])
-    ]
-    monkeypatch.setattr(eval, "complete", write)
+    monkeypatch.setattr(eval, "complete", answers_from(texts))
     assert eval.main(command("--task", "codeupdatearena", "--data", path, "--k", "1", "2")) == 0
-    result = json.loads((tmp_path / "run/codeupdatearena/table.json").read_text())
-    means = {name: values[0] for name, values in result["table"]["all"].items() if name != "problems"}
-    assert means == pytest.approx({"pass@1": 3 / 6, "pass@2": 5 / 6, "UPass@1": 1 / 6, "UPass@2": 2 / 6,
-        "format": 4 / 6, "no_code": 2 / 6, "cut": 0})  # fmt: skip
-    assert result["statuses"] == {"pass": 3, "no code": 2, "fail": 1}
+    means, statuses = means_of(tmp_path / "run/codeupdatearena")
+    assert means == pytest.approx({
+        "pass@1": 3 / 6, "pass@2": 5 / 6, "UPass@1": 1 / 6, "UPass@2": 2 / 6, "format": 4 / 6,
+        "no_code": 2 / 6, "cut": 0})  # fmt: skip
+    assert statuses == {"pass": 3, "no code": 2, "fail": 1}
+
+
+def test_plain_humaneval_from_end_to_end(command, write_rows, box_for, monkeypatch, tmp_path):
+    """Stops a plain answer that is looked for in answer tags, and the two forms in one log."""
+    path = write_rows([HUMAN, HUMAN | {"task_id": "Own/1"}, HUMAN | {"task_id": "Own/2"}])
+    box_for(tasks.load("humaneval", path)).close()
+    right = "def double(x):\n    return math.fsum([x, x])"
+    texts = {
+        "Own/0": [f"{right}\n```\nThe sum is exact.\n```python\nassert False\n```"],
+        "Own/1": [right.replace("x, x", "x")],
+        "Own/2": [right],  # cut before its fence
+    }
+    monkeypatch.setattr(eval, "complete", answers_from(texts))
+    greedy = ("--task", "humaneval", "--data", path, "--temperature", "0", "--num-samples", "1")
+    assert eval.main(command(*greedy, "--k", "1", "--prompt", "plain")) == 0
+    means, statuses = means_of(tmp_path / "run/humaneval-plain")
+    assert means == pytest.approx({"pass@1": 2 / 3, "format": 1 / 3, "no_code": 0, "cut": 0})
+    assert statuses == {"pass": 2, "fail": 1}
+    assert eval.main(command(*greedy, "--k", "1")) == 0  # the same texts, asked for in tags
+    means, statuses = means_of(tmp_path / "run/humaneval")
+    assert means["pass@1"] == 0 and means["no_code"] == 1 and statuses == {"no code": 3}
+    os.rename(tmp_path / "run/humaneval-plain", tmp_path / "run/plain")
+    (tmp_path / "run/humaneval").rename(tmp_path / "run/humaneval-plain")
+    with pytest.raises(BadInput, match="prompt was 'recode' in .*, now 'plain'"):
+        eval.main(command(*greedy, "--prompt", "plain"))
 
 
 def test_humaneval_in_the_sandbox(write_rows, box_for, capsys):
-    """Stops a reference that fails, an empty body that passes, and floats that must agree to the last bit."""
+    """Stops a failing reference, a passing empty body, and floats compared to the last bit."""
     bare = {k: v for k, v in HUMAN.items() if k != "test"}
     roots = ROOTS | {"base_input": [[[3, 2]]], "plus_input": [[[-1, 4]]], "atol": 1e-4}
-    found = tasks.load("humaneval", write_rows([HUMAN])) + tasks.load(
-        "humaneval+", write_rows([bare | PLUS, roots])
-    )
+    found = tasks.load("humaneval", write_rows([HUMAN]))
+    found += tasks.load("humaneval+", write_rows([bare | PLUS, roots]))
     box = box_for(found)
     assert eval.references(found, box) == 0
     assert "3 of 3 pass, 0 with an empty body" in capsys.readouterr().out
-    assert eval.judge(found[0], answer("def double(x):\n    return math.fsum([x, x])"), box)[
-        "passed"
-    ]  # prompt's import
-    judged = lambda problem, body: eval.judge(problem, answer(body), box)["passed"]
+
+    def judged(problem, code):
+        return problem.judge(answer(code), box)["passed"]
+
+    assert judged(found[0], "def double(x):\n    return math.fsum([x, x])")  # the prompt's import
     assert judged(found[1], "def double(x):\n    return x * 2.0000000001")
     assert not judged(found[1], "def double(x):\n    return x * 2 + 1e-3")
     assert not judged(found[1], "def double(x):\n    return 2 * x if x == 2 else 0")
     assert not judged(found[1], "def double(x):\n    return str(2 * x)")
     assert judged(found[2], "def find_zero(xs):\n    return -xs[0] / xs[1] + 1e-6")
-    assert not judged(found[2], "def find_zero(xs):\n    return 7.0") and not judged(found[0], "return 2 * x")
+    assert not judged(found[2], "def find_zero(xs):\n    return 7.0")
+    assert not judged(found[0], "return 2 * x")
 
 
 # ------------------------------------------------------------------------- runs
@@ -480,45 +715,52 @@ def test_humaneval_in_the_sandbox(write_rows, box_for, capsys):
 @pytest.fixture
 def command(tmp_path, checkpoints, write_rows, rows):
     """command(*more): the arguments of a small evaluation into tmp_path/run."""
-    fixed = ["--model", checkpoints["qwen2"], "--data", write_rows(rows), "--max-new-tokens", "8", "--batch", "2"]
-    return lambda *more, output="run": [*fixed, "--output", str(tmp_path / output), "--num-samples", "3", *more]
+    fixed = ["--model", checkpoints["qwen2"], "--data", write_rows(rows, "migration.jsonl")]
+    fixed += ["--max-new-tokens", "8", "--batch", "2", "--num-samples", "3"]
+
+    def arguments(*more, output="run"):
+        return [*fixed, "--output", str(tmp_path / output), *more]
+
+    return arguments
 
 
 def log_of(directory):
-    """{(problem, sample): row} of a finished evaluation; no figure of a sample may have been logged twice."""
+    """{(problem, sample): row} of a finished evaluation, where each sample was logged once."""
     merged = {}
     for path in directory.glob("migration/samples*.jsonl"):
         for row in map(json.loads, path.read_text().splitlines()):
-            known = merged.setdefault((row["problem"], row["sample"]), {})
-            assert not known.keys() & row.keys() - {"problem", "sample"}, "sampled or judged twice"
-            known.update(row)
+            key = row["problem"], row["sample"]
+            assert key not in merged, "sampled or judged twice"
+            merged[key] = row
     return merged
 
 
 def test_run_directory(command, tmp_path, capsys):
-    """Stops an evaluation that leaves less behind than it promises, or samples that are all the same."""
+    """Stops an evaluation that leaves less than it promises, or samples that are all the same."""
     assert eval.main(command("--k", "1", "2")) == 0
     out, path = capsys.readouterr().out, tmp_path / "run" / "migration"
-    assert {file.name for file in path.iterdir()} == {"config.json", "samples.jsonl", "table.json", "table.md"}
+    names = {file.name for file in path.iterdir()}
+    assert names == {"config.json", "samples.jsonl", "table.json", "table.md"}
     log, table = log_of(tmp_path / "run"), json.loads((path / "table.json").read_text())
     assert log.keys() == {(str(i), j) for i in range(6) for j in range(3)}
-    assert all(
-        isinstance(row["completion"], str) and row["tokens"] <= 8 and row["passed"] is False for row in log.values()
-    )
+    for row in log.values():
+        assert isinstance(row["completion"], str) and row["tokens"] <= 8
+        assert row["passed"] is False
     assert len({row["completion"] for row in log.values()}) > 12
     assert table["table"]["all"].keys() == {
-        "problems", "pass@1", "pass@2", "es_star", "em_star", "stale", "format", "no_code", "cut"}  # fmt: skip
+        "problems", "pass@1", "pass@2", "es_star", "em_star", "stale", "format", "no_code", "cut",
+    }  # fmt: skip
     assert table["table"]["all"]["cut"][0] == np.mean([row["cut"] for row in log.values()]) > 0.5
     assert json.loads((path / "config.json").read_text())["num_samples"] == 3
-    cells = [cell.strip() for line in (path / "table.md").read_text().split("\n") for cell in line.split("|")]
-    assert all(cell.strip("-").replace("\\", "") in out for cell in cells)
+    assert (path / "table.md").read_text() in out and "mathlib" not in out
+    assert table["table"]["mathlib"]["problems"] == 6
     assert max(len(line) for line in out.split("\n") if line.startswith("|")) <= 100
 
 
 def test_killed_runs_go_on(command, tmp_path, monkeypatch):
-    """Stops a resumed run that samples or judges twice, chokes on a torn row, or ends with other samples."""
+    """Stops a resumed run that samples twice, chokes on a torn row, or ends with other samples."""
     assert eval.main(command(output="whole")) == 0
-    complete, judge, calls = eval.complete, eval.judge, Counter()
+    complete, judge, calls = eval.complete, tasks.migration.Migration.judge, Counter()
 
     def kill(at):
         def killed(*args):
@@ -529,99 +771,171 @@ def test_killed_runs_go_on(command, tmp_path, monkeypatch):
 
         monkeypatch.setattr(eval, "complete", killed)
 
-    monkeypatch.setattr(eval, "judge", lambda *args: calls.update(judged=1) or judge(*args))
+    def counted(*args):
+        calls["judged"] += 1
+        return judge(*args)
+
+    monkeypatch.setattr(tasks.migration.Migration, "judge", counted)
     kill(3)
     with pytest.raises(KeyboardInterrupt):
         eval.main(command())
     log = tmp_path / "run" / "migration" / "samples.jsonl"
-    torn = "completion" in json.loads(log.read_bytes().splitlines()[-1])  # else it is a verdict
+    assert len(log_of(tmp_path / "run")) == 6  # the second batch was being judged
     log.write_bytes(log.read_bytes()[:-15])
+    calls.clear()
     kill(None)
     assert eval.main(command()) == 0
-    assert calls["batches"] == 3 + 1 + torn and calls["judged"] == 18 + (not torn)
+    assert calls["batches"] == 3 and calls["judged"] == 1 + 6 + 6  # of the torn batch, one row
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
-    assert (log.parent / "table.md").read_text() == (tmp_path / "whole/migration/table.md").read_text()
+    whole = tmp_path / "whole/migration/table.md"
+    assert (log.parent / "table.md").read_text() == whole.read_text()
     monkeypatch.setattr(loading, "load_model", None)  # nothing is left that needs it
     done = calls.copy()
     assert eval.main(command("--k", "3")) == 0 and calls == done
 
 
 def test_ranks_share_the_work(command, tmp_path, monkeypatch):
-    """Stops samples that hang on the number of ranks, prompts that two ranks sample, or none."""
+    """Stops samples that depend on the number of ranks, prompts that two ranks sample, or none."""
     assert eval.main(command(output="whole")) == 0
     found = tasks.load("migration", command()[3])
+    directory = tmp_path / "run" / "migration"
+    directory.mkdir(parents=True)
     for rank in (1, 0):
-        monkeypatch.setattr(eval, "RANK", rank)
-        monkeypatch.setattr(eval, "WORLD", 2)
-        args = eval.parse(command())
-        directory = tmp_path / "run" / "migration"
-        directory.mkdir(parents=True, exist_ok=True)
-        eval.evaluate(found, directory, None, args)
+        monkeypatch.setattr(parallel, "RANK", rank)
+        monkeypatch.setattr(parallel, "WORLD", 2)
+        eval.evaluate(found, directory, None, eval.parse(command()))
     assert {path.name for path in directory.iterdir()} == {"samples.jsonl", "samples-1.jsonl"}
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 
 
+def test_a_run_directory_is_a_model(command, checkpoints, tmp_path, monkeypatch):
+    """Stops --model runs/grpo from measuring the untrained model, or other held-out rows."""
+    asked = []
+    load = loading.load_policy
+    run = tmp_path / "trained"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    heldout = command()[3]
+    settings = {"model": checkpoints["qwen2"], "heldout": heldout, "max_new_tokens": 5}
+    (run / "config.json").write_text(json.dumps(settings))
+
+    def load_policy(base, adapter):
+        asked.append((base, adapter))
+        return load(base, "")
+
+    monkeypatch.setattr(loading, "load_policy", load_policy)
+    fixed = ["--num-samples", "1", "--output", str(tmp_path / "run")]
+    assert eval.main(["--model", str(run), *fixed]) == 0
+    assert asked == [(checkpoints["qwen2"], str(run / "adapter"))]
+    kept = json.loads((tmp_path / "run/migration/config.json").read_text())
+    assert kept["adapter"] == str(run / "adapter") and kept["data"] == heldout
+    assert kept["model"] == checkpoints["qwen2"] and kept["max_new_tokens"] == 5
+    args = eval.parse(["--model", str(run), "--adapter", str(run)])
+    assert args.adapter == str(run) and args.model == checkpoints["qwen2"]
+
+
 def test_sampling_settings_arrive(command, tmp_path):
     """Stops a top-p, temperature or seed that is only written down."""
-    for output, more in {
-        "sharp": ["--top-p", "1e-9"],
-        "cold": ["--temperature", "0"],
-        "other": ["--seed", "7"],
-    }.items():
+    settings = {"sharp": ["--top-p", "1e-9"], "cold": ["--temperature", "0"]}
+    settings["other"] = ["--seed", "7"]
+    texts = {}
+    for output, more in settings.items():
         assert eval.main(command(*more, output=output)) == 0
-    texts = {
-        name: [row["completion"] for row in log_of(tmp_path / name).values()] for name in ("sharp", "cold", "other")
-    }
-    assert texts["sharp"] == texts["cold"] and len(set(texts["cold"])) <= 6 < len(set(texts["other"]))
+        texts[output] = [row["completion"] for row in log_of(tmp_path / output).values()]
+    assert texts["sharp"] == texts["cold"]
+    assert len(set(texts["cold"])) <= 6 < len(set(texts["other"]))
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_judge_that_fails_ends_the_run(command, monkeypatch, late):
-    """Stops a broken sandbox, or a full disk, from going unnoticed in a thread while the GPU works on."""
-    met, judge, complete, calls = threading.Event(), eval.judge, eval.complete, []
+    """Stops a broken sandbox from going unnoticed in a thread while the GPU works on."""
+    judge, complete, calls = tasks.migration.Migration.judge, eval.complete, []
 
     def broken(*args):
         if not late or len(calls) == 6:
-            met.set()
             raise ZeroDivisionError
         return judge(*args)
 
-    def wait(*args):
+    def counted(*args):
         calls.append(0)
-        assert late or len(calls) == 1 or met.wait(60)
         return complete(*args)
 
-    monkeypatch.setattr(eval, "judge", broken)
-    monkeypatch.setattr(eval, "complete", wait)
+    monkeypatch.setattr(tasks.migration.Migration, "judge", broken)
+    monkeypatch.setattr(eval, "complete", counted)
     with pytest.raises(ZeroDivisionError):
         eval.main(command("--batch", "1"))
-    assert (len(calls) == 6) == late
+    assert len(calls) == (6 if late else 2)
+
+
+def test_judges_work_while_the_next_batch_is_sampled(command, monkeypatch):
+    """Stops a GPU that idles until the last program of a batch has timed out."""
+    judge, complete = tasks.migration.Migration.judge, eval.complete
+    sampled = threading.Semaphore(0)  # batches after the first
+
+    def patient(*args):
+        assert sampled.acquire(timeout=60)
+        sampled.release()
+        return judge(*args)
+
+    def counted(*args):
+        if calls:
+            sampled.release()
+        calls.append(0)
+        return complete(*args)
+
+    calls = []
+    monkeypatch.setattr(tasks.migration.Migration, "judge", patient)
+    monkeypatch.setattr(eval, "complete", counted)
+    assert eval.main(command()) == 0 and len(calls) == 3
 
 
 def test_full_disk(command, tmp_path, monkeypatch):
-    """Stops a traceback, and completions that are lost with the disk full."""
+    """Stops a traceback when the disk is full, and a log that cannot be continued after it."""
 
     def full(path, mode):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(eval, "open", full, raising=False)
-    with pytest.raises(BadInput, match="cannot write .*samples.jsonl: No space left.*same command again"):
+    with pytest.raises(BadInput, match="cannot write .*jsonl: No space left.*same command again"):
         eval.main(command())
     monkeypatch.undo()
     assert eval.main(command()) == 0
 
 
+def test_a_closed_pipe_ends_quietly(monkeypatch):
+    """Stops `eval.py --compare ... | head` from ending in a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        monkeypatch.setattr(eval, "compare", lambda runs: "| a table |\n")
+        assert eval.main(["--compare", "some", "runs"]) == 0
+        closed.write("what Python flushes at exit")
+        closed.flush()
+
+
 @pytest.mark.parametrize("changes, word", [
-    *[([flag, value], flag) for flag in ("--num-samples", "--max-new-tokens", "--batch") for value in ("0", "two")],
-    (["--top-p", "0"], "--top-p"), (["--top-p", "1.1"], "--top-p"), (["--temperature", "-1"], "--temperature"),
-    (["--temperature", "nan"], "--temperature"), (["--seed", "-1"], "--seed"), (["--k", "4"], "--k 4"),
-    (["--k", "0"], "--k 0"), (["--task", "magic"], "magic"), (["--data", "none.jsonl"], "none.jsonl"),
-    (["--data", "", "--task", "humaneval"], "openai/human-eval"), (["--references"], "--references"),
-    (["--task", "humaneval+", "--no-update"], "--no-update"), (["--model", "none"], "no directory 'none'"),
-    (["--adapter", "none"], "none"), (["--compare", "none"], "none"), (["--speed", "9"], "--speed"),
+    *[([flag, value], flag) for flag in ("--num-samples", "--max-new-tokens", "--batch")
+      for value in ("0", "two")],
+    (["--top-p", "0"], "--top-p"), (["--top-p", "1.1"], "--top-p"),
+    (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--seed", "-1"], "--seed"), (["--k", "4"], "--k 4"), (["--k", "0"], "--k 0"),
+    (["--task", "magic"], "magic"), (["--data", "none.jsonl"], "none.jsonl"),
+    (["--data", "", "--task", "humaneval"], "openai/human-eval"),
+    (["--references"], "--references"), (["--task", "humaneval+", "--no-update"], "--no-update"),
+    (["--prompt", "plain"], "--prompt plain"), (["--prompt", "fancy"], "--prompt"),
+    (["--task", "codeupdatearena", "--prompt", "plain"], "only for humaneval"),
+    (["--model", "none"], "no directory 'none'"), (["--adapter", "none"], "none"),
+    (["--model", "./none"], "--model ./none: no such file"),
+    (["--model", "tests/none"], "--model tests/none: no such file"),
+    (["--adapter", "tests/none"], "--adapter tests/none: no such file"),
+    (["--data", "tests/none.jsonl"], "--data tests/none.jsonl: no such file"),
+    (["--compare", "none"], "none"), (["--compare", "tests", "tiny"], "--compare tests"),
+    (["--speed", "9"], "--speed"),
 ])  # fmt: skip
 def test_bad_settings(command, tmp_path, monkeypatch, capfd, changes, word):
-    """Stops a setting that makes no sense from costing an hour before it is noticed, or a traceback."""
+    """Stops a senseless setting from costing an hour before it is noticed, or a traceback."""
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["eval.py", *command(*changes)])
     with pytest.raises(SystemExit) as stop:
         parallel.run_main(eval.main)
@@ -631,24 +945,32 @@ def test_bad_settings(command, tmp_path, monkeypatch, capfd, changes, word):
 
 
 def test_another_evaluation_is_not_mixed_in(command, checkpoints):
-    """Stops samples of two models, seeds or data files under one name; an adapter trained anew is another one."""
+    """Stops samples of two models, seeds or data files in one log; a changed file is another."""
     assert eval.main(command()) == 0
-    for more, word in ((["--seed", "7"], "seed was 42"), (["--top-p", "1"], "top_p was 0.7"), (
-        ["--model", checkpoints["llama"]], "model was"), (["--no-update"], "no_update was False")):  # fmt: skip
+    changes = {
+        "seed was 42": ["--seed", "7"],
+        "top_p was 0.7": ["--top-p", "1"],
+        "model was": ["--model", checkpoints["llama"]],
+        "no_update was False": ["--no-update"],
+    }
+    for word, more in changes.items():
         with pytest.raises(BadInput, match=word):
             eval.main(command(*more))
     os.utime(command()[3])
-    with pytest.raises(BadInput, match="files of data was .*give another --output"):
+    with pytest.raises(BadInput, match="files of data was .*give another"):
         eval.main(command())
 
 
 def test_defaults_are_the_embedded_model_on_heldout_tasks():
-    """Stops `python eval.py` from measuring on training data, and n, temperature and top-p other than the arena's."""
+    """Stops a default that measures training data, or other n, T and top-p than the arena's."""
     args = eval.parse([])
-    assert os.path.samefile(args.model, ROOT / "tiny") and os.path.samefile(args.data, ROOT / "tiny" / "heldout.jsonl")
-    assert (args.num_samples, args.temperature, args.top_p, args.k, args.max_new_tokens) == (5, 0.8, 0.7, [1, 5], 64)
-    args = eval.parse(["--model", "some/model", "--task", "codeupdatearena", "--num-samples", "1"])
-    assert (args.data, args.k, args.max_new_tokens) == ("leo-liuzy/CodeUpdateArena", [1], 1024)
+    assert os.path.samefile(args.model, ROOT / "tiny")
+    assert os.path.samefile(args.data, ROOT / "tiny" / "heldout.jsonl")
+    assert (args.num_samples, args.temperature, args.top_p) == (5, 0.8, 0.7)
+    assert (args.k, args.max_new_tokens, args.prompt) == ([1, 5], 64, "recode")
+    args = eval.parse("--model some/model --task codeupdatearena --num-samples 1".split())
+    assert (args.data, args.k) == ("leo-liuzy/CodeUpdateArena", [1])
+    assert args.max_new_tokens == 1024
 
 
 # ------------------------------------------------------------------------- the real benchmarks
@@ -660,17 +982,18 @@ def shared(name):
 
 
 def test_real_humaneval(box_for, capsys):
-    """Stops a HumanEval that is not HumanEval: 164 canonical solutions pass, 164 empty bodies fail."""
+    """Stops a HumanEval that is not HumanEval: 164 solutions pass, 164 empty bodies fail."""
     found = tasks.load("humaneval", shared("HumanEval.jsonl.gz"))
     assert eval.references(found, box_for(found)) == 0
     assert "references: 164 of 164 pass, 0 with an empty body" in capsys.readouterr().out
 
 
 def test_real_arena(box_for, capsys, tokenizer):
-    """Stops a loader that loses problems or tests; some references run, with the update and without."""
+    """Stops a loader that loses problems or tests; some references run, with and without."""
     found = tasks.load("codeupdatearena", shared("codeupdatearena-part.jsonl"))
     assert len(found) == 296 and sum(len(problem.tests) for problem in found) == 1863
-    assert all(tasks.encode(problem, tokenizer) for problem in found)
-    some = [p for p in found if p.package in ("math", "re", "itertools") and "scipy" not in p.setup][::10]
+    assert all(problem.encode(tokenizer) for problem in found)
+    known = [p for p in found if p.package in ("math", "re", "itertools")]
+    some = [p for p in known if "scipy" not in p.setup][::10]
     assert eval.references(some, box_for(some)) == 0
     assert f"references: {len(some)} of {len(some)} pass, 0 without" in capsys.readouterr().out

@@ -18,7 +18,6 @@ import recode
 from training import run
 from training.config import BadInput
 from training.curve import curve
-import eval
 import tools.compare
 
 SMALL = ["--prompts-per-step", "2", "--num-samples", "2", "--max-new-tokens", "8", "--r", "4", "--save-every", "2"]
@@ -329,23 +328,3 @@ def test_curve_without_samples(losses):
     if len(losses) == 3:
         assert lines[0] == [(50, 40), (200, 290), (350, 165)]
         assert [y for _, y in lines[1]] == [165] * 3
-
-
-def test_tables_fit_the_screen():
-    """Stops a table that is wider than the screen, or one that loses a column, a row or its head when it is cut."""
-    head = ["", *(f"figure {i}" for i in range(9))]
-    rows = [[f"run {i}", *(f"{i}.{j} [0.00, 1.00]" for j in range(9))] for i in range(3)]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * 10, *rows)) + "\n\nthe end"
-    lines = eval.fit(text).split("\n")
-    assert max(map(len, lines)) <= 100 and lines[-2:] == ["", "the end"]
-    tables = [part.split("\n") for part in "\n".join(lines[:-2]).split("\n\n")]
-    cells = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table] for table in tables]
-    assert all(len({len(line) for line in table}) == 1 for table in tables) and len(tables) == 3
-    for i, row in enumerate([head, None, *rows]):
-        if row:
-            assert [table[i][0] for table in cells] == [row[0]] * len(tables)
-            assert [cell for table in cells for cell in table[i][1:]] == row[1:]
-    for width, count in ((88, 1), (89, 2)):  # 100 columns and 101
-        assert eval.fit(f"| a | {'b' * width} | c |\n|---|---|---|\n| 1 | 2 | 3 |").count("| a |") == count
-    small = "| a | b |\n|---|---|\n| 1 | 2 |"
-    assert eval.fit(small) == "| a | b |\n| - | - |\n| 1 | 2 |" and eval.fit("no table\n") == "no table\n"

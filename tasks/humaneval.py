@@ -1,0 +1,77 @@
+"""HumanEval (arXiv 2107.03374) and HumanEval+ (arXiv 2305.01210): complete a function.
+
+An answer is a whole function, run behind the prompt, so the prompt's imports hold; it is right when
+it passes check(). HumanEval+ comes from the hub, or as evalplus's own file with base_input,
+plus_input and atol, where the reference gives the expected values, +- atol or 1e-6 for floats.
+
+The plain form is the benchmark's usual chat: one user message, and an assistant turn that begins
+with "```python\\n". This prefix is our choice: the model writes code at once, up to "\\n```".
+"""
+
+import json
+from dataclasses import dataclass
+
+from reward import FENCE, FENCE_END
+from tasks.problem import Problem, check_texts, read_rows
+
+HUB_ID = "evalplus/humanevalplus"
+QUESTION = "Complete this function:\n```python\n{}\n```\n"
+PLAIN = "Complete this function in a markdown python code block:\n```python\n{}\n```\n"
+PLUS = """
+import copy, json
+inputs, atol, space = json.loads({inputs!r}), {atol!r} or 1e-6, {{}}
+exec({reference!r}, space)
+
+def close(a, b):
+    if isinstance(b, float) and isinstance(a, (int, float)):
+        return a == b or abs(a - b) <= atol + 1e-7 * abs(b)
+    if isinstance(b, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(close, a, b))
+    return a == b
+
+def check(candidate):
+    for args in inputs:
+        value = candidate(*copy.deepcopy(args))
+        if {entry!r} == "find_zero":  # any root will do
+            assert abs(sum(c * value**i for i, c in enumerate(args[0]))) <= atol, args
+        else:
+            assert close(value, space[{entry!r}](*copy.deepcopy(args))), args
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Problem):
+    """A problem in the plain form."""
+
+    def encode(self, tokenizer):
+        if tokenizer.chat_template is None:
+            return tokenizer.encode(f"{self.question}\n{FENCE}")
+        turns = [{"role": "user", "content": self.question}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(text + FENCE, add_special_tokens=False)
+
+    def extract(self, completion):
+        code, end, _ = completion.partition(FENCE_END)
+        return (code if code.strip() else None), end != ""
+
+
+def load(source, plain=False):
+    """The problems of a source, of either schema."""
+    problems = []
+    for where, row in read_rows(source, HUB_ID, "test.jsonl"):
+        check_texts(where, row, ["task_id", "prompt", "entry_point", "canonical_solution"])
+        entry = row["entry_point"]
+        reference = row["prompt"] + row["canonical_solution"]
+        if isinstance(row.get("base_input"), list) and isinstance(row.get("plus_input"), list):
+            inputs = json.dumps(row["base_input"] + row["plus_input"])
+            atol = row.get("atol", 0)
+            row["test"] = PLUS.format(inputs=inputs, atol=atol, reference=reference, entry=entry)
+        check_texts(where, row, ["test"])
+        form = Plain if plain else Problem
+        problem = form(
+            name=row["task_id"], entry_point=entry, setup=row["prompt"], tests=(row["test"],),
+            question=(PLAIN if plain else QUESTION).format(row["prompt"].strip("\n")),
+            reference=reference, control="pass",
+        )  # fmt: skip
+        problems.append(problem)
+    return problems

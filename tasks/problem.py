@@ -1,0 +1,88 @@
+"""What the benchmarks with tests share: a problem, its verdicts, and the rows of its file."""
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import reward
+from training.config import BadInput
+
+SYSTEM = "You write Python code. {}Think first, then answer."
+OBEY = (
+    "Follow the update notes you are given, even where they contradict what you remember of a "
+    "library. "
+)
+REQUEST = (
+    "Reason inside <think> </think>, then give the complete code inside <answer> </answer>, "
+    "in a ```python fence."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    name: str
+    note: str = ""  # on the update
+    question: str
+    reference: str
+    control: str  # code that must fail, without the update if there is one
+    setup: str  # runs before an answer
+    tests: tuple
+    update: str = ""  # runs after setup: puts the new function into its library
+    entry_point: str | None = None  # the function that check() of HumanEval's tests is given
+    package: str = ""
+    update_type: str = ""
+
+    def encode(self, tokenizer):
+        """The prompt's token ids, list[int]; its request is that of training."""
+        system = SYSTEM.format(OBEY if self.note else "")
+        return data.encode_messages(system, self.note + self.question + REQUEST, tokenizer)
+
+    def extract(self, completion):
+        """(the completion's code or None, whether it has the form that was asked for)"""
+        return reward.extract_code(completion), reward.format_reward(completion) > 0
+
+    def run(self, box, code, updated=True):
+        """The sandbox's verdict on `code`, with or without the update."""
+        setup = f"{self.setup}\n{self.update if updated else ''}\n"
+        return box.run(code, self.tests, setup=setup, entry_point=self.entry_point)
+
+    def judge(self, completion, box):
+        """What there is to know about a completion: plain values, "passed" among them."""
+        code, well_formed = self.extract(completion)
+        verdict = {"format": well_formed, "no_code": code is None, "passed": False}
+        if code is None:
+            verdict["status"] = "no code"
+        else:
+            result = self.run(box, code)
+            verdict |= vars(result) | {"passed": result.passed}
+        if self.update:
+            without = verdict["passed"] and self.run(box, code, updated=False).passed
+            verdict["updated"] = verdict["passed"] and not without
+        return verdict
+
+
+def read_rows(source, hub_id, name):
+    """Yield ("PATH, line N", row) of a JSONL file; the source may be the hub id of file `name`."""
+    path = data.fetch(hub_id, name) if source == hub_id else Path(source)
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        way_out = f"give a JSONL file (.gz too) or {hub_id}"
+        raise BadInput(f"data: cannot read {source!r} ({error}); {way_out}")
+    yield from data.json_rows(path, content)
+
+
+def broken(where, field, why):
+    return BadInput(f"{where}: field {field!r} {why}; fix the row or remove it")
+
+
+def check_texts(where, row, names):
+    """Raise BadInput unless all named fields are text."""
+    for name in names:
+        value = row.get(name)
+        if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
+            raise broken(where, name, "is not text" if name in row else "is missing")
