@@ -238,7 +238,10 @@ def pick(logits, temperature, noise, top_p=1.0):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0):
+def sample(
+    model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0,
+    progress=None,
+):
     """Complete each prompt `num_samples` times.
 
     prompts: list of P lists of ids, of any lengths; eos: list of ids that end a completion; seed: an
@@ -249,6 +252,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     completion and its EOS; a completion cut at max_new_tokens has none. Outside the mask all is 0.
     Temperature 0 is greedy and equals transformers' generate token for token. top_p < 1 leaves the
     unlikely tokens out (see pick); training never does, for it would score other odds than it drew from.
+    progress(token, finished) is called after every token step: token steps done, rows finished.
     """
     model.eval()
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
@@ -266,6 +270,8 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
         decoder.tokens.copy_(drawn)
         alive &= ~torch.isin(drawn, eos)
         left = int(alive.sum())
+        if progress is not None:
+            progress(t + 1, len(tokens) - left)
         if left == 0:
             break
         if left <= share * len(rows):
@@ -408,12 +414,13 @@ class Answer(NamedTuple):
 
 
 def sample_answers(
-    model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0
+    model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0,
+    progress=None,
 ):
     """sample() as a list of Answers; answer j of prompt i has index i * num_samples + j."""
     eos = eos_ids(model, tokenizer)
     tokens, mask, logps = sample(
-        model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p
+        model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p, progress
     )
     answers = []
     for row, kept, logp in zip(tokens.cpu(), mask.cpu(), logps.sum(1).tolist(), strict=True):
