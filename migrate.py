@@ -1,26 +1,32 @@
-"""Rewrite a Python file for a new version of a library, as the update notes say, and print the diff.
+"""Rewrite a Python file for a new version of a library, following update notes; print the diff.
 
     python migrate.py old.py --model runs/grpo --library numpy --version 2.0 \\
-        --update "np.in1d was removed; use np.isin"
+        --update "np.in1d was removed; use np.isin" > migration.patch
     git show HEAD:old.py | python migrate.py - --library numpy --version 2.0 --update-file notes.txt
 
-The model answers several times. Answers without code, or whose code does not parse, are left out;
-of the others the one is taken that they agree with most. Read the diff before you trust it: nothing
-is run. The exit status is 0 if there is nothing to change, 1 if there is, 2 for bad input, 3 if no
-answer is usable.
+The model answers several times. Answers without code, or whose code does not parse, are dropped;
+of the others, the one that they agree with most is taken. Nothing is run and no file is changed:
+read the diff and the warnings, then apply it with `git apply` or `patch -p1` at the root of the
+git work tree, or here if there is none; a note on stderr names the directory if it is another.
+
+Exit status: 0 nothing to change, 1 changed, 2 bad input, 3 no usable answer.
 """
 
+import ast
 import contextlib
 import difflib
-import itertools
+import io
 import json
 import math
 import os
 import re
-import shutil
 import sys
+import tokenize
+import warnings
+from collections import Counter
 from pathlib import Path
-from statistics import fmean as mean
+
+from tqdm import tqdm
 
 import data
 import recode
@@ -29,12 +35,11 @@ from training import loading, parallel
 from training.config import BadInput, Parser
 from training.run import style
 
-
-BLANK = "\ufeff \t\r\n\f"  # may stand around the code
+BLANK = "\ufeff \t\r\n\f"  # may surround the code, and is kept
 
 
 def read_text(name):
-    """The text of a file, of stdin for "-", exactly as it is. BadInput if it is not UTF-8 or cannot be read."""
+    """The exact text of a UTF-8 file, or of stdin for "-"."""
     try:
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
     except UnicodeDecodeError as error:
@@ -44,200 +49,219 @@ def read_text(name):
 
 
 def read_code(name):
-    """The text of a Python file as it is, and its code as a model is to see it. BadInput where that cannot be."""
+    """(text, code): the exact text of a Python file, and its code as the model sees it."""
+    if name != "-" and Path(name).suffix not in (".py", ".pyi"):
+        raise BadInput(f"{name}: not a .py or .pyi file; other Python code can come from stdin")
     text = read_text(name)
     code = re.sub("\r\n?", "\n", text.strip(BLANK))
+    if code.startswith("{") and '"nbformat"' in code:  # JSON that often parses as Python
+        raise BadInput(f"{name}: a notebook; convert it with jupyter nbconvert --to script")
     if not reward.strip_comments(code):
         raise BadInput(f"{name}: no code in it; give a Python file")
     if not reward.parses(code):
-        raise BadInput(f"{name}: does not parse as Python {sys.version_info[0]}.{sys.version_info[1]}; mend it first")
+        raise BadInput(f"{name}: does not parse as Python {sys.version.split()[0]}; fix it first")
     if "\n```" in code or "</answer>" in code:
-        raise BadInput(f"{name}: has ``` at the start of a line or </answer>, where an answer would end; take that out")
+        raise BadInput(f"{name}: has </answer> or ``` at the start of a line, which end an answer")
     if len(set(re.findall("\r\n|\r|\n", text))) > 1:
-        raise BadInput(f"{name}: mixes line endings; make them one kind first, with dos2unix say")
+        raise BadInput(f"{name}: mixes line endings; unify them first, e.g. with dos2unix")
     return text, code
 
 
+def locate(name):
+    """The path in the diff: from the git work tree, else from here, else from its directory."""
+    if name == "-":
+        return "stdin"
+    file = Path(name).resolve()  # git and patch do not follow links
+    root = next((path for path in file.parents if (path / ".git").exists()), Path.cwd())
+    if not file.is_relative_to(root):
+        root = file.parent
+    if root != Path.cwd():
+        print(f"note: the diff is relative to {root}; apply it there", file=sys.stderr)
+    return file.relative_to(root).as_posix()
+
+
 def splice(text, code):
-    """`text`, a whole file, with other code: its line endings and what stands around the code stay."""
-    head, _, tail = text.partition(text.strip(BLANK))
+    """`text` with other code: its line endings and what surrounds the code are kept."""
     ending = re.search("\r\n|\r|\n|$", text)[0] or "\n"
-    return head + code.replace("\n", ending) + tail
+    return text.replace(text.strip(BLANK), code.replace("\n", ending))
 
 
-def unified(old, new, name):
-    """The diff of two texts as `patch` and `git apply` take it, list of lines; none if they are equal."""
-    parts = [re.findall("[^\n]*\n|[^\n]+", text) for text in (old, new)]  # splitlines() would part at form feeds too
-    lines = difflib.unified_diff(*parts, name, name)
-    return [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines]
-
-
-def check_writable(name):
-    """BadInput where overwrite() would fail, before the model is put to work."""
-    path = Path(os.path.realpath(name))
-    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
-        raise BadInput(f"--write: no right to write {path} or in its directory; leave --write out and keep the diff")
-
-
-def beside(path, ending, content):
-    """Write bytes into a new file beside `path`, with its rights: old.py.bak, or old.py.bak1 where that exists."""
-    for number in itertools.count():
-        fresh = path.with_name(f"{path.name}{ending}{number or ''}")
-        with contextlib.suppress(FileExistsError):
-            file = open(fresh, "xb")
-            break
-    try:
-        with file:
-            shutil.copymode(path, fresh)
-            with contextlib.suppress(PermissionError, AttributeError):  # only root gives files away; no Windows does
-                os.chown(fresh, path.stat().st_uid, path.stat().st_gid)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        fresh.unlink()
-        raise
-    return fresh
-
-
-def overwrite(path, old, new):
-    """Put the text `new` in the place of `old`, in one step and through links; the path of the copy it keeps."""
-    path = Path(os.path.realpath(path))
-    try:
-        if path.read_bytes() != old.encode():
-            raise BadInput(f"{path}: was changed while the model was at work; start again")
-        aside = beside(path, ".new", new.encode())
-        try:
-            backup = beside(path, ".bak", old.encode())
-            os.replace(aside, path)
-        except OSError:
-            aside.unlink()
-            raise
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; it is as it was")
-    return backup
-
-
-def agreement(codes):
-    """How much the others resemble each code, list[float]: the mean ES to them, comments aside; 0.0 without others."""
-    codes = [reward.strip_comments(code) for code in codes]
-    others = [[reward.similarity(a, b) for j, b in enumerate(codes) if j != i] for i, a in enumerate(codes)]
-    return [mean(row) if row else 0.0 for row in others]
+def unified(old, new, path):
+    """The diff of two texts as `git apply` and `patch -p1` take it; "" if they are equal."""
+    old, new = [re.findall("[^\n]*\n|[^\n]+", text) for text in (old, new)]  # no split at \f
+    end = "\t" if " " in path else ""  # tells patch where a name with blanks ends
+    lines = difflib.unified_diff(old, new, f"a/{path}{end}", f"b/{path}{end}")
+    return "".join(x if x.endswith("\n") else f"{x}\n\\ No newline at end of file\n" for x in lines)
 
 
 def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=0.8, seed=0):
-    """The new code of `example`, whose new_code is not looked at, and how it was found: (str or None, dict).
+    """(new code or None, how it was found); `example.new_code` is not used.
 
-    Of `num_samples` answers those without code or that do not parse are left out. Of the others that
-    one is taken which they agree with most, and of equals the likeliest. None if no answer is left.
+    Of the usable answers, the one with the highest mean edit similarity to the others is taken,
+    comments aside; of equals, the likeliest.
     """
-    prompt = data.encode_prompt(example, tokenizer)
-    answers = recode.sample_answers(
-        model, tokenizer, [prompt], num_samples, max_new_tokens, temperature, seed
-    )
-    _, texts, cut, logps = zip(*answers)
-    codes = [reward.extract_code(text) or "" for text in texts]
-    some = [i for i, code in enumerate(codes) if reward.strip_comments(code)]
-    usable = [i for i in some if reward.parses(codes[i])]
-    shares = agreement([codes[i] for i in usable])
-    best = max(zip(shares, (logps[i] for i in usable), usable), default=(None, None, None))
+    prompts = [data.encode_prompt(example, tokenizer)]
+    settings = num_samples, max_new_tokens, temperature, seed
+    hidden = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+    form = "{n_fmt} of at most {total_fmt} tokens{postfix}, {elapsed}, at most {remaining} left"
+    with tqdm(total=max_new_tokens, bar_format=form, leave=False, disable=hidden) as line:
+
+        def progress(token, finished):
+            line.set_postfix_str(f"{finished} of {num_samples} answers finished", refresh=False)
+            line.update()
+
+        answers = recode.sample_answers(model, tokenizer, prompts, *settings, progress=progress)
+    codes = [reward.extract_code(answer.text) or "" for answer in answers]
+    plain = [reward.strip_comments(code) for code in codes]
+    usable = [i for i, code in enumerate(codes) if plain[i] and reward.parses(code)]
+    ranked = []
+    for i in usable:
+        others = sum(reward.similarity(plain[i], plain[j]) for j in usable) - 1  # 1: to itself
+        ranked.append((others / max(len(usable) - 1, 1), answers[i].logp, codes[i]))
+    agreement, _, code = max(ranked, default=(None, None, None))
     details = {
-        "answers": num_samples, "usable": len(usable), "without_code": num_samples - len(some),
-        "not_parsed": len(some) - len(usable), "cut": sum(cut),
-        "agreement": best[0] if len(usable) > 1 else None,
+        "answers": num_samples, "usable": len(usable), "without_code": plain.count(""),
+        "not_parsed": len(plain) - plain.count("") - len(usable),
+        "cut": sum(answer.cut for answer in answers),
+        "agreement": agreement if len(usable) > 1 else None,
     }  # fmt: skip
-    return codes[best[2]] if usable else None, details
+    return code, details
+
+
+def parts(code):
+    """The names (a set), comments and docstrings (Counters) of Python code."""
+    with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
+        nodes = list(ast.walk(ast.parse(code)))
+    fields = ("id", "attr", "arg", "name", "module")
+    names = [getattr(node, field, None) or "" for node in nodes for field in fields]
+    tokens = []
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):  # ast accepts a little more
+        tokens.extend(tokenize.generate_tokens(io.StringIO(code).readline))
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
+    return set(".".join(names).split(".")), Counter(comments), Counter(filter(None, docstrings))
+
+
+def review(example, code):
+    """What to check in the new code, three lists.
+
+    still_named: names in the note whose last part, `in1d` of `np.in1d`, is a name in the old code
+    and in the new; not the library, and not very short ones. Some are meant to stay, e.g. a
+    function whose argument was renamed.
+    lost_comments, lost_docstrings: in the old code and not, word for word, in the new.
+    """
+    names, comments, docstrings = parts(example.old_code)
+    new_names, new_comments, new_docstrings = parts(code)
+    kept = (names & new_names) - {example.dependency.lower()}
+    noted = dict.fromkeys(re.findall(r"[^\W\d][\w.]*\w\w", example.update_info))  # each once
+    return {
+        "still_named": [name for name in noted if name.rpartition(".")[2] in kept],
+        "lost_comments": list((comments - new_comments).elements()),
+        "lost_docstrings": list((docstrings - new_docstrings).elements()),
+    }
 
 
 def parse_migration(argv):
-    """The checked arguments of this file as a program."""
+    """The checked command line."""
     parser = Parser(__doc__)
-    parser.add_argument("file", help="Python file to migrate, - for stdin")
-    group = parser.add_argument_group("what changed")
-    group.add_argument("--library", required=True, metavar="X", help="name of the library (required)")
-    group.add_argument("--version", required=True, metavar="X", help="its new version (required)")
-    notes = group.add_mutually_exclusive_group(required=True)
-    notes.add_argument("--update", metavar="TEXT", help="what changed, in words (this or the next is required)")
-    notes.add_argument("--update-file", metavar="FILE", help="the same from a file: release notes, say")
-    group = parser.add_argument_group("who answers")
-    group.add_argument("--model", metavar="X", help="run directory, checkpoint directory or hub id [tiny, a toy]")
-    group.add_argument("--num-samples", default=8, type=int, metavar="X", help="answers to choose from [8]")
-    group.add_argument("--temperature", default=0.8, type=float, metavar="X", help="of the answers, 0 is greedy [0.8]")
-    group.add_argument("--max-prompt-tokens", type=int, metavar="X", help="longer is refused [what the model can take]")
+    add = parser.add_argument
+    add("file", help="Python file to migrate (.py, .pyi), - for stdin")
+    add("--library", required=True, metavar="X", help="name of the library (required)")
+    add("--version", required=True, metavar="X", help="its new version (required)")
+    note = parser.add_mutually_exclusive_group(required=True)
+    note.add_argument("--update", metavar="X", help="what changed (this or the next is required)")
+    note.add_argument("--update-file", metavar="X", help="the same from a file, e.g. a changelog")
+    add("--model", metavar="X", help="run directory, checkpoint directory or hub id [tiny, a toy]")
+    add("--num-samples", default=8, type=int, metavar="X", help="answers to choose from [8]")
+    add("--temperature", default=0.8, type=float, metavar="X", help="0: one greedy answer [0.8]")
+    add("--max-prompt-tokens", type=int, metavar="X", help="longer is refused [model's context]")
     text = "longer answers are cut [as in training, or twice the file if that is more]"
-    group.add_argument("--max-new-tokens", type=int, metavar="X", help=text)
-    group.add_argument("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
-    group = parser.add_argument_group("what becomes of it")
-    group.add_argument("--write", action="store_true", help="change the file; a copy stays in FILE.bak [off]")
-    group.add_argument("--json", action="store_true", help="one JSON object in place of the diff [off]")
+    add("--max-new-tokens", type=int, metavar="X", help=text)
+    add("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
+    add("--json", action="store_true", help="print one JSON object instead of the diff [off]")
     args = parser.parse_args(argv)
     if min(args.num_samples, args.max_new_tokens or 1, args.max_prompt_tokens or 1) < 1:
-        raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens must be at least 1")
+        raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens: at least 1")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**32:
         raise BadInput("--temperature must be at least 0, --seed in [0, 2**32)")
-    args.num_samples = args.num_samples if args.temperature else 1  # all would be equal, and that is no agreement
-    if args.write and args.file == "-":
-        raise BadInput("--write: there is no file to write when the code comes from stdin")
-    args.update = read_text(args.update_file) if args.update is None else args.update
-    for flag, value in (("--library", args.library), ("--version", args.version), ("the update", args.update)):
-        if not value.strip() or re.search("[\ud800-\udfff]", value):
-            raise BadInput(f"{flag}: empty, or not valid Unicode; say what changed in which library")
+    if args.temperature == 0:
+        args.num_samples = 1  # all would be equal, and that is no agreement
+    if args.update is None:
+        args.update = read_text(args.update_file)
+    for text in (args.file, args.library, args.version, args.update):
+        if not text.strip() or re.search("[\ud800-\udfff]", text):
+            raise BadInput("file, --library, --version, --update: empty, or not valid Unicode")
     if args.model is None:
-        print("note: without --model the embedded toy answers, which knows made-up libraries only", file=sys.stderr)
+        text = "note: without --model a toy answers, which knows made-up libraries only"
+        print(text, file=sys.stderr)
         args.model = os.path.relpath(Path(__file__).parent / "tiny")
+    model = Path(args.model)
+    local = model.parts[:1] == ("runs",) or model.parent.is_dir()  # hub ids look like paths too
+    if local and not model.is_dir():
+        raise BadInput(f"--model: no directory {args.model!r}; give a run, checkpoint or hub id")
     return args
 
 
-def room(model, tokenizer, example, settings, args):
-    """How many tokens an answer may have, at most what the model's context leaves. BadInput for too long a prompt."""
-    prompt, code = len(data.encode_prompt(example, tokenizer)), len(tokenizer.encode(example.old_code))
-    if args.max_prompt_tokens and prompt > args.max_prompt_tokens:
-        raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {args.max_prompt_tokens:,} at most")
+def answer_limit(model, tokenizer, example, settings, args):
+    """The most tokens an answer may have. BadInput if the prompt leaves no room for it."""
+    prompt = len(data.encode_prompt(example, tokenizer))
+    code = len(tokenizer.encode(example.old_code))
+    longest = args.max_prompt_tokens or math.inf
+    if prompt > longest:
+        raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {longest} at most")
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    new = args.max_new_tokens or min(max(settings.get("max_new_tokens", 1024), 2 * code), context - prompt)
-    if prompt + max(new, code) > context:
-        raise BadInput(f"the prompt has {prompt:,} tokens: no room for the answer in {context:,}; give less at a time")
-    return new
+    usual = max(settings.get("max_new_tokens", 1024), 2 * code)
+    limit = args.max_new_tokens or min(usual, context - prompt)
+    if prompt + max(limit, code) > context:
+        raise BadInput(f"{prompt:,} prompt tokens leave no room for the answer in {context:,}")
+    return limit
 
 
-def report(args, text, code, details):
-    """Print what came out of a migration, write it if asked to, and return the exit status."""
-    after = text if code is None else splice(text, code)
-    lines = unified(text, after, "stdin" if args.file == "-" else args.file)
-    backup = overwrite(args.file, text, after) if args.write and lines else None
-    if args.json:
-        known = {name: vars(args)[name] for name in ("file", "library", "version", "model")}
-        found = {"changed": bool(lines), "code": None if code is None else after, "diff": "".join(lines)}
-        print(json.dumps(known | found | {"backup": backup and str(backup)} | details))
-    else:
-        colours = {"+": "32", "-": "31", "@": "36"}
-        print("".join(style(line, colours[line[0]]) if line[0] in colours else line for line in lines), end="")
-    counts = f"{details['without_code']} without code, {details['not_parsed']} that do not parse"
-    if code is None:
-        way_out = "raise --max-new-tokens" if details["cut"] else "try another --seed or --model"
-        print(f"error: no answer is usable: {counts}, {details['cut']} cut; {way_out}", file=sys.stderr)
+def report(found):
+    """Print the diff or the JSON object, and on stderr what to check; return the exit status."""
+    colours = {"+": "32", "-": "31", "@": "36"}
+    lines = found["diff"].split("\n")
+    diff = "\n".join(style(x, colours[x[0]]) if x[:1] in colours else x for x in lines)
+    try:
+        print(json.dumps(found) + "\n" if found["json"] else diff, end="", flush=True)
+    except BrokenPipeError:  # the reader has gone, e.g. head; flushing at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if found["code"] is None:
+        counts = "{without_code} without code, {not_parsed} that do not parse, {cut} cut"
+        way_out = "raise --max-new-tokens" if found["cut"] else "try another --seed or --model"
+        print(f"error: no answer is usable: {counts.format(**found)}; {way_out}", file=sys.stderr)
         return 3
-    agree = "" if details["agreement"] is None else f", agreement {details['agreement']:.2f}"
-    print(f"{details['usable']} of {details['answers']} answers are usable{agree}", file=sys.stderr)
-    if backup:
-        print(f"written; the old one is {backup}", file=sys.stderr)
-    elif not lines:
+    agree = f", agreement {found['agreement']:.2f}" if found["usable"] > 1 else ""
+    print(f"{found['usable']} of {found['answers']} answers are usable{agree}", file=sys.stderr)
+    if found["still_named"]:
+        names = ", ".join(found["still_named"]) + " (fine if meant to stay)"
+        print(f"warning: named in the note and still in the code: {names}", file=sys.stderr)
+    kinds = {"comment": len(found["lost_comments"]), "docstring": len(found["lost_docstrings"])}
+    lost = [f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in kinds.items() if n]
+    if lost:
+        print(f"warning: the new code lacks {' and '.join(lost)} of the old code", file=sys.stderr)
+    if not found["changed"]:
         print("the answer equals the file: nothing to change", file=sys.stderr)
-    return 1 if lines else 0
+    return int(found["changed"])
 
 
 def main(argv=None):
-    """Migrate a file. The exit status: 0 nothing to change, 1 changed, 3 no answer is usable."""
+    """Migrate a file; the exit status."""
     args = parse_migration(argv)
     text, code = read_code(args.file)
-    if args.write:
-        check_writable(args.file)
-    example = data.Example(args.library, args.version.removeprefix("=="), "", args.update.strip(), code, "")
+    path = locate(args.file)
+    version = args.version.removeprefix("==")
+    example = data.Example(args.library, version, "", args.update.strip(), code, "")
     base, adapter, settings = loading.open_policy(args.model)
     tokenizer, model = loading.load_tokenizer(base), loading.load_policy(base, adapter)
-    new_tokens = room(model, tokenizer, example, settings, args)
-    code, details = migrate(model, tokenizer, example, args.num_samples, new_tokens, args.temperature, args.seed)
-    return report(args, text, code, details)
+    limit = answer_limit(model, tokenizer, example, settings, args)
+    sampling = args.num_samples, limit, args.temperature, args.seed
+    new_code, details = migrate(model, tokenizer, example, *sampling)
+    new_text = text if new_code is None else splice(text, new_code)
+    diff = unified(text, new_text, path)
+    result = {"changed": bool(diff), "code": None if new_code is None else new_text, "diff": diff}
+    return report(vars(args) | result | review(example, new_code or code) | details)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,10 @@ def draw_noise(seeds, num_samples, max_new_tokens):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0):
+def sample(
+    model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, seed=0, top_p=1.0,
+    progress=None,
+):  # fmt: skip
     """Sample `num_samples` completions of each prompt.
 
     prompts: list of P lists of ids, of any lengths. eos: list of ids that end a completion. seed:
@@ -266,6 +269,7 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
     covers a completion and its EOS; one that is cut at max_new_tokens has none. Outside the mask
     all is 0. Temperature 0 is greedy and equals transformers' generate token for token. Training
     never uses top_p: it would score under a different distribution than it sampled from.
+    progress(token, finished), if given, is called after every step with the tokens and rows done.
     """
     model.eval()
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
@@ -286,6 +290,8 @@ def sample(model, prompts, num_samples, max_new_tokens, eos, temperature=1.0, se
         decoder.tokens.copy_(new)  # in place: a captured graph reads this address
         alive &= ~torch.isin(new, eos)
         left = int(alive.sum())
+        if progress:
+            progress(t + 1, len(noise) - left)
         if left == 0:
             break
         if left <= worth * len(rows):
@@ -473,12 +479,13 @@ class Answer(NamedTuple):
 
 
 def sample_answers(
-    model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0
-):
+    model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0,
+    progress=None,
+):  # fmt: skip
     """sample() as a list of Answers; answer j of prompt i has index i * num_samples + j."""
     eos = eos_ids(model, tokenizer)
     tokens, mask, logps = sample(
-        model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p
+        model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p, progress
     )
     answers = []
     for row, kept, logp in zip(tokens.cpu(), mask.cpu(), logps.sum(1).tolist(), strict=True):
