@@ -170,6 +170,7 @@ def evaluate(problems, directory, box, args):
             if not keys <= log.keys():
                 if model is None:
                     model = loading.load_policy(args.model, args.adapter)
+                    recode.check_policy(model, tokenizer, args.model)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done)

@@ -254,7 +254,9 @@ def main(argv=None):
     version = args.version.removeprefix("==")
     example = data.Example(args.library, version, "", args.update.strip(), code, "")
     base, adapter, settings = loading.open_policy(args.model)
-    tokenizer, model = loading.load_tokenizer(base), loading.load_policy(base, adapter)
+    tokenizer = loading.load_tokenizer(base)
+    model = loading.load_policy(base, adapter)
+    recode.check_policy(model, tokenizer, base)
     limit = answer_limit(model, tokenizer, example, settings, args)
     sampling = args.num_samples, limit, args.temperature, args.seed
     new_code, details = migrate(model, tokenizer, example, *sampling)

@@ -261,23 +261,21 @@ def sample(
 ):  # fmt: skip
     """Sample `num_samples` completions of each prompt.
 
-    prompts: list of P lists of ids, of any lengths. eos: list of ids that end a completion. seed:
-    an int, or a list of P ints; prompt i's random numbers depend only on its own seed (seed + i
-    for an int), not on the other prompts.
+    prompts: list of P lists of ids. eos: list of ids that end a completion. seed: an int, or a list
+    of P ints; prompt i's random numbers depend only on its own seed (seed + i for an int).
     Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples
     and T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask
-    covers a completion and its EOS; one that is cut at max_new_tokens has none. Outside the mask
-    all is 0. Temperature 0 is greedy and equals transformers' generate token for token. Training
-    never uses top_p: it would score under a different distribution than it sampled from.
-    progress(token, finished), if given, is called after every step with the tokens and rows done.
+    covers a completion and its EOS; outside it all is 0. Temperature 0 is greedy and equals
+    transformers' generate. Training never uses top_p: it would score under a different
+    distribution than it sampled from. progress(tokens, finished rows) is called after every step.
     """
     model.eval()
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     noise = draw_noise(seeds, num_samples, max_new_tokens).to(model.device)  # (B, max_new_tokens)
     decoder = Decoder(model, prompts, num_samples)
-    tokens = torch.zeros(noise.shape, dtype=torch.long, device=model.device)  # (B, T)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    logps = torch.zeros_like(tokens, dtype=torch.float)
+    logps = torch.zeros_like(noise)  # (B, T)
+    tokens = logps.long()
+    mask = logps.bool()
     eos = torch.tensor(eos, device=model.device)
     worth = 0.5 if on_gpu(model) else 0.8  # dropping costs a new graph, or a copy of the cache
     alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
@@ -374,7 +372,7 @@ def check_policy(model, tokenizer, name):
     theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
     if not error <= (0.3 if model.dtype == torch.bfloat16 else 0.01):
-        raise BadInput(f"model: {kind} computes other logits than ours, by {error:.2f}; not supported")
+        raise BadInput(f"model: {kind} computes other logits, by {error:.2f}; not supported")
 
 
 @dataclasses.dataclass

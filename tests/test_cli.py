@@ -17,7 +17,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import safetensors.torch
 import torch
 
 import dapo

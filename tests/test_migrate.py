@@ -3,6 +3,7 @@
 Most tests put answers into the sampler's mouth: what a small model says is beside the point.
 """
 
+import functools
 import io
 import json
 import os
@@ -44,7 +45,8 @@ def say(monkeypatch, tokenizer):
         for text in texts:
             end = [] if text.endswith("...") else [tokenizer.eos_token_id]
             rows.append(tokenizer.encode(text) + end)
-        tokens, lengths = recode.pad(rows, "cpu")
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         values = torch.zeros(mask.shape)
         values[:, 0] = torch.tensor([0.0] * len(rows) if logps is None else logps)
@@ -95,6 +97,7 @@ class Terminal(io.StringIO):
 def test_progress(checkpoints, tokenizer, monkeypatch):
     """Stops a tool that is silent for minutes, and control characters in a log file."""
     model = loading.load_model(checkpoints["qwen2"])
+    monkeypatch.setattr(migrate, "tqdm", functools.partial(migrate.tqdm, mininterval=0))
     shown = {}
     for stderr, term in ((Terminal(), "xterm"), (Terminal(), "dumb"), (io.StringIO(), "xterm")):
         monkeypatch.setattr(sys, "stderr", stderr)

@@ -100,7 +100,7 @@ def set_up(config):
 
 
 def check_context(model, tasks, config):
-    """Refuse lengths beyond a model's learned positions; warn where RoPE goes beyond its context."""
+    """Refuse lengths beyond learned positions; warn where RoPE goes beyond its context."""
     longest = max(len(prompt) for prompt, _ in tasks) + config.max_new_tokens
     context = getattr(model.config, "max_position_embeddings", None)
     if context and longest > context:
