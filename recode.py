@@ -166,15 +166,20 @@ class Decoder:
         self.tokens = self.tokens[kept]
         self.lengths = self.lengths[kept]
         self.bias = self.bias[kept]
-        self.cache = [[x[kept] for x in stores] for stores in self.cache]
+        self.change_cache(lambda x: x[kept])
         self.replay = None
+
+    def change_cache(self, change):
+        """Replace keys and values one tensor at a time: a second cache would double the peak."""
+        for stores in self.cache:
+            for i, x in enumerate(stores):
+                stores[i] = change(x)
 
     def logits_at(self, t):
         """The logits (B, V) of token t, valid until the next call."""
         self.t.fill_(t)
         if self.first + t == self.bias.shape[3]:
-            more = (0, 0, 0, self.block)
-            self.cache = [[F.pad(x, more) for x in stores] for stores in self.cache]
+            self.change_cache(lambda x: F.pad(x, (0, 0, 0, self.block)))
             self.bias = F.pad(self.bias, (0, self.block), value=-torch.inf)
             self.replay = None
         if self.replay:
@@ -245,8 +250,9 @@ def pick(logits, temperature, noise, top_p=1.0):
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 
-def draw_noise(seeds, num_samples, max_new_tokens):
-    """Uniform numbers in [0, 1), (rows, max_new_tokens); every prompt has its own generator."""
+def draw_noise(seed, count, num_samples, max_new_tokens):
+    """Uniform numbers in [0, 1), (count * num_samples, max_new_tokens), a generator per prompt."""
+    seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     noise = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -270,8 +276,7 @@ def sample(
     distribution than it sampled from. progress(tokens, finished rows) is called after every step.
     """
     model.eval()
-    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-    noise = draw_noise(seeds, num_samples, max_new_tokens).to(model.device)  # (B, max_new_tokens)
+    noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(model.device)
     decoder = Decoder(model, prompts, num_samples)
     logps = torch.zeros_like(noise)  # (B, T)
     tokens = logps.long()

@@ -59,7 +59,7 @@ def test_memory_by_hand():
     config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
     parts = plan.memory(x, config, 4, 3, b=2, logits=7)
     assert parts["weights"] == 2000 and parts["trained"] == 800
-    assert parts["sampling"] == 2 * 2 * 2 * 5 * 3 * 2 * (4 + 8) + 16 * 3 * 2 * 100
+    assert parts["sampling"] == 2 * (2 * 1 + 1) * 5 * 3 * 2 * (4 + 8) + 16 * 3 * 2 * 100
     held = plan.HELD_D * 10 + plan.HELD_F * 30  # numbers that a layer keeps of a token
     layer = 2 * (held * 16 + 2 * 5 * 2 * (4 + 8))
     back = 2 * (plan.BACK_D * 10 + plan.BACK_F * 30) * 16  # and what its gradients take

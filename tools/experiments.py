@@ -74,7 +74,11 @@ def train(path, steps):
     name, _, seed = path.name.rpartition("-")
     _, script, flags = RUNS[name]
     chance = random.Random(int(seed))
-    reward.CORRECTNESS["random"] = lambda grade, example: chance.uniform(-3, 3) - grade.format
+
+    def at_random(grade, example):
+        return chance.uniform(-3, 3) - grade.format
+
+    reward.CORRECTNESS["random"] = at_random
     argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--steps", str(steps)]
     if (path / "checkpoint" / "state.pt").is_file():
         argv.append("--resume")

@@ -14,8 +14,8 @@ time, in passes of r completions, c = r T tokens, at most M of them (--micro-tok
     weights    b W                                                                       (eq. 1)
     trained    16 A with an adapter; else 4 W + 12 W / N: the fp32 gradient, and as      (eq. 2)
                shards (none with --offload) the fp32 weights and AdamW's moments
-    sampling   4 b n k p G (L + T) + 16 p G V      keys and values, twice when their     (eq. 3)
-               cache grows; logits
+    sampling   b (2 n + 1) k p G (L + T) + 16 p G V    keys and values, one of them      (eq. 3)
+               twice while it grows; logits
     layer      a = b ((11 d + 3 f) c + 2 k r (L + T))   what it keeps                    (eq. 4)
                w = b (2 d + 3 f) c                 what its backward pass adds
     training   b n (d (L + c) + 4 k L) + a + w     layers recomputed                     (eq. 5)
@@ -72,7 +72,7 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS):
     parts = {
         "weights": b * x.W,  # eq. 1
         "trained": trained,
-        "sampling": 4 * b * x.n * x.k * p * G * (L + T) + 16 * p * G * x.V,  # eq. 3
+        "sampling": b * (2 * x.n + 1) * x.k * p * G * (L + T) + 16 * p * G * x.V,  # eq. 3
         "training": training + 16 * logits,
     }
     larger = max(parts["sampling"], parts["training"])
