@@ -31,6 +31,7 @@ Deviations from the released code, each with a test in tests/test_reward.py:
 """
 
 import ast
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -46,8 +47,7 @@ TOKEN = re.compile(
     r"""|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++""",
     re.DOTALL,
 )
-FENCE = "```python\n"
-FENCE_END = "\n```"
+FENCE = re.compile("```python\n(.*?)\n```", re.DOTALL)
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 
 
@@ -67,15 +67,10 @@ def levenshtein(a, b):
     the dynamic programme as +1/-1 differences between neighbours, so a character of `b` costs a
     few integer operations. O(len(a) * len(b) / word size).
     """
-    start = 0
-    shorter = min(len(a), len(b))
-    while start < shorter and a[start] == b[start]:
-        start += 1
-    end = 0
-    while end < shorter - start and a[-1 - end] == b[-1 - end]:
-        end += 1
-    a = a[start : len(a) - end]  # a common prefix or suffix costs nothing
-    b = b[start : len(b) - end]
+    start = len(os.path.commonprefix([a, b]))  # a common prefix or suffix costs nothing
+    a, b = a[start:], b[start:]
+    end = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - end], b[: len(b) - end]
     if not a or not b:
         return len(a) + len(b)
     if len(a) > len(b):
@@ -108,17 +103,11 @@ def extract_code(completion):
     if not opened:
         answer = before if closed else ""
     answer = answer.partition("</answer>")[0]
-    code = None
-    start = answer.find(FENCE)
-    while start >= 0:  # find() is linear where a regex would be quadratic
-        end = answer.find(FENCE_END, start + len(FENCE))
-        if end < 0:
-            break
-        code = answer[start + len(FENCE) : end]
-        start = answer.find(FENCE, end + len(FENCE_END))
-    if code is None or len(code) > MAX_CODE:
+    last = answer.rfind("\n```")  # every fence before it is closed, so the search is linear
+    fences = FENCE.findall(answer[: last + len("\n```")]) if last >= 0 else []
+    if not fences or len(fences[-1]) > MAX_CODE:
         return None
-    return code.strip()
+    return fences[-1].strip()
 
 
 def parses(code):
@@ -135,16 +124,11 @@ def parses(code):
 def format_reward(completion):
     """+1.0 if "<think>" + completion is one think block and then one answer block, else -1.0."""
     think, closed, rest = completion.partition("</think>")
-    rest = rest.strip()
-    well_formed = (
-        closed
-        and "<think>" not in think
-        and rest.startswith("<answer>")
-        and rest.endswith("</answer>")
-        and rest.count("<answer>") == 1
-        and rest.count("</answer>") == 1
-    )
-    return 1.0 if well_formed else -1.0
+    _, opened, answer = rest.strip().partition("<answer>")
+    answer, ended, after = answer.partition("</answer>")
+    if not (closed and opened and ended) or not rest.lstrip().startswith("<answer>") or after:
+        return -1.0
+    return -1.0 if "<think>" in think or "<answer>" in answer else 1.0
 
 
 def similarity(a, b):

@@ -159,44 +159,33 @@ def check(config):
                 raise BadInput(f"{flag} {value}: must be above 0")
             if not 0 <= value < math.inf:
                 raise BadInput(f"{flag} {value}: must be at least 0, and finite")
-    if config.seed >= 2**32:
-        raise BadInput(f"--seed {config.seed}: must be below 2**32")
-    if config.num_samples == 1 and type(config).num_samples > 1:
-        raise BadInput(
-            "--num-samples 1: advantages compare the samples of a group; give at least 2"
-        )
-    if config.prompts_per_step % config.updates:
-        raise BadInput(
-            f"--updates {config.updates}: must divide --prompts-per-step {config.prompts_per_step}"
-        )
+        if name in ("dropout", "warmup", "clip_low") and value >= 1:
+            raise BadInput(f"{flag} {value}: is a share, must be below 1")
+    prompts, updates = config.prompts_per_step, config.updates
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    if config.prompts_per_step < ranks:
-        raise BadInput(
-            f"--prompts-per-step {config.prompts_per_step}: at least one for each of {ranks} ranks"
-        )
-    for name in ("dropout", "warmup", "clip_low"):
-        if getattr(config, name, 0) >= 1:
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} {getattr(config, name)}: is a share, must be below 1")
-    if getattr(config, "overlong_cache", 0) > config.max_new_tokens:
-        raise BadInput(
-            f"--overlong-cache {config.overlong_cache}: at most --max-new-tokens "
-            f"{config.max_new_tokens}"
-        )
-    check_adapter(config)
-    if config.correctness not in reward.CORRECTNESS:
-        known = ", ".join(reward.CORRECTNESS)
-        raise BadInput(f"--correctness {config.correctness!r}: give one of {known}")
-
-
-def check_adapter(config):
-    """Raise BadInput where adapter, beta and offload contradict each other."""
-    if config.adapter not in ("dora", "lora", "none"):
-        raise BadInput(f"--adapter {config.adapter!r}: give dora, lora or none")
-    if config.adapter == "none" and config.beta:
-        raise BadInput(
-            "--adapter none: without an adapter to switch off there is no reference policy; "
-            "give --beta 0"
-        )
-    if config.offload and config.adapter != "none":
-        raise BadInput("--offload: only --adapter none has weights to keep in CPU memory")
+    cache = getattr(config, "overlong_cache", 0)
+    full = config.adapter == "none"
+    rewards = ", ".join(reward.CORRECTNESS)
+    rules = (
+        (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
+        (
+            config.num_samples == 1 and type(config).num_samples > 1,
+            "--num-samples 1: advantages compare the samples of a group; give at least 2",
+        ),
+        (prompts % updates, f"--updates {updates}: must divide --prompts-per-step {prompts}"),
+        (prompts < ranks, f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks"),
+        (cache > config.max_new_tokens, f"--overlong-cache {cache}: over --max-new-tokens"),
+        (
+            config.adapter not in ("dora", "lora", "none"),
+            f"--adapter {config.adapter!r}: give dora, lora or none",
+        ),
+        (full and config.beta, "--adapter none: has no reference policy; give --beta 0"),
+        (config.offload and not full, "--offload: only with --adapter none"),
+        (
+            config.correctness not in reward.CORRECTNESS,
+            f"--correctness {config.correctness!r}: give one of {rewards}",
+        ),
+    )
+    for broken, message in rules:
+        if broken:
+            raise BadInput(message)
