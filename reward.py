@@ -47,7 +47,9 @@ TOKEN = re.compile(
     r"""|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++""",
     re.DOTALL,
 )
-FENCE = re.compile("```python\n(.*?)\n```", re.DOTALL)
+FENCE = "```python\n"
+FENCE_END = "\n```"
+FENCED = re.compile(f"{FENCE}(.*?){FENCE_END}", re.DOTALL)
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 
 
@@ -103,8 +105,8 @@ def extract_code(completion):
     if not opened:
         answer = before if closed else ""
     answer = answer.partition("</answer>")[0]
-    last = answer.rfind("\n```")  # every fence before it is closed, so the search is linear
-    fences = FENCE.findall(answer[: last + len("\n```")]) if last >= 0 else []
+    last = answer.rfind(FENCE_END)  # every fence before it is closed, so the search is linear
+    fences = FENCED.findall(answer[: last + len(FENCE_END)]) if last >= 0 else []
     if not fences or len(fences[-1]) > MAX_CODE:
         return None
     return fences[-1].strip()

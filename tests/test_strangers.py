@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, Mistra
 import grpo
 import recode
 import reward
-from training import files, loading, parallel, run
+from training import loading, parallel, run
 from training.config import BadInput
 
 SMALL = "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --r 4 --save-every 2 --quiet".split()
@@ -198,7 +198,6 @@ def test_the_printed_command_resumes(train, tmp_path, monkeypatch, capsys):
     command = capsys.readouterr().out.splitlines()[-1].strip()
     assert command.startswith("python grpo.py") and command.endswith("--resume")
     command = command.replace("python", sys.executable, 1)
-    files.LOCKS.pop((output / "lock").resolve()).close()  # as when this process ends
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert steps(output) == [1, 2]

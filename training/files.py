@@ -37,10 +37,8 @@ def lock(directory):
     """Keep other processes out of a run directory; BadInput names the process that holds it."""
     import fcntl  # not on Windows
 
+    unlock(directory)  # an earlier run of this process
     path = directory / "lock"
-    held = LOCKS.pop(path.resolve(), None)
-    if held:  # an earlier run of this process
-        held.close()
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,3 +49,10 @@ def lock(directory):
     file.write(str(os.getpid()))
     file.flush()
     LOCKS[path.resolve()] = file
+
+
+def unlock(directory):
+    """Let other processes use a run directory that this one has locked."""
+    held = LOCKS.pop((directory / "lock").resolve(), None)
+    if held:
+        held.close()

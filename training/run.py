@@ -36,7 +36,7 @@ import recode
 from training import dora, parallel
 from training.config import BadInput, read_settings
 from training.curve import curve
-from training.files import lock, write
+from training.files import lock, unlock, write
 from training.loading import load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
@@ -466,8 +466,15 @@ class RunDirectory:
         self.before = state["before"]
         return state["step"], state["position"], state["nonfinite"]
 
-    def finish(self, model, tokenizer, optimizer, heldout, step, position, nonfinite):
-        """After the loop: save, print what came of it, and return the exit status."""
+    def finish(self, *args):
+        """After the loop: conclude() with the same arguments, and let go of the directory."""
+        try:
+            return self.conclude(*args)
+        finally:
+            unlock(self.path)
+
+    def conclude(self, model, tokenizer, optimizer, heldout, step, position, nonfinite):
+        """Save, print what came of the run, and return the exit status."""
         config = self.config
         if nonfinite == MAX_NONFINITE:
             print(f"stopped: loss or gradient not finite {nonfinite} times in a row, step {step}")
