@@ -26,7 +26,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +37,7 @@ from tqdm import tqdm
 import recode
 import tasks
 from training import loading, parallel
-from training.config import BadInput, Parser, read_settings
+from training.config import TINY, BadInput, Parser, read_settings
 from training.files import write
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
@@ -320,9 +319,8 @@ def compare(runs):
 def parse(argv):
     """The checked arguments."""
     parser = Parser(__doc__)
-    tiny = os.path.relpath(Path(__file__).parent / "tiny")
     add = parser.add_argument_group("what is evaluated").add_argument
-    add("--model", default=tiny, metavar="X", help="run or checkpoint directory, or hub id [tiny]")
+    add("--model", default=TINY, metavar="X", help="run or checkpoint directory, or hub id [tiny]")
     add("--adapter", default="", metavar="X", help="adapter directory [the run's, else none]")
     add("--task", default="migration", choices=list(tasks.TASKS), help="benchmark [migration]")
     add("--data", default="", metavar="X", help="JSONL file or hub id [the task's or model's]")
@@ -394,8 +392,9 @@ def check(args):
         raise BadInput(f"--data: give the file of {args.task}{example}")
 
 
-def run(args):
+def main(argv=None):
     """Evaluate, check the references, or compare. Returns 0, or 1 where references fail."""
+    args = parse(argv)
     if args.compare:
         print(compare(args.compare), end="")
         return 0
@@ -421,17 +420,6 @@ def run(args):
         print(show(result))
         print(f"done: {directory}/ holds samples.jsonl, table.md and table.json")
     return 0
-
-
-def main(argv=None):
-    """run() with the arguments of a command line; ends quietly when its reader is gone."""
-    try:
-        status = run(parse(argv))
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # e.g. `| head`; Python flushes again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def run_main(main):
     """Run `main` as a program: its result is the exit status, bad input is one line and 2."""
     try:
         status = main(sys.argv[1:])
+        sys.stdout.flush()  # here, where a closed pipe is handled, and not at exit
         if dist.is_initialized():  # not after an error: it would wait for ranks that never come
             dist.destroy_process_group()
         sys.exit(status)
@@ -107,7 +108,7 @@ def run_main(main):
         sys.exit(2)  # another rank has reported why it gave up
     except BrokenPipeError:  # the reader of our output, e.g. head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(0)
     except KeyboardInterrupt:
         if RANK == 0:
             print("\nstopped", file=sys.stderr)
