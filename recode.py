@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-import time
 from statistics import fmean as mean
 from typing import NamedTuple
 
@@ -395,11 +394,11 @@ class Batch:
 
     def select(self, rows):
         """The part with `rows` only, an index tensor, in that order; prompts and group stay."""
-        part = dataclasses.replace(self, rows=rows)
+        part = {"rows": rows}
         for name in ("group", "tokens", "mask", "advantages", "old_logps", "ref_logps"):
             value = getattr(self, name)
-            setattr(part, name, None if value is None else value[rows])
-        return part
+            part[name] = None if value is None else value[rows]
+        return dataclasses.replace(self, **part)
 
     def split(self, size):
         """Parts of `size` prompts each; the last one may have fewer."""
@@ -454,9 +453,8 @@ def micro_batches(model, batch, config):
         with shared_prompt(model, prompt) as cache:
             for start, end in split_by_budget(lengths.tolist(), config.micro_tokens):
                 part = batch.select(rows[order[start:end]])
-                tokens, mask, temperature = part.tokens, part.mask, config.temperature
-                logps = completion_logps(model, cache, prompt[-1], tokens, mask, temperature)
-                yield part, logps
+                passed = part.tokens, part.mask, config.temperature
+                yield part, completion_logps(model, cache, prompt[-1], *passed)
 
 
 @torch.no_grad()
@@ -510,17 +508,6 @@ class Group:
     rewards: list = ()
     cut: list = ()  # whether a completion was cut at max_new_tokens
     grades: list = ()
-    seconds: float = 0.0  # that scoring took
-
-
-def score_group(prompt, example, answers, correctness):
-    """The Group of one task's answers, graded and rewarded."""
-    started = time.perf_counter()
-    grades = [reward.grade(answer.text, example) for answer in answers]
-    rewards = [reward.total(grade, example, correctness) for grade in grades]
-    completions, texts, cut, _ = zip(*answers)
-    seconds = time.perf_counter() - started
-    return Group(prompt, example, completions, texts, rewards, cut, grades, seconds)
 
 
 def sample_groups(model, tokenizer, tasks, config, position):
@@ -531,22 +518,23 @@ def sample_groups(model, tokenizer, tasks, config, position):
     """
     parallel.gather_weights(model)
     first = config.seed * 1_000_003 + position  # a prime keeps (seed, position) apart
+    n = config.num_samples
     mine = parallel.share(tasks)
     seeds = parallel.share(range(first, first + len(tasks)))
     answers = []
     if mine:  # there may be fewer tasks than ranks
         prompts = [prompt for prompt, _ in mine]
-        n, longest = config.num_samples, config.max_new_tokens
-        answers = sample_answers(
-            model, tokenizer, prompts, n, longest, config.temperature, seeds
-        )
+        settings = n, config.max_new_tokens, config.temperature, seeds
+        answers = sample_answers(model, tokenizer, prompts, *settings)
+    overflow = not all(math.isfinite(answer.logp) for answer in answers)
     groups = []
     for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
-        some = answers[i * config.num_samples : (i + 1) * config.num_samples]
-        groups.append(score_group(prompt, example, some, config.correctness))
-    if not all(math.isfinite(answer.logp) for answer in answers):
-        for group in groups:  # the weights have overflowed: rewards of NaN stop the run
-            group.rewards = [math.nan] * config.num_samples
+        completions, texts, cut, _ = zip(*answers[i * n : (i + 1) * n])
+        grades = [reward.grade(text, example) for text in texts]
+        rewards = [reward.total(grade, example, config.correctness) for grade in grades]
+        if overflow:  # of the weights: rewards of NaN stop the run
+            rewards = [math.nan] * n
+        groups.append(Group(prompt, example, completions, texts, rewards, cut, grades))
     return parallel.gather(groups)
 
 
@@ -570,5 +558,4 @@ def describe(groups):
     metrics["no_spread"] = mean(max(group.rewards) == min(group.rewards) for group in groups)
     metrics["completion_length"] = mean(lengths)
     metrics["truncated"] = mean(cut for group in groups for cut in group.cut)
-    metrics["seconds_score"] = sum(group.seconds for group in groups)
     return metrics

@@ -195,7 +195,7 @@ def test_paper_defaults(script, capsys):
 
 
 COLUMNS = "step loss kl grad_norm lr completion_length tokens_per_second seconds_sample seconds_update".split()
-SAMPLED = "reward reward_std format es em stale clip_fraction truncated seconds_score".split()  # not in sft.py
+SAMPLED = "reward reward_std format es em stale clip_fraction truncated".split()  # not in sft.py
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,12 +5,13 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import ROOT, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
 import recode
+import training.run
 from training import dora, loading
 
 VIEWS = "view reshape expand permute transpose slice select unsqueeze squeeze alias detach t unbind split".split()
@@ -51,10 +52,7 @@ def count(dtype, drop=False):
     for layers in (2, 4):
         made = decoder(layers, dtype)
         if drop:
-            made.rows = made.rows[:3]
-            made.tokens, made.lengths = made.tokens[:3], made.lengths[:3]
-            made.bias = made.bias[:3]
-            made.cache = [[x[:3] for x in stores] for stores in made.cache]
+            made.drop_finished(torch.arange(8) < 3)
             made.step()
         with Kernels() as kernels:
             made.step()
@@ -131,3 +129,59 @@ def test_fused_norm_equals_the_models_own():
     layer = model.model.norm
     expected = layer.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.variance_epsilon)
     torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_dry_run_measures_its_own_peak(monkeypatch, capsys):
+    """Stops --dry-run from reporting the peak of loading the model instead of that of its step."""
+    events = []
+
+    def sample(*args):
+        events.append("sample")
+        return torch.ones(2, 3, dtype=torch.long), None, None
+
+    def peak(device):
+        events.append("read")
+        return 7e9 if "sample" in events else 2e9
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: events.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 8e9)
+    monkeypatch.setattr(recode, "sample", sample)
+    monkeypatch.setattr(recode, "make_batch", lambda *args: None)
+    model = types.SimpleNamespace(device=torch.device("cuda"), modules=list)
+    config = grpo.Config(num_samples=2, max_new_tokens=3)
+    training.run.dry_run(model, [([5, 6], None)], None, config, lambda *args: None)
+    assert events[0] == "reset" and events[1:] == ["read", "sample", "read"]
+    out = capsys.readouterr().out
+    assert "peak 7.00 GB; before the step 2.00 GB" in out and "reserved by torch 8.00 GB" in out
+
+
+class OldModel:
+    """A model as transformers 5.17 has it: checkpointing has its old name only."""
+
+    def __init__(self):
+        self.enabled = []
+
+    def gradient_checkpointing_enable(self, settings):
+        self.enabled.append(settings)
+
+
+class NewModel(OldModel):
+    """A model as transformers 5.23 has it: the old name still works, but warns."""
+
+    def gradient_checkpointing_enable(self, settings):
+        raise AssertionError("the deprecated name was called")
+
+    def activation_checkpointing_enable(self, settings):
+        self.enabled.append(settings)
+
+
+@pytest.mark.parametrize("kind", [OldModel, NewModel])
+def test_bench_enables_checkpointing_under_both_names(kind, monkeypatch):
+    """Stops every GPU row of the bench from failing on a transformers that has only one name."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    bench_work = pytest.importorskip("bench_work")
+    monkeypatch.setattr(bench_work.dora, "add_dora", lambda model, *settings: model)
+    model = kind()
+    bench_work.adapt(model, bench_work.Spec(), grpo.Config(keep_activations=False))
+    assert model.enabled == [{"use_reentrant": False}]
