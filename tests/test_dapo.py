@@ -1,4 +1,4 @@
-"""DAPO: the objective against the peers' numbers and by hand, dynamic sampling, the soft punishment of length."""
+"""DAPO: the objective against TRL, verl and by hand; dynamic sampling; the overlong penalty."""
 
 import pytest
 import torch
@@ -14,15 +14,15 @@ from training import loading
 CASES = [case for case in GOLDEN["cases"] if "dapo" in case["name"]]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the peers' numbers are not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/golden_losses.json is not here")
 def test_there_are_cases():
-    """Stops a filter that lets no case through."""
+    """Stops a filter that selects no stored case, which would leave the next test empty."""
     assert {case["peer"] for case in CASES} == {"trl", "verl"} and len(CASES) >= 7
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_objective_equals_the_peers(case):
-    """Stops a loss that is not verl's token-mean with c = 10 and TRL's dapo, in value, gradient or advantage."""
+    """Stops a loss, gradient or advantage that is not verl's token mean (c = 10) or TRL's dapo."""
     read = lambda name: torch.tensor(case[name], dtype=torch.float64)
     new, A = read("new_logps").requires_grad_(), read("advantages")
     old = new.detach() if case["on_policy"] else read("old_logps")
@@ -51,7 +51,7 @@ def test_clip_acts_on_the_right_side(A, ratio, value, slope):
 
 
 def test_token_weights_by_hand():
-    """Stops a mean of means: every token of the update batch counts alike, EOS included."""
+    """Stops a mean of means: every token of the update batch has one weight, EOS included."""
     weights = dapo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(), dapo.Config())
     expected = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]) / 8
     torch.testing.assert_close(weights, expected, check_dtype=False)
@@ -65,7 +65,7 @@ ORDER = [task[0] for task in data.draw(TASKS, 0, 20, 42)]
 
 @pytest.fixture
 def collect(checkpoints, tokenizer, monkeypatch):
-    """collect(scores, **settings): dapo.collect from the start of TASKS; scores are given to the groups by turns."""
+    """collect(scores, **settings) runs dapo.collect on TASKS; `scores` are one tuple per group."""
     model = loading.load_model(checkpoints["qwen2"])
     monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
 
@@ -74,39 +74,42 @@ def collect(checkpoints, tokenizer, monkeypatch):
         monkeypatch.setattr(reward, "total", lambda *_: next(stream))
         config = dapo.Config(**{"prompts_per_step": 3, "updates": 1, "num_samples": 2, "max_new_tokens": 8} | settings)
         result = dapo.collect(model, tokenizer, TASKS, 0, config)
-        assert next(stream, None) is None, "not every score was asked for"
+        assert next(stream, None) is None, "not every score was used"
         return result
 
     return run
 
 
 def test_groups_without_spread_are_replaced(collect):
-    """Stops a group without spread that is trained on, one with spread that is lost, a task drawn twice or skipped."""
+    """Stops training on a group without spread, losing one with spread, and skipping a task."""
     scores = [(1.0, 1.0), (0.0, 1.0), (2.0, 2.0), (3.0, 3.0), (0.0, 3.0), (1.0, 2.0)]  # draws of 3, 2 and 1
-    batch, figures, groups, position = collect(scores)
+    batch, metrics, groups, position = collect(scores)
     assert position == 6 and [group.prompt for group in groups] == ORDER[:6]
     assert [group.rewards for group in groups] == [list(pair) for pair in scores]
     assert batch.prompts == [ORDER[i] for i in (1, 4, 5)] and batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     kept = torch.tensor([scores[i] for i in (1, 4, 5)])
     assert torch.equal(batch.advantages, dapo.advantages(kept).flatten())
-    assert figures["tries"] == 3 and figures["groups"] == 3 and figures["no_spread"] == 0.5
-    assert figures["reward"] == pytest.approx(19 / 12)  # of all that was sampled, not of the chosen ones
+    assert metrics["tries"] == 3 and metrics["groups"] == 3 and metrics["no_spread"] == 0.5
+    assert metrics["reward"] == pytest.approx(19 / 12)  # over all sampled groups, kept or not
     assert [row.tolist() for row, keep in zip(batch.tokens, batch.mask)] == [
         ids + [0] * (batch.tokens.shape[1] - len(ids)) for i in (1, 4, 5) for ids in groups[i].completions
     ]
 
 
 def test_tries_are_bounded(collect):
-    """Stops a run that waits for ever, or ends, where no group has spread (verl#953): it goes on with what it has."""
-    batch, figures, _, position = collect([(0.0, 1.0), *[(2.0, 2.0)] * 8], max_tries=4)
-    assert batch.prompts == [ORDER[0]] and figures["groups"] == 1 and figures["tries"] == 4 and position == 9
-    batch, figures, _, position = collect([(2.0, 2.0)] * 30)
-    assert batch.prompts == [] and batch.mask.numel() == 0 and figures["groups"] == 0 and figures["tries"] == 10
-    assert position == 30 and figures["no_spread"] == 1
+    """Stops a run from looping forever or aborting when no group has spread (verl#953).
+
+    It continues with the groups it has.
+    """
+    batch, metrics, _, position = collect([(0.0, 1.0), *[(2.0, 2.0)] * 8], max_tries=4)
+    assert batch.prompts == [ORDER[0]] and metrics["groups"] == 1 and metrics["tries"] == 4 and position == 9
+    batch, metrics, _, position = collect([(2.0, 2.0)] * 30)
+    assert batch.prompts == [] and batch.mask.numel() == 0 and metrics["groups"] == 0 and metrics["tries"] == 10
+    assert position == 30 and metrics["no_spread"] == 1
 
 
-def test_every_try_draws_other_samples(collect):
-    """Stops a refill that repeats the noise of the draw before it."""
+def test_every_try_uses_new_random_numbers(collect):
+    """Stops a refill that reuses the random numbers of the previous draw."""
     seen, sample = [], recode.sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recode, "sample", lambda *args: seen.append(args[6]) or sample(*args))
@@ -118,7 +121,7 @@ def test_every_try_draws_other_samples(collect):
     "cache, soft", [(0, [0] * 6), (20, [0, 0, -0.05, -0.5, -0.95, -1]), (100, [-0.1, -0.8, -0.81, -0.9, -0.99, -1])]
 )
 def test_overlong_by_hand(cache, soft, monkeypatch):
-    """Stops a punishment that starts too early, is not continuous, exceeds 1 or divides by a cache of 0."""
+    """Stops a penalty that starts too early, jumps, exceeds 1 or divides by a cache of 0."""
     lengths, seen = (10, 80, 81, 90, 99, 100), []
     ids, rewards = [[6] * n for n in lengths], [0.0, 1, 2, 3, 4, 5]
     grades = [reward.grade("x", TASKS[0][1])] * 6
@@ -132,11 +135,11 @@ def test_overlong_by_hand(cache, soft, monkeypatch):
     torch.testing.assert_close(seen[0], torch.tensor([group.rewards]) + torch.tensor([soft]))
 
 
-def test_spread_is_looked_for_before_the_punishment_of_length(collect):
-    """Stops a group that is kept for its lengths alone, and a punishment that does not reach the advantages."""
+def test_spread_is_checked_before_the_overlong_penalty(collect):
+    """Stops a penalty that makes spread by itself, and one that does not reach the advantages."""
     scores = [(1.0, 1.0)] * 5 + [(0.0, 1.0)] * 3
-    batch, figures, groups, _ = collect(scores, max_new_tokens=8, overlong_cache=8, max_tries=3)
-    assert figures["groups"] == 3 and figures["no_spread"] == 5 / 8
+    batch, metrics, groups, _ = collect(scores, max_new_tokens=8, overlong_cache=8, max_tries=3)
+    assert metrics["groups"] == 3 and metrics["no_spread"] == 5 / 8
     lengths = torch.tensor([[len(ids) for ids in group.completions] for group in groups[-3:]])
     assert (lengths[:, 0] != lengths[:, 1]).any()
     expected = dapo.advantages(torch.tensor([0.0, 1.0]) - lengths / 8)
@@ -144,18 +147,18 @@ def test_spread_is_looked_for_before_the_punishment_of_length(collect):
 
 
 def test_an_empty_rollout_changes_nothing(checkpoints):
-    """Stops a crash, a skipped step that counts as a lost run, or weights that move where there is nothing to learn."""
+    """Stops an empty rollout from crashing, counting as non-finite, or moving the weights."""
     model = loading.load_model(checkpoints["qwen2"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     batch = recode.make_batch([], torch.zeros(0, 8), "cpu")
-    figures = dapo.update(model, optimizer, batch, dapo.Config())
-    assert figures == {"skipped": 0}
+    metrics = dapo.update(model, optimizer, batch, dapo.Config())
+    assert metrics == {"skipped": 0}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_short_rollout_is_parted_by_whole_groups(checkpoints, monkeypatch):
-    """Stops mini-batches that cut through a group, or a mean over updates that did not take place."""
+def test_a_short_rollout_is_split_between_groups(checkpoints, monkeypatch):
+    """Stops a mini-batch that cuts a group in two, and metrics averaged over updates not made."""
     seen = []
     monkeypatch.setattr(
         dapo, "accumulate", lambda model, batch, config: seen.append(len(batch.mask)) or {"loss": 1.0}
@@ -163,9 +166,9 @@ def test_a_short_rollout_is_parted_by_whole_groups(checkpoints, monkeypatch):
     parameter = torch.nn.Parameter(torch.ones(1))
     model = torch.nn.Module()
     model.weight = parameter
-    monkeypatch.setattr(dapo.parallel, "all_reduce", lambda _, sums: sums)  # one process has nothing to add
+    monkeypatch.setattr(dapo.parallel, "all_reduce", lambda _, sums: sums)  # one process: nothing to reduce
     monkeypatch.setattr(recode, "batch_logps", lambda *_: torch.zeros(20, 3))
     batch = recode.make_batch([recode.Group([5], None, [[6, 7, 8]] * 4)] * 5, torch.ones(5, 4), "cpu")
     config = dapo.Config(prompts_per_step=6, updates=2, num_samples=4)
-    figures = dapo.update(model, torch.optim.AdamW([parameter]), batch, config)
-    assert seen == [12, 8] and figures["loss"] == 1.0
+    metrics = dapo.update(model, torch.optim.AdamW([parameter]), batch, config)
+    assert seen == [12, 8] and metrics["loss"] == 1.0

@@ -1,4 +1,4 @@
-"""GRPO: the objective against the peers' numbers and by hand, and what a rollout makes of its groups."""
+"""GRPO: the objective against TRL, verl and by hand, and the batch that collect() builds."""
 
 import json
 import math
@@ -21,7 +21,7 @@ CASES = [case for case in GOLDEN["cases"] if "grpo" in case["name"] and "dr_grpo
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_objective_equals_the_peers(case):
-    """Stops a loss that is not TRL's and verl's GRPO, in value, gradient or advantage."""
+    """Stops a loss, gradient or advantage that is not TRL's or verl's GRPO."""
     read = lambda name: None if case[name] is None else torch.tensor(case[name], dtype=torch.float64)
     new, ref, A, settings = read("new_logps").requires_grad_(), read("ref_logps"), read("advantages"), case["params"]
     old = new.detach() if case["on_policy"] else read("old_logps")
@@ -32,7 +32,8 @@ def test_objective_equals_the_peers(case):
     loss = -(weights * grpo.objective(new, old, ref, A, config)).sum()
     gradient = torch.autograd.grad(loss, new)[0]
     if beta and case["peer"] == "trl" and settings.get("bias_kl", True):
-        gradient += beta * weights * grpo.k3(new.detach(), ref)  # TRL's default is rho k3: equal but for d rho
+        # TRL's default KL term is rho k3: the same value, but rho adds to the gradient
+        gradient += beta * weights * grpo.k3(new.detach(), ref)
     assert loss.item() == pytest.approx(case["loss"], abs=1e-9)
     torch.testing.assert_close(gradient, read("grad_new_logps"), atol=1e-9, rtol=0)
     if "scale_rewards_none" not in case["name"]:
@@ -43,7 +44,7 @@ def test_objective_equals_the_peers(case):
 
 
 def test_advantages_by_hand():
-    """Stops a biased std, groups that mix, and a division by zero in a group without spread."""
+    """Stops a biased std, a mean over several groups, and a division by zero without spread."""
     got = grpo.advantages(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0], [-3.0, -3.0, -3.0, 1.0]]))
     a, b = 1 / (math.sqrt(5 / 3) + 1e-4), 1 / (2 + 1e-4)
     expected = torch.tensor([[-1.5 * a, -0.5 * a, 0.5 * a, 1.5 * a], [0.0] * 4, [-b, -b, -b, 3 * b]])
@@ -66,7 +67,7 @@ def test_clip_acts_on_the_right_side(A, ratio, value, slope):
 
 
 def test_kl_pulls_towards_the_reference():
-    """Stops a KL term without gradient on policy, such as mean(new - ref), and a negative or misplaced one."""
+    """Stops a KL term without gradient on policy, e.g. mean(new - ref), and a negative one."""
     new = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64, requires_grad=True)
     ref, step = torch.tensor([[-1.5, -1.0, -0.5]], dtype=torch.float64), 1e-6
     config = grpo.Config(beta=0.5)
@@ -79,7 +80,10 @@ def test_kl_pulls_towards_the_reference():
 
 
 def test_token_weights_by_hand():
-    """Stops a mean over the wrong tokens: every completion counts 1/N, each of its tokens alike, EOS included."""
+    """Stops a mean over the wrong tokens.
+
+    Every completion weighs 1/N, split equally among its tokens, EOS included.
+    """
     weights = grpo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(), grpo.Config())
     expected = torch.tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [1 / 12] * 4])
     torch.testing.assert_close(weights, expected, check_dtype=False)
@@ -89,7 +93,7 @@ def test_token_weights_by_hand():
 
 
 def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
-    """Stops equal prompts that merge into one group, and a group without spread that still pushes."""
+    """Stops merging equal prompts into one group, and advantages in a group without spread."""
     model = loading.load_model(checkpoints["qwen2"])
     a, b = (([5, 6, 7, n], data.Example("lib", "2.0", "", f"note {n}", "a = 1", f"a = {n}")) for n in (8, 9))
     scores, asked = iter([1.0, 2.0, 3.0, 6.0, 2.0, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0, 4.0]), []
@@ -97,11 +101,11 @@ def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
     monkeypatch.setattr(reward, "total", ask)
     monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
     config = grpo.Config(prompts_per_step=3, num_samples=4, max_new_tokens=8)
-    batch, figures, groups, position = grpo.collect(model, tokenizer, [a, b, a], 3, config)
+    batch, metrics, groups, position = grpo.collect(model, tokenizer, [a, b, a], 3, config)
     expected = grpo.advantages(torch.tensor([[1.0, 2.0, 3.0, 6.0], [2.0] * 4, [7.0, 7.0, 7.0, 4.0]])).flatten()
     assert torch.equal(batch.advantages, expected) and not batch.advantages[4:8].any() and batch.advantages[3] > 1
-    assert figures["no_spread"] == pytest.approx(1 / 3) and figures["reward"] == 3.75 and position == 6
-    assert figures["tries"] == 1 and figures["groups"] == 3
+    assert metrics["no_spread"] == pytest.approx(1 / 3) and metrics["reward"] == 3.75 and position == 6
+    assert metrics["tries"] == 1 and metrics["groups"] == 3
     drawn = data.draw([a, b, a], 3, 3, config.seed)
     assert batch.prompts == [prompt for prompt, _ in drawn] and batch.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert asked == [example.new_code for _, example in drawn for _ in range(4)]
@@ -111,6 +115,6 @@ def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
         row[:n].tolist() for row, n in zip(batch.tokens, lengths)
     ]
     ended = batch.tokens[torch.arange(12), lengths - 1] % 5 == 0
-    assert figures["truncated"] == pytest.approx(1 - ended.float().mean().item())
+    assert metrics["truncated"] == pytest.approx(1 - ended.float().mean().item())
     assert (lengths == 8)[~ended].all()
-    assert figures["completion_length"] == batch.mask.sum().item() / 12 and ended.any()
+    assert metrics["completion_length"] == batch.mask.sum().item() / 12 and ended.any()

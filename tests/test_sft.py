@@ -1,4 +1,4 @@
-"""SFT: the loss of an ordinary supervised step, and what is and is not learnt from."""
+"""SFT: its loss is ordinary cross entropy, and it neither samples nor scores."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROW = data.Example("lib", "2.0", "", "f is now g", "lib.f(1)  # old", "lib.g(1)"
 
 
 def test_a_target_earns_the_full_reward(tokenizer):
-    """Stops a target in a form that the reward punishes, without its EOS, or that differs from the reference."""
+    """Stops a target that lacks EOS, is not the reference, or whose format the reward penalises."""
     ids = data.encode_target(ROW, tokenizer)
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
     text = tokenizer.decode(ids[:-1])
@@ -24,7 +24,10 @@ def test_a_target_earns_the_full_reward(tokenizer):
 
 
 def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
-    """Stops a loss on prompt tokens, a shift by one, a mean per row, or an EOS that is not learnt; against torch's."""
+    """Stops a loss on prompt tokens, a shift by one, a mean per row, and an EOS without loss.
+
+    The oracle is torch's cross_entropy.
+    """
     model = random_model("qwen2", len(tokenizer)).requires_grad_(True)
     examples = [ROW, data.Example("lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)")]
     tasks = data.encode_tasks(examples, tokenizer, 999, {})
@@ -48,7 +51,7 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
 
 
 def test_nothing_is_sampled(tokenizer, monkeypatch):
-    """Stops rewards or sampled answers from costing time, or finding their way into the baseline's gradient."""
+    """Stops sampled answers or rewards from costing time or changing the baseline's gradient."""
     model, batches = random_model("qwen2", len(tokenizer)), []
     tasks = data.encode_tasks([ROW], tokenizer, 999, {})
     monkeypatch.setattr(recode, "sample", lambda *_, **__: pytest.fail("sampled"))
@@ -62,7 +65,7 @@ def test_nothing_is_sampled(tokenizer, monkeypatch):
 
 
 def test_beta_holds_the_policy_near_its_start():
-    """Stops a KL term of the wrong sign: after the same steps the policy with a large beta has moved less."""
+    """Stops a KL term of the wrong sign: a large beta must keep the policy nearer to its start."""
     batch = recode.make_batch([recode.Group([5, 6], ROW, [[7, 8, 9, 3]])], torch.ones(1, 1), "cpu")
     moved = {}
     for beta in (0.0, 1.0):
@@ -70,9 +73,9 @@ def test_beta_holds_the_policy_near_its_start():
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.01)
         for _ in range(20):
-            figures = sft.update(model, optimizer, batch, sft.Config(beta=beta))
+            metrics = sft.update(model, optimizer, batch, sft.Config(beta=beta))
         with dora.reference(model):
             ref_logps = recode.batch_logps(model, batch, sft.Config())
         moved[beta] = sft.k3(recode.batch_logps(model, batch, sft.Config()), ref_logps).mean().item()
-        assert (figures["kl"] > 0) == (beta > 0)
+        assert (metrics["kl"] > 0) == (beta > 0)
     assert moved[1.0] < moved[0.0]

@@ -1,4 +1,4 @@
-"""What the three scripts do alike: one update against brute force, in any micro-batches; stop and go on."""
+"""What the three scripts share: one update against brute force, in any micro-batches; resuming."""
 
 import errno
 import importlib
@@ -29,7 +29,7 @@ import sft
 
 
 def policy(dropout=0.0):
-    """A small model with a DoRA that has moved."""
+    """A small model with a DoRA adapter that has moved."""
     model = dora.add_dora(random_model("qwen2"), 4, 4.0, dropout, "q_proj,v_proj,down_proj")
     with torch.no_grad():
         for layer in dora.dora_layers(model).values():
@@ -43,7 +43,7 @@ def row_logps(model, prompt, ids):
 
 
 def ragged(model, off_policy=True):
-    """Eight completions of 1 to 7 tokens; old and reference log-probabilities far enough off for the clip to act."""
+    """Eight completions of 1 to 7 tokens; old and reference log-probabilities make the clip act."""
     torch.manual_seed(2)
     mask = torch.arange(7) < torch.tensor([7, 1, 4, 2, 6, 3, 5, 1])[:, None]
     prompts = [list(range(5, 7 + n)) for n in (3, 9, 1, 5)]
@@ -55,7 +55,7 @@ def ragged(model, off_policy=True):
 
 
 def brute_force(script, model, batch, config):
-    """The loss, its gradient and the figures, one row at a time from its full logits."""
+    """The loss, its gradient and the metrics, one row at a time from full logits."""
     model.zero_grad()
     loss, clipped, kl, count = 0.0, 0, 0.0, batch.mask.sum().item()
     for i in range(len(batch.mask)):
@@ -87,7 +87,7 @@ def gradients(model):
 @pytest.mark.parametrize("kind", ["off policy", "on policy", "checkpointed"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
-    """Stops means taken per micro-batch, and a logged loss that is the last micro-batch's."""
+    """Stops means taken per micro-batch, and a logged loss that is only the last micro-batch's."""
     model = policy()
     batch = ragged(model, off_policy=kind != "on policy")
     if script is dapo and kind != "on policy":
@@ -99,26 +99,27 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
         model.gradient_checkpointing_enable()
     for size in (1000, 1, 8, 15):
         model.zero_grad()
-        figures = script.accumulate(model, batch, config(size))
-        assert {name: figures[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
+        metrics = script.accumulate(model, batch, config(size))
+        assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
         for got, expected in zip(gradients(model), exact, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         if size == 1000:
-            whole, first = dict(figures), gradients(model)
-        assert figures == pytest.approx(whole, abs=1e-6)
+            whole, first = dict(metrics), gradients(model)
+        assert metrics == pytest.approx(whole, abs=1e-6)
         for got, expected in zip(gradients(model), first, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("script", [grpo, dapo])
 def test_on_policy_the_ratio_is_one(script):
-    """Stops old log-probabilities that come from elsewhere (dropout, the sampler) when one update follows a rollout."""
+    """Stops old log-probabilities with dropout, or from the sampler, when a rollout has one update.
+    """
     model = policy(dropout=0.5)
     batch = ragged(model, off_policy=False)
-    figures = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9))
-    assert model.training and figures["clip_fraction"] == 0
+    metrics = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9))
+    assert model.training and metrics["clip_fraction"] == 0
     mean = (script.token_weights(batch.mask, script.Config()).sum(1) * batch.advantages).sum().item()
-    assert figures["loss"] == pytest.approx(-mean, abs=1e-6)
+    assert metrics["loss"] == pytest.approx(-mean, abs=1e-6)
     assert all(g.abs().sum() > 0 for g in gradients(model))
 
 
@@ -135,7 +136,7 @@ def test_old_and_reference_logps_are_without_dropout():
 
 @pytest.mark.parametrize("script", [grpo, dapo])
 def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch):
-    """Stops old log-probabilities taken anew before every update of a rollout: the clip would never act."""
+    """Stops recomputing old log-probabilities before every update: the clip would never act."""
     model, seen, real = policy(), [], script.accumulate
     config = script.Config(beta=0.1, updates=2, prompts_per_step=4, num_samples=2, micro_tokens=9)
     batch = ragged(model, off_policy=False)
@@ -144,18 +145,19 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
         reference = recode.batch_logps(model, batch, config)
     monkeypatch.setattr(script, "accumulate", lambda *args: seen.append((args[1], real(*args))) or seen[-1][1])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    figures = script.update(model, optimizer, batch, config)
+    metrics = script.update(model, optimizer, batch, config)
     assert len(seen) == 2 and seen[0][1]["clip_fraction"] == 0 and seen[1][1]["clip_fraction"] > 0
     for rows, (part, _) in zip((slice(0, 4), slice(4, 8)), seen):
         assert torch.equal(part.old_logps, before[rows]) and torch.equal(part.ref_logps, reference[rows])
         assert torch.equal(part.tokens, batch.tokens[rows]) and part.prompts == batch.prompts[rows.start // 2 : rows.stop // 2]
     for name in ("loss", "kl", "clip_fraction"):
-        assert figures[name] == pytest.approx((seen[0][1][name] + seen[1][1][name]) / 2)
+        assert metrics[name] == pytest.approx((seen[0][1][name] + seen[1][1][name]) / 2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_only_the_update_that_is_not_finite_is_skipped(script, monkeypatch):
-    """Stops one lost mini-batch from taking the sound ones after it along, or from moving the weights."""
+def test_only_the_nonfinite_update_is_skipped(script, monkeypatch):
+    """Stops a non-finite mini-batch from moving the weights, and from skipping the finite ones too.
+    """
     model = policy()
     config = script.Config(beta=0, updates=4, prompts_per_step=4, num_samples=2)
     batch = ragged(model, off_policy=False)
@@ -163,16 +165,16 @@ def test_only_the_update_that_is_not_finite_is_skipped(script, monkeypatch):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     steps, real = [], optimizer.step
     monkeypatch.setattr(optimizer, "step", lambda: steps.append(gradients(model)) or real())
-    figures = script.update(model, optimizer, batch, config)
-    assert len(steps) == 3 and figures["skipped"] == 1 / 4
+    metrics = script.update(model, optimizer, batch, config)
+    assert len(steps) == 3 and metrics["skipped"] == 1 / 4
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-# ------------------------------------------------------------------------- stop and go on
+# ------------------------------------------------------------------------- stop and resume
 
 
 def score(grade, *_):
-    """A reward that differs between the answers of a random model."""
+    """A reward that differs between a random model's answers."""
     return zlib.crc32(grade.completion.encode()) % 7 - 3.0
 
 
@@ -183,7 +185,8 @@ def script(request):
 
 @pytest.fixture
 def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
-    """flags(name, *more) is the command line of a short run in tmp_path/name; rewards come from score()."""
+    """flags(name, *more) is the command line of a short run in tmp_path/name, rewarded by score().
+    """
     monkeypatch.setattr(reward, "total", score)
     settings = (
         f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 --prompts-per-step 2 "
@@ -194,8 +197,8 @@ def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
     return lambda name, *more: [*settings.split(), "--output", str(tmp_path / name), *more]
 
 
-def leavings(path):
-    """What a run leaves, but for clock times: checkpoint, metrics, samples and adapter."""
+def artifacts(path):
+    """What a run leaves on disk, without clock times: checkpoint, metrics, samples and adapter."""
     saved = torch.load(path / "checkpoint" / "state.pt", weights_only=True)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
@@ -205,30 +208,30 @@ def leavings(path):
 
 
 def same(left, right):
-    """Whether two nested structures are equal bit for bit."""
+    """Whether two nested structures are equal, bit for bit."""
     (a, shape), (b, other) = tree_flatten(left), tree_flatten(right)
     return shape == other and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
 
 
-def test_resume_is_as_if_nothing_had_happened(script, flags, tmp_path, monkeypatch, capsys):
-    """Stops a resume that repeats a batch, forgets the optimizer, or leaves a gap or a repeat in the logs."""
+def test_resume_equals_an_uninterrupted_run(script, flags, tmp_path, monkeypatch, capsys):
+    """Stops a resume that repeats a batch, forgets the optimizer, or leaves a gap in the logs."""
     drawn, draw, log = [], data.draw, run.RunDirectory.log
     monkeypatch.setattr(data, "draw", lambda tasks, at, *rest: drawn.append(at) or draw(tasks, at, *rest))
     assert script.main(flags("straight")) == 0
-    straight = leavings(tmp_path / "straight")
+    straight = artifacts(tmp_path / "straight")
     assert [row["step"] for row in straight["metrics"]] == [1, 2, 3, 4, 5, 6]
     once = list(drawn)
     assert once == [0, 2, 4, 6, 8, 10] if script is not dapo else once == sorted(set(once)) and len(once) >= 6
     assert all(row["grad_norm"] > 0 and not row["skipped"] for row in straight["metrics"])
 
     def until(last, end):
-        """From here on `end` is called when step `last` has been logged."""
+        """From now on, call `end` once step `last` has been logged."""
         logged = lambda self, step, *rest: (log(self, step, *rest), step == last and end())
         monkeypatch.setattr(run.RunDirectory, "log", logged)
 
     until(3, lambda: signal.raise_signal(signal.SIGINT))
     assert script.main(flags("stopped")) == 130 and "--resume" in capsys.readouterr().out
-    assert leavings(tmp_path / "stopped")["saved"]["state"]["step"] == 3
+    assert artifacts(tmp_path / "stopped")["saved"]["state"]["step"] == 3
     assert script.main(flags("stopped", "--resume")) == 0 and drawn == once * 2
     until(5, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -236,11 +239,12 @@ def test_resume_is_as_if_nothing_had_happened(script, flags, tmp_path, monkeypat
     assert len((tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()) == 5
     until(0, None)
     assert script.main(flags("crashed", "--resume")) == 0
-    assert same(leavings(tmp_path / "stopped"), straight) and same(leavings(tmp_path / "crashed"), straight)
+    assert same(artifacts(tmp_path / "stopped"), straight) and same(artifacts(tmp_path / "crashed"), straight)
 
 
 def die_while_saving(patch, moment, die):
-    """Have os.fsync or os.replace, whichever `moment` names, call die() when the checkpoint of step 4 is written."""
+    """Make os.fsync or os.replace (`moment`) call die() while the checkpoint of step 4 is written.
+    """
     real = run.write
 
     def step_of(content):
@@ -258,7 +262,7 @@ def die_while_saving(patch, moment, die):
 
 
 def killed(name, flags):
-    """A training process that ends itself by kill -9 in the middle of a save."""
+    """The body of a training process that kills itself (kill -9) in the middle of a save."""
     patch = pytest.MonkeyPatch()
     patch.setattr(reward, "total", score)
     die_while_saving(patch, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
@@ -270,7 +274,9 @@ def killed(name, flags):
     [*((grpo, moment) for moment in ("fsync", "replace", "disk full", "kill -9")), (dapo, "kill -9"), (sft, "kill -9")],
 )
 def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypatch):
-    """Stops a save that harms the last checkpoint when the process dies, or the disk is full, while it writes."""
+    """Stops a save from damaging the last checkpoint if the process dies, or the disk fills up,
+    meanwhile.
+    """
 
     def die(*_):
         raise OSError(errno.ENOSPC, "no space") if moment == "disk full" else KeyboardInterrupt
@@ -284,17 +290,17 @@ def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypa
         with monkeypatch.context() as patch, pytest.raises((data.BadInput, KeyboardInterrupt)):
             die_while_saving(patch, "replace" if moment == "replace" else "fsync", die)
             script.main(flags("run"))
-    assert leavings(tmp_path / "run")["saved"]["state"]["step"] == 2
+    assert artifacts(tmp_path / "run")["saved"]["state"]["step"] == 2
     assert bool(list(tmp_path.rglob("*.tmp"))) == (moment != "disk full")
     assert script.main(flags("run", "--resume")) == 0
-    assert [row["step"] for row in leavings(tmp_path / "run")["metrics"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in artifacts(tmp_path / "run")["metrics"]] == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_random_rewards_run(script, flags, tmp_path, monkeypatch):
-    """Stops a loss or gradient that is not finite when rewards carry no information: the control of every claim."""
-    chance = random.Random(0)
-    monkeypatch.setattr(reward, "total", lambda *_: chance.uniform(-3, 3))
+    """Stops a non-finite loss or gradient under random rewards, the control of every experiment."""
+    rng = random.Random(0)
+    monkeypatch.setattr(reward, "total", lambda *_: rng.uniform(-3, 3))
     assert script.main(flags("random")) == 0
-    rows = leavings(tmp_path / "random")["metrics"]
+    rows = artifacts(tmp_path / "random")["metrics"]
     assert len(rows) == 6 and all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)
