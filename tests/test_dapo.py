@@ -136,7 +136,7 @@ def test_overlong_by_hand(cache, soft, monkeypatch):
 
 
 def test_spread_is_checked_before_the_overlong_penalty(collect):
-    """Stops a penalty that makes spread by itself, and one that does not reach the advantages."""
+    """Stops a length penalty from creating spread, and one that does not reach the advantages."""
     scores = [(1.0, 1.0)] * 5 + [(0.0, 1.0)] * 3
     batch, metrics, groups, _ = collect(scores, max_new_tokens=8, overlong_cache=8, max_tries=3)
     assert metrics["groups"] == 3 and metrics["no_spread"] == 5 / 8

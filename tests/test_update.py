@@ -112,8 +112,7 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
 
 @pytest.mark.parametrize("script", [grpo, dapo])
 def test_on_policy_the_ratio_is_one(script):
-    """Stops old log-probabilities with dropout, or from the sampler, when a rollout has one update.
-    """
+    """Stops old log-probabilities with dropout or from the sampler; with one update rho is 1."""
     model = policy(dropout=0.5)
     batch = ragged(model, off_policy=False)
     metrics = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9))
@@ -156,8 +155,7 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_only_the_nonfinite_update_is_skipped(script, monkeypatch):
-    """Stops a non-finite mini-batch from moving the weights, and from skipping the finite ones too.
-    """
+    """Stops one non-finite mini-batch from moving the weights or skipping the finite ones."""
     model = policy()
     config = script.Config(beta=0, updates=4, prompts_per_step=4, num_samples=2)
     batch = ragged(model, off_policy=False)
@@ -185,8 +183,7 @@ def script(request):
 
 @pytest.fixture
 def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
-    """flags(name, *more) is the command line of a short run in tmp_path/name, rewarded by score().
-    """
+    """flags(name, *more) is the command line of a short run in tmp_path/name, with score()."""
     monkeypatch.setattr(reward, "total", score)
     settings = (
         f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 --prompts-per-step 2 "
@@ -243,8 +240,7 @@ def test_resume_equals_an_uninterrupted_run(script, flags, tmp_path, monkeypatch
 
 
 def die_while_saving(patch, moment, die):
-    """Make os.fsync or os.replace (`moment`) call die() while the checkpoint of step 4 is written.
-    """
+    """Make os.fsync or os.replace (`moment`) call die() while step 4's checkpoint is written."""
     real = run.write
 
     def step_of(content):
@@ -274,9 +270,7 @@ def killed(name, flags):
     [*((grpo, moment) for moment in ("fsync", "replace", "disk full", "kill -9")), (dapo, "kill -9"), (sft, "kill -9")],
 )
 def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypatch):
-    """Stops a save from damaging the last checkpoint if the process dies, or the disk fills up,
-    meanwhile.
-    """
+    """Stops a kill or a full disk during a save from damaging the checkpoint before it."""
 
     def die(*_):
         raise OSError(errno.ENOSPC, "no space") if moment == "disk full" else KeyboardInterrupt
