@@ -1,4 +1,4 @@
-"""The policy: DoRA against PEFT and the plain formula, sample against generate, token_logps against full logits."""
+"""The policy: DoRA against PEFT and its formula, sample() against generate, log-probabilities."""
 
 import copy
 import re
@@ -24,7 +24,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22, 23], [12, 13, 14, 15,
 
 
 def random_model(family, vocab_size=97, **overrides):
-    """conftest's, with random biases and norms in place of its zeros and ones."""
+    """conftest's model, with random biases and norm weights in place of zeros and ones."""
     model = conftest.random_model(family, vocab_size, **overrides)
     with torch.no_grad():
         for p in model.parameters():
@@ -41,7 +41,7 @@ def fresh(model, r=4, alpha=8.0, dropout=0.0, targets=FEW, magnitude=True):
 
 
 def adapt(model, **settings):
-    """A DoRA over `model`, with random A, B and magnitudes as if it had been trained."""
+    """Add a DoRA to `model` with random A, B and magnitudes, as if it had been trained."""
     fresh(model, **settings)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -58,13 +58,13 @@ def logits(model, ids=PROMPTS[0]):
 
 
 def naive_logps(model, prompt, completion, temperature=1.0):
-    """log-probabilities of one completion from the full logits, (T,)."""
+    """Log-probabilities of one completion from the full logits, (T,)."""
     rows = (logits(model, prompt + completion)[0].float() / temperature).log_softmax(-1)
     return torch.stack([rows[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
 
 
-class Fresh(TorchDispatchMode):
-    """Records the shape of every tensor made inside that does not share the memory of one of `known`."""
+class NewTensors(TorchDispatchMode):
+    """Records the shape of every tensor made inside that does not share memory with `known`."""
 
     def __init__(self, *known):
         super().__init__()
@@ -85,7 +85,7 @@ class Fresh(TorchDispatchMode):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", ["dora", "lora"])
 def test_adapters_equal_peft_and_travel_both_ways(adapter, family, targets, tmp_path):
-    """Stops a forward or gradient that is not DoRA's, and an adapter directory that PEFT or we cannot read."""
+    """Stops a forward or gradient unlike PEFT's, and adapter files that PEFT or we cannot read."""
     peft = pytest.importorskip("peft")
     ours = adapt(random_model(family), targets=targets, magnitude=adapter == "dora")
     dora.save_adapter(ours, config(targets, adapter), tmp_path / "ours")
@@ -109,7 +109,7 @@ def test_adapters_equal_peft_and_travel_both_ways(adapter, family, targets, tmp_
 
 
 def test_dora_formula_with_the_norm_held_constant():
-    """Stops a norm that takes part in the gradient; the plain formula, with BA formed, is the oracle."""
+    """Stops a gradient through the norm; the oracle is the plain formula, with BA formed."""
     torch.manual_seed(0)
     layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=6.0, dropout=0.0)
     nn.init.normal_(layer.lora_B)
@@ -125,7 +125,7 @@ def test_dora_formula_with_the_norm_held_constant():
 
 
 def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
-    """Stops an export that loads as another model, and a merge in bf16 that hides what its rounding loses."""
+    """Stops an export that loads as another model, and a bf16 merge that hides its rounding."""
     for family, path in checkpoints.items():
         adapted = adapt(AutoModelForCausalLM.from_pretrained(path), targets=ALL)
         dora.save_adapter(adapted, config(targets=ALL), tmp_path / family)
@@ -151,7 +151,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
 
 
 def test_norm_is_computed_once_per_rollout(monkeypatch):
-    """Stops the norm of W + BA being computed anew at every decoding step (peft#2651)."""
+    """Stops the norm of W + BA from being recomputed at every decoding step (peft#2651)."""
     model, norms, norm = adapt(random_model("qwen2")), [], dora.DoRALinear.norm
     monkeypatch.setattr(dora.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1])
     recode.sample(model, PROMPTS, 3, 10, [-1])
@@ -161,7 +161,7 @@ def test_norm_is_computed_once_per_rollout(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_norm_follows_the_weights(options):
-    """Stops a cached norm that outlives an optimizer step or a loaded checkpoint."""
+    """Stops a cached norm from surviving an optimizer step or a loaded checkpoint."""
     torch.manual_seed(0)
     layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=4.0, dropout=0.0)
     start = copy.deepcopy(layer.state_dict())
@@ -179,21 +179,21 @@ def test_norm_follows_the_weights(options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ba_is_never_formed(dtype):
-    """Stops a forward or backward pass that makes an (out, in) tensor besides W itself."""
+    """Stops a forward or backward pass from allocating an (out, in) tensor besides W."""
     base = nn.Linear(24, 40).to(dtype).requires_grad_(False)
     layer = dora.DoRALinear(base, r=4, alpha=4.0, dropout=0.1)
     nn.init.normal_(layer.lora_B)
     layer.norm()
     x = torch.randn(7, 24, dtype=dtype)
-    with Fresh(base.weight) as fresh:
+    with NewTensors(base.weight) as new:
         layer(x).square().sum().backward()
-    assert fresh.shapes[7, 40] and not fresh.shapes[40, 24] and not fresh.shapes[24, 40]
+    assert new.shapes[7, 40] and not new.shapes[40, 24] and not new.shapes[24, 40]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_at_the_start_and_when_off_the_model_is_the_base(family, dtype):
-    """Stops a reference policy that is not the first policy: its KL would not start at 0."""
+def test_new_or_disabled_adapter_equals_the_base_model(family, dtype):
+    """Stops a reference policy that is not the initial policy: its KL would not start at 0."""
     base = random_model(family).to(dtype)
     expected = logits(base)
     model = fresh(copy.deepcopy(base), targets=ALL)
@@ -210,7 +210,7 @@ def test_at_the_start_and_when_off_the_model_is_the_base(family, dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate(family):
-    """Stops wrong positions, masks or cache slots in ragged batches, and stopping elsewhere than generate."""
+    """Stops wrong positions, masks or cache slots in ragged batches, and a missed EOS."""
     model, T = adapt(random_model(family), targets=ALL), 24
     model.generation_config.eos_token_id = None
     settings = {"do_sample": False, "max_new_tokens": T, "pad_token_id": 0}
@@ -228,7 +228,7 @@ def test_greedy_equals_generate(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree(family, temperature):
-    """Stops a sampler off the distribution that is trained, rows in a wrong group, equal prompts that merge."""
+    """Stops sampling from a distribution that is not the one trained, and rows in a wrong group."""
     model, asked = adapt(random_model(family), dropout=0.5).train(), [*PROMPTS, PROMPTS[0]]
     tokens, mask, logps = recode.sample(model, asked, 3, 16, [3, 7, 11], temperature, seed=5)
     prompts = [prompt for prompt in asked for _ in range(3)]
@@ -241,8 +241,8 @@ def test_sampler_and_trainer_agree(family, temperature):
             torch.testing.assert_close(got[keep], expected, atol=1e-4, rtol=0)
 
 
-def test_seed_decides():
-    """Stops samples that hang on hidden state, or groups that are the same in every step."""
+def test_samples_depend_only_on_the_seed():
+    """Stops samples that depend on hidden state, and steps that all sample the same groups."""
     model = random_model("qwen2")
     draw = lambda seed: recode.sample(model, PROMPTS, 4, 12, [3], seed=seed)
     first, other = draw(1), draw(2)
@@ -251,8 +251,8 @@ def test_seed_decides():
     assert not torch.equal(first[0][:, :5], other[0][:, :5])
 
 
-def test_eos_is_kept_and_leaving_rows_change_nothing(monkeypatch):
-    """Stops a mask without the EOS, text after it, and rows whose luck hangs on who has left the batch."""
+def test_eos_is_kept_and_dropping_rows_changes_nothing(monkeypatch):
+    """Stops a mask without EOS, text after EOS, and noise that depends on the dropped rows."""
     model, eos, T, kept = random_model("qwen2"), [3, 7, 11, 20, 31, 44, 60], 30, []
     real = recode.Decoder.drop_finished
     monkeypatch.setattr(
@@ -277,7 +277,7 @@ def test_eos_is_kept_and_leaving_rows_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_token_frequencies(temperature):
-    """Stops a sampler that is off the softmax (top-k, an off-by-one in the search); chi-square over 20,000 draws."""
+    """Stops a sampler that is not the softmax (top-k, off by one); chi-square, 20,000 draws."""
     model, N = random_model("qwen2", 96), 20_000
     tokens, _, _ = recode.sample(model, PROMPTS[:1], N, 1, [3], temperature, seed=7)
     expected = N * (logits(model)[0, -1].double() / temperature).softmax(-1)
@@ -288,7 +288,7 @@ def test_first_token_frequencies(temperature):
 
 
 def survivors(logits, top_p, draws=4000):
-    """(B, V) bool: which tokens pick() can choose, found by asking for evenly spread noise."""
+    """(B, V) bool: the tokens that pick() can choose, found with evenly spaced noise."""
     noise = (torch.arange(draws) / draws)[:, None]
     rows = [recode.pick(row.expand(draws, -1), 0.8, noise, top_p)[0] for row in logits]
     return torch.stack([torch.bincount(tokens, minlength=logits.shape[1]) > 0 for tokens in rows])
@@ -296,7 +296,7 @@ def survivors(logits, top_p, draws=4000):
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.7, 0.95])
 def test_top_p_keeps_the_tokens_that_transformers_keeps(top_p):
-    """Stops a nucleus that leaves out the token which crosses top_p, or lets one in that is too many."""
+    """Stops a nucleus that omits the token which crosses top_p, or includes one too many."""
     torch.manual_seed(0)
     logits = torch.cat([3 * torch.randn(20, 12), torch.zeros(1, 12)])  # ties too
     kept = TopPLogitsWarper(top_p)(None, logits / 0.8).isfinite()
@@ -305,7 +305,7 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(top_p):
 
 
 def test_top_p_frequencies_and_log_probabilities():
-    """Stops shares that are not those of the softmax cut off and scaled up, and log-probabilities of the cut one."""
+    """Stops top-p samples off the renormalised softmax, and log-probabilities taken from it."""
     torch.manual_seed(1)
     logits, N = 2 * torch.randn(1, 12), 20_000
     tokens, logps = recode.pick(logits.expand(N, -1), 0.8, torch.rand(N, 1), 0.7)
@@ -314,8 +314,8 @@ def test_top_p_frequencies_and_log_probabilities():
     torch.testing.assert_close(logps, (logits / 0.8).log_softmax(-1)[0, tokens])
 
 
-def test_without_top_p_nothing_changes():
-    """Stops samples of a training run that are other ones since evaluation has its top-p."""
+def test_training_samples_ignore_top_p():
+    """Stops top-p, which only evaluation uses, from changing the samples of a training run."""
     torch.manual_seed(2)
     logits, noise = torch.randn(50, 300), torch.rand(50, 1)
     cumulated = logits.log_softmax(-1).exp().double().cumsum(-1)
@@ -326,8 +326,8 @@ def test_without_top_p_nothing_changes():
     assert torch.equal(draw(), draw(top_p=1.0)) and not torch.equal(draw(), draw(top_p=0.3))
 
 
-def test_sampling_from_a_checkpointed_model_in_training_mode():
-    """Stops the cache being dropped when gradient checkpointing is on in training mode (trl#3683)."""
+def test_sampling_with_gradient_checkpointing_in_training_mode():
+    """Stops gradient checkpointing in training mode from dropping the KV cache (trl#3683)."""
     model = adapt(random_model("qwen3"), dropout=0.5)
     expected = recode.sample(model, PROMPTS, 2, 12, [3], seed=1)
     model.gradient_checkpointing_enable()
@@ -336,8 +336,8 @@ def test_sampling_from_a_checkpointed_model_in_training_mode():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sample_hangs_on_its_own_seed(family):
-    """Stops a completion that is another one on another rank, or because of the prompts beside it."""
+def test_a_sample_depends_only_on_its_own_seed(family):
+    """Stops a completion from changing with its rank or with the prompts beside it."""
     model = random_model(family)
     tokens, mask, _ = recode.sample(model, PROMPTS, 3, 12, [3, 7], seed=4)
     for i, prompt in enumerate(PROMPTS):
@@ -347,10 +347,13 @@ def test_a_sample_hangs_on_its_own_seed(family):
 
 
 @pytest.mark.parametrize("fault", [None, "rounding", "other logits", "no capture"])
-def test_graphs(fault, monkeypatch, capsys):
-    """Stops a graph that is replayed after rows have left or the cache has grown, one that computes something else
-    (torchtitan#3668), and a check that takes the rounding of bf16, two per cent in 28 layers, for that. A CPU has no
-    graphs: a stand-in runs the recorded step on the memory it was recorded with."""
+def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
+    """Stops replaying a graph after rows were dropped or the cache grew, and wrong graph outputs.
+
+    Wrong outputs are torchtitan#3668; the rounding of bf16, 2 % over 28 layers, must not count as
+    one. A CPU has no CUDA graphs: the stand-in reruns the captured step on the memory it was
+    captured with.
+    """
     model, recorded, errors = adapt(random_model("qwen2")), [], {"rounding": 0.03, "other logits": 0.2}
     expected = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
 
@@ -364,9 +367,10 @@ def test_graphs(fault, monkeypatch, capsys):
         recorded.append((len(decoder.tokens), decoder.cache[0][0].shape[2]))
 
         def replay():
-            assert all(a is b for a, b in zip(memory, parts(), strict=True)), "replayed on other memory"
+            assert all(a is b for a, b in zip(memory, parts(), strict=True)), "replayed on different memory"
             logits = step()
-            out.copy_(logits + errors.get(fault, 0) * logits.square().mean().sqrt())  # equal odds all the same
+            # a shift of all logits leaves the probabilities as they are
+            out.copy_(logits + errors.get(fault, 0) * logits.square().mean().sqrt())
 
         return replay, out
 
@@ -389,7 +393,7 @@ def test_graphs(fault, monkeypatch, capsys):
 
 
 def completions(V=97, seed=0):
-    """Four ragged completions for PROMPTS: tokens and mask, (4, 8)."""
+    """Four ragged completions of PROMPTS: tokens and mask, (4, 8)."""
     torch.manual_seed(seed)
     mask = torch.arange(8) < torch.tensor([8, 1, 5, 3])[:, None]
     return torch.randint(4, V, (4, 8)) * mask, mask
@@ -398,7 +402,7 @@ def completions(V=97, seed=0):
 @pytest.mark.parametrize("logits_at_once", [2**23, 97 * 3, 1], ids=["whole", "three", "one"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_logps_equal_full_logits(family, logits_at_once, monkeypatch):
-    """Stops an off-by-one, a chunk lost, or a gradient that recomputation changes; values and all gradients."""
+    """Stops an off-by-one, a lost chunk, or a gradient that recomputation changes."""
     monkeypatch.setattr(recode, "MAX_LOGITS", logits_at_once)
     model = adapt(random_model(family)).requires_grad_(True)
     tokens, mask = completions()
@@ -415,7 +419,7 @@ def test_token_logps_equal_full_logits(family, logits_at_once, monkeypatch):
 
 
 def test_token_logps_leave_their_inputs_and_ignore_padding():
-    """Stops labels changed in place through a view, and a row that feels its neighbours' padding."""
+    """Stops labels changed in place through a view, and rows that depend on others' padding."""
     model = random_model("qwen2")
     tokens, mask = completions()
     inputs = copy.deepcopy((PROMPTS, tokens, mask))
@@ -433,8 +437,10 @@ def test_token_logps_leave_their_inputs_and_ignore_padding():
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_prompt_changes_nothing(family, checkpointed):
-    """Stops a gradient that is lost, or counted twice, on its way through the prompt's keys and values; one group has
-    a prompt of one token, one has a single row."""
+    """Stops a gradient that is lost or counted twice on its way through the prompt's KV cache.
+
+    One group has a prompt of one token, one has a single row.
+    """
     model = adapt(random_model(family), targets=ALL).requires_grad_(True)
     prompts, group = [*PROMPTS, [9]], torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
     torch.manual_seed(3)
@@ -462,7 +468,7 @@ def test_a_shared_prompt_changes_nothing(family, checkpointed):
 
 
 def test_a_shared_prompt_runs_once(monkeypatch):
-    """Stops a prompt that is computed again for every micro-batch of its group: the saving would be gone."""
+    """Stops a prompt from being prefilled again for every micro-batch of its group."""
     model, seen, real = adapt(random_model("qwen2")), [], recode.prefill
     note = lambda model, prompt: seen.append(prompt) or real(model, prompt)
     monkeypatch.setattr(recode, "prefill", note)
@@ -472,19 +478,19 @@ def test_a_shared_prompt_runs_once(monkeypatch):
     assert seen == PROMPTS
 
 
-def test_logits_are_never_whole(monkeypatch):
-    """Stops (B, T, V) logits, and chunks that are kept for the backward pass: both bound no memory."""
+def test_full_logits_never_exist(monkeypatch):
+    """Stops (B, T, V) logits, and chunks kept for the backward pass: neither bounds memory."""
     V = 5000
     monkeypatch.setattr(recode, "MAX_LOGITS", 4 * V)
     plain = lambda T, S: torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    monkeypatch.setattr(recode, "causal_lower_right", plain)  # no tensor subclass under a dispatch mode
+    monkeypatch.setattr(recode, "causal_lower_right", plain)  # a dispatch mode takes no tensor subclass
     model = adapt(random_model("qwen2", V, hidden_size=16, intermediate_size=24))
     tokens, mask = completions(V)
     tokens, mask, prompts, saved = tokens.repeat(3, 1), mask.repeat(3, 1), PROMPTS * 3, Counter()
     note = lambda x: saved.update([tuple(x.shape)]) or x
-    with Fresh(*model.parameters()) as fresh:
+    with NewTensors(*model.parameters()) as new:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             logps = recode.token_logps(model, prompts, tokens, mask)
         logps.sum().backward()
-    assert 4 * V <= max(torch.Size(shape).numel() for shape in fresh.shapes) <= 8 * V < mask.sum() * V / 6
+    assert 4 * V <= max(torch.Size(shape).numel() for shape in new.shapes) <= 8 * V < mask.sum() * V / 6
     assert not any(V in shape for shape in saved)

@@ -1,4 +1,4 @@
-"""The sandbox: honest programs pass, others do not, no program harms the machine (hostile.txt)."""
+"""The sandbox: correct programs pass, wrong ones do not, none harms the machine (hostile.txt)."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from sandbox import lock, wire, zygote
 
 ROOT = Path(sandbox.__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is for Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
 RIGHT = "def successor(n):\n    return n + 1"
 TESTS = [
@@ -33,11 +33,11 @@ TESTS = [
     "def test_unit():\n    import unittest\n    items = [4]\n"
     "    unittest.TestCase().assertEqual(successor(items[0]), 5)\n    assert items == [4]",
 ]
-SECONDS = 2.5  # for each test of a hostile program
+SECONDS = 2.5  # timeout of each test of a hostile program
 
 
 def suite():
-    """(name, allowed verdicts, code) of each program in tests/hostile.txt; tests set CANARY."""
+    """(name, allowed verdicts, code) of each program in tests/hostile.txt; tests fill in CANARY."""
     parts = re.split(r"^=== ", (ROOT / "tests" / "hostile.txt").read_text(), flags=re.MULTILINE)[1:]
     heads, codes = zip(*(part.split("\n", 1) for part in parts), strict=True)
     return [(*head.split(" | "), code) for head, code in zip(heads, codes, strict=True)]
@@ -59,7 +59,7 @@ def auto():
 
 
 def make_canary(place):
-    """A directory outside the runs' own that must not change, and its description."""
+    """A directory outside the runs' own that must not change, and a description of it."""
     canary = Path(place, "canary")
     (canary / "tree").mkdir(parents=True)
     (canary / "keep").write_text("keep")
@@ -73,8 +73,8 @@ def describe_tree(path):
     return [(str(p), *(getattr(p.lstat(), field) for field in fields)) for p in paths]
 
 
-def outlived(box):
-    """The processes and files that the runs of `box` have left behind, as one string."""
+def leftovers(box):
+    """The processes and files that the runs of `box` left behind, as one string."""
     found = ""
     for worker in box.workers:
         if worker.process is not None:
@@ -89,13 +89,13 @@ def outlived(box):
 
 @pytest.mark.parametrize(("name", "allowed", "code"), SUITE, ids=[name for name, _, _ in SUITE])
 def test_hostile(box, tmp_path, name, allowed, code):
-    """Stops wrong programs from passing, right ones from failing, any from harming the machine."""
+    """Stops a wrong program from passing, a correct one from failing, any from doing harm."""
     canary, before = make_canary(tmp_path)
     started = time.monotonic()
     verdict = box.run(code.replace("CANARY", str(canary)), TESTS, timeout=SECONDS)
     assert verdict.status in allowed.split(), verdict
     assert describe_tree(canary) == before
-    assert not outlived(box)
+    assert not leftovers(box)
     assert not [name for name in os.listdir("/dev/shm") if "SECRET" in name]
     assert time.monotonic() - started < len(TESTS) * SECONDS + 2
     assert verdict.reason.isprintable() and len(verdict.reason) <= 300
@@ -112,7 +112,7 @@ with sandbox.Sandbox(workers=2) as box:
 
 
 def test_hostile_as_a_normal_user():
-    """Stops containment from working only for root (the issue asks for both kinds of user)."""
+    """Stops a containment that works only for root."""
     become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
     become += ["env", "-i", "PATH=/usr/bin:/bin"]
     check = "import sys; sys.exit(sys.version_info < (3, 11))"
@@ -148,7 +148,7 @@ def test_hostile_as_a_normal_user():
 
 
 def test_statuses_and_reasons(box):
-    """Stops a broken setup or test from being blamed on the program, and a pass without a test."""
+    """Stops blaming the program for a broken setup or test, and a pass without any test."""
     assert box.run(RIGHT, TESTS) == sandbox.Verdict("pass", "", "split")
     assert box.run(RIGHT, TESTS).passed
     long = "def successor(n):\n    raise ValueError('no\\x00\\x1b[2J' + 'A' * 10**6)"
@@ -159,15 +159,15 @@ def test_statuses_and_reasons(box):
     assert box.run(RIGHT, ["x = 1"]).status == "error"
     assert box.run(RIGHT, ["def test("]).status == "error"
     assert box.run(RIGHT, TESTS, setup="1 / 0").reason == "ZeroDivisionError: division by zero"
-    assert box.run(RIGHT, TESTS[0]).passed  # one source instead of a list of them
-    assert box.run("x = '\ud800'", TESTS).status == "fail"  # has no UTF-8 form
+    assert box.run(RIGHT, TESTS[0]).passed  # one test instead of a list
+    assert box.run("x = '\ud800'", TESTS).status == "fail"  # cannot be encoded as UTF-8
     assert box.run("x = '\0'", TESTS).status == "fail"
     late = box.run("def successor(n):\n    while True: pass", TESTS, timeout=0.3)
     assert late == sandbox.Verdict("timeout", "no verdict in time", "split")
 
 
 def test_check_with_an_entry_point(box):
-    """Stops programs from replacing the prompt's helpers and its stub from being the answer."""
+    """Stops a program from replacing the prompt's helpers, and a stub from being the answer."""
     prompt = """
 import math
 def poly(xs, x):
@@ -191,8 +191,8 @@ def check(candidate):
     assert box.run("def sum(x): return x", [test], entry_point="sum").passed
 
 
-def test_an_update_reaches_program_and_test(box):
-    """Stops a CodeUpdateArena update from missing in a process or outliving its test."""
+def test_an_update_applies_to_program_and_test(box):
+    """Stops a CodeUpdateArena update from missing in one process, or outliving its test."""
     setup = """
 import math
 old = math.sqrt
@@ -217,7 +217,7 @@ def f(x):
     assert box.run(code, ["def test():\n    assert f(0) == np.cos(0.0)"]).passed
 
 
-# ------------------------------------------------------------------------- the wire
+# ------------------------------------------------------------------------- values and calls
 
 
 VALUES = """
@@ -236,8 +236,8 @@ ARRAYS = [np.zeros((0, 3)), np.arange(6).reshape(2, 3).T, np.array(1), np.array(
 """
 
 
-def test_values_cross_unchanged(box):
-    """Stops a value from arriving as another or with another type (1 for True, tuple for list)."""
+def test_values_arrive_unchanged(box):
+    """Stops a value from arriving changed or with another type (1 for True, tuple for list)."""
     code = "def same(x): return x\ndef kind(x): return repr(type(x))"
     test = """
 def test_values():
@@ -249,7 +249,7 @@ def test_values():
         back = same(value)
         assert np.array_equal(back, value)
         assert back.dtype == value.dtype and back.shape == value.shape
-        back[...] = value  # it is writable
+        back[...] = value  # still writable
     nan = same([float("nan")])[0]
     assert nan != nan
     match = same(re.search(r"b(?P<x>c)?", "abcd"))
@@ -260,8 +260,8 @@ def test_values():
     assert box.run(code, [test], setup=VALUES) == sandbox.Verdict("pass")
 
 
-def test_calls_cross_like_calls(box):
-    """Stops functions, iterators, exceptions and changes in place from getting lost on the wire."""
+def test_calls_work_across_processes(box):
+    """Stops functions, iterators, exceptions and in-place changes from getting lost on the wire."""
     code = """
 def compose(f, g): return lambda x: f(g(x))
 def forever():
@@ -301,8 +301,8 @@ def test_calls():
     assert box.run(code, [test]) == sandbox.Verdict("pass")
 
 
-def test_tests_cannot_hide_a_broken_wire(box):
-    """Stops an `except` in a test from turning a value that was not carried into a pass."""
+def test_an_except_cannot_hide_an_unsendable_value(box):
+    """Stops an `except` in a test from turning a value that could not be sent into a pass."""
     code = "class Own: pass\ndef f(): return Own()"
     for clause in ("except Exception", "except"):
         verdict = box.run(code, [f"def test():\n    try: f()\n    {clause}: pass"])
@@ -321,7 +321,7 @@ def test_messages_load_no_class():
     assert wire.Plain(io.BytesIO(pickle.dumps(value))).load() == value
 
 
-# ------------------------------------------------------------------------- the joint judge
+# ------------------------------------------------------------------------- the in-process judge
 
 
 OWN = "class Own:\n    def __init__(self, n): self.n = n\ndef make(n): return Own(n)\n"
@@ -331,8 +331,8 @@ LOOK = [
 ]
 
 
-def test_what_no_wire_carries_is_judged_in_process(box, auto):
-    """Stops instances of own classes from failing, or from passing without being marked."""
+def test_unsendable_values_are_judged_in_process(box, auto):
+    """Stops instances of a program's classes from failing, or from passing unmarked."""
     assert not box.run(OWN, LOOK).passed
     assert auto.run(OWN, LOOK) == sandbox.Verdict("pass", "", "in-process")
     assert auto.run(RIGHT, TESTS) == sandbox.Verdict("pass", "", "split")
@@ -352,7 +352,7 @@ def test_what_no_wire_carries_is_judged_in_process(box, auto):
     ],
 )
 def test_modules_are_restored_before_the_test(auto, patch):
-    """Stops a wrong program from passing because it replaced what the test relies on."""
+    """Stops a wrong program from passing because it patched what the test relies on."""
     assert auto.run(OWN.replace("= n", "= n + 1") + patch, LOOK).status == "fail"
 
 
@@ -365,13 +365,13 @@ def test_modules_are_restored_before_the_test(auto, patch):
     ],
 )
 def test_modules_are_compared_after_the_test(auto, change):
-    """Stops the same when the program does it only once the test calls."""
+    """Stops the same patches when they are made only once the test calls the program."""
     code = OWN.replace("return Own", f"{change}; return Own").replace("= n", "= n + 1")
     assert auto.run(code, ["import math, unittest\n" + LOOK[0]]).status == "fail"
 
 
 def test_liars_and_spies_are_refused(auto):
-    """Stops objects equal to everything, and reading the expected value from the test's frame."""
+    """Stops objects that equal everything, and reading the expected value from the test's frame."""
     yes = "class Yes:\n    __eq__ = lambda *a: True\ndef successor(n): return {}"
     for shape in ("Yes()", "[Yes(), Yes(), Yes()]"):
         assert auto.run(yes.format(shape), TESTS).status == "fail"
@@ -398,7 +398,7 @@ def start_with(monkeypatch, code):
     ],
 )
 def test_fails_closed(monkeypatch, tmp_path, lack):
-    """Stops programs from running with all of the user's permissions where the lock is missing."""
+    """Stops programs from running with the user's full permissions where the lock is missing."""
     start_with(monkeypatch, lack)
     with sandbox.Sandbox(workers=1) as box, pytest.raises(sandbox.Unavailable):
         box.run(f"open('{tmp_path}/written', 'w')\n{RIGHT}", TESTS)
@@ -408,7 +408,7 @@ def test_fails_closed(monkeypatch, tmp_path, lack):
 
 
 def test_unsafe_still_collects_orphans():
-    """Stops processes that an unlocked program leaves from outliving the run."""
+    """Stops the child processes of an unlocked program from outliving the run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         box = sandbox.Sandbox(workers=1, unsafe=True)
@@ -420,11 +420,11 @@ if os.fork() == 0:
     time.sleep(60)
 """
     with box:
-        assert box.run(code + RIGHT, TESTS).passed and not outlived(box)
+        assert box.run(code + RIGHT, TESTS).passed and not leftovers(box)
 
 
 def test_the_harness_outlives_its_zygotes(monkeypatch):
-    """Stops a zygote that dies or stops answering from ending or hanging the evaluation."""
+    """Stops a zygote that dies or hangs from ending or blocking the evaluation."""
     monkeypatch.setattr(sandbox, "GRACE", 0.5)
     for number in (signal.SIGKILL, signal.SIGSTOP):
         with sandbox.Sandbox(workers=1) as box:
@@ -450,7 +450,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_zygotes_do_not_outlive_the_harness():
-    """Stops a killed training run from leaving its helper processes and their directories."""
+    """Stops a killed evaluation from leaving helper processes and their directories behind."""
     command = [sys.executable, "-c", KILLED, str(ROOT)]
     pid, home = subprocess.run(command, capture_output=True, text=True).stdout.split()
     left = [home, f"/proc/{pid}/exe"]
@@ -461,12 +461,12 @@ def test_zygotes_do_not_outlive_the_harness():
 
 
 def test_nothing_grows(box):
-    """Stops descriptors, files, processes, threads or memory from adding up over many programs."""
+    """Stops descriptors, files, processes, threads or memory from piling up over many programs."""
 
     def usage():
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer) and thread.finished.is_set():
-                thread.join()  # a deadline that was cancelled: its thread still has to end
+                thread.join()  # a cancelled deadline whose thread is still ending
         pids = [os.getpid(), *(worker.process.pid for worker in box.workers)]
         fds = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
         pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
@@ -481,13 +481,13 @@ def test_nothing_grows(box):
     list(box.map(jobs))
     fds, memory, threads = usage()
     verdicts = list(box.map(jobs * 4))
-    assert [verdict.passed for verdict in verdicts] == [True, False, False] * 80  # in order, too
-    assert usage()[0] == fds and usage()[2] == threads and not outlived(box)
+    assert [verdict.passed for verdict in verdicts] == [True, False, False] * 80  # in order
+    assert usage()[0] == fds and usage()[2] == threads and not leftovers(box)
     assert usage()[1] - memory < 10 << 20
 
 
 def test_the_default_pool():
-    """Stops a change of `sandbox.run`, which other programs call (DESIGN.md, section 3)."""
+    """Stops an incompatible change of `sandbox.run`, which other programs call."""
     assert sandbox.run(RIGHT, TESTS).passed
     assert sandbox.run(RIGHT, TESTS, timeout=5.0, setup="", entry_point=None).status == "pass"
     assert sandbox.run("successor = None", TESTS).status == "fail"
@@ -495,7 +495,7 @@ def test_the_default_pool():
     sandbox.default().close()
 
 
-def test_directories_of_any_shape_are_removed(tmp_path):
+def test_any_directory_tree_is_removed(tmp_path):
     """Stops deep or unreadable trees, on which shutil.rmtree gives up, from staying on disk."""
     top, here = tmp_path / "top", os.getcwd()
     top.mkdir()
@@ -510,12 +510,12 @@ def test_directories_of_any_shape_are_removed(tmp_path):
     (top / "closed").chmod(0)
     (tmp_path / "keep").write_text("")
     zygote.remove(str(top))
-    zygote.remove(str(top))  # no error if it is gone
+    zygote.remove(str(top))  # a missing directory is no error
     assert os.listdir(tmp_path) == ["keep"]
 
 
-def test_every_number_is_of_this_kernel():
-    """Stops a wrong system call number, which would deny nothing or break honest programs."""
+def test_system_call_numbers_match_the_kernel():
+    """Stops a wrong system call number, which would block nothing or break honest programs."""
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("no kernel headers here")
