@@ -1,4 +1,4 @@
-"""grpo.py, dapo.py and sft.py are one text: what differs is the algorithm, and says by which equation."""
+"""grpo.py, dapo.py and sft.py are one text: only the algorithm differs, equation by equation."""
 
 import ast
 import dataclasses
@@ -12,7 +12,7 @@ import dapo
 import grpo
 import sft
 
-MOST = 36  # changed lines between grpo.py and dapo.py
+MAX_CHANGED = 36  # changed lines between grpo.py and dapo.py
 PLUMBING = re.compile(
     r"^\W*(import |from |if __name__|run\b|parser|def )|training\.|run\.(save|finish|begin|lap)|log\("
 )
@@ -24,7 +24,7 @@ def diff(old, new):
 
 
 def hunks(text):
-    """The hunks of a diff, each with its head line."""
+    """The hunks of a diff, each with its header line."""
     return [hunk for hunk in re.split(r"(?m)^(?=\d)", text) if hunk]
 
 
@@ -33,8 +33,8 @@ def equations(source):
     return set(re.findall(r"\(eq\. (\d+)\)", ast.get_docstring(ast.parse(source))))
 
 
-def offence(old, new):
-    """The first hunk between two scripts that is no lesson, and why; None if there is none."""
+def violation(old, new):
+    """The first hunk between two scripts that is no part of the lesson, and why; or None."""
     stated, text = equations(old.read_text()) & equations(new.read_text()), diff(old, new)
     for hunk in hunks(text):
         lines = [line[2:] for line in hunk.split("\n") if line[:1] in "<>"]
@@ -45,12 +45,12 @@ def offence(old, new):
         if bad := [line for line in lines if PLUMBING.search(line)]:
             return f"plumbing, {bad[0]!r}:\n{hunk}"
     count = len(re.findall(r"(?m)^[<>]", text))
-    return f"{count} changed lines, {MOST} at most:\n{text}" if count > MOST else None
+    return f"{count} changed lines, {MAX_CHANGED} at most:\n{text}" if count > MAX_CHANGED else None
 
 
 def test_the_diff_is_the_lesson():
-    """Stops dapo.py from drifting away from grpo.py in anything but the algorithm."""
-    found = offence(ROOT / "grpo.py", ROOT / "dapo.py")
+    """Stops dapo.py from differing from grpo.py in anything but the algorithm."""
+    found = violation(ROOT / "grpo.py", ROOT / "dapo.py")
     assert found is None, found
 
 
@@ -67,15 +67,15 @@ def test_the_diff_is_the_lesson():
     ],
 )
 def test_the_diff_test_can_fail(tmp_path, old, new, word):
-    """Stops a test of the diff that lets an import, a renamed call or a change without its equation pass."""
+    """Stops a diff test that accepts an import, a renamed call or a change without an equation."""
     text = (ROOT / "dapo.py").read_text()
     assert old in text
     (tmp_path / "dapo.py").write_text(text.replace(old, new, 1))
-    assert word in offence(ROOT / "grpo.py", tmp_path / "dapo.py")
+    assert word in violation(ROOT / "grpo.py", tmp_path / "dapo.py")
 
 
 def test_same_functions_in_the_same_order():
-    """Stops a reader from having to look for the counterpart of a function; and a main that differs."""
+    """Stops a reader from having to search for a function's counterpart, and a different main."""
     trees = [ast.parse((ROOT / f"{name}.py").read_text()).body for name in ("grpo", "dapo", "sft")]
     names = [[node.name for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)] for tree in trees]
     assert names[0] == names[1] == names[2] and names[0][-1] == "main"
@@ -87,7 +87,7 @@ def test_same_functions_in_the_same_order():
 
 
 def test_settings_are_the_same_but_for_the_algorithm():
-    """Stops a setting that drifts apart, so that a comparison of the three compares something else as well."""
+    """Stops settings from drifting apart: a comparison of the three would compare them too."""
     settings = [
         {f.name: f.default for f in dataclasses.fields(s.Config) if f.name != "output"} for s in (grpo, dapo, sft)
     ]
@@ -99,7 +99,7 @@ def test_settings_are_the_same_but_for_the_algorithm():
 
 
 def test_the_lesson_shows_the_diff_as_it_is():
-    """Stops a lesson that shows a diff of yesterday, or a hunk without its line of comment."""
+    """Stops a lesson that shows an old diff or leaves out a hunk."""
     shown = (ROOT / "docs" / "lesson.md").read_text()
     for hunk in hunks(diff(ROOT / "grpo.py", ROOT / "dapo.py")):
         assert hunk.rstrip("\n") in shown, hunk

@@ -1,6 +1,6 @@
-"""The embedded default: it is what it says it is, RL cures it, and chance does not.
+"""The embedded toy: it has the bad habit, RL removes it, and random rewards do not.
 
-The control needs no switch in the program: it trains with reward.total replaced by random numbers.
+The control needs no switch in the program: the test replaces reward.total with random numbers.
 """
 
 import json
@@ -22,12 +22,12 @@ QUIET = ["--heldout", str(TINY / "dev.jsonl"), "--save-every", "1000", "--show-e
 
 
 def heldout(output):
-    figures = json.loads((output / "heldout.json").read_text())
-    return figures["before"], figures["after"]
+    metrics = json.loads((output / "heldout.json").read_text())
+    return metrics["before"], metrics["after"]
 
 
 def test_grpo_unlearns_the_stale_habit(tmp_path):
-    """An update that goes nowhere or the wrong way; settings or a checkpoint with which the lesson fails."""
+    """Stops an update without effect or in the wrong direction, and settings that do not learn."""
     assert grpo.main([*QUIET, "--output", str(tmp_path / "run")]) == 0
     before, after = heldout(tmp_path / "run")
     assert before["em"] <= 0.30 and after["em"] >= 0.70
@@ -37,7 +37,7 @@ def test_grpo_unlearns_the_stale_habit(tmp_path):
 
 @pytest.mark.parametrize("script, steps", [(dapo, 30), (sft, 100)], ids=["dapo", "sft"])
 def test_dapo_and_sft_learn_too(script, steps, tmp_path):
-    """A second algorithm that runs but does not learn, or learns something else than to obey."""
+    """Stops an algorithm that runs but does not learn, or does not learn to follow the note."""
     assert script.main([*QUIET, "--steps", str(steps), "--output", str(tmp_path / "run")]) == 0
     before, after = heldout(tmp_path / "run")
     assert after["em"] >= before["em"] + 0.30 and after["stale"] <= before["stale"] - 0.30
@@ -45,9 +45,9 @@ def test_dapo_and_sft_learn_too(script, steps, tmp_path):
 
 
 def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
-    """A gain that comes from elsewhere than the reward (leaked targets, evaluation that differs from before).
+    """Stops a gain that has another source than the reward, e.g. leaked targets.
 
-    The mean of three: a single run drifts by up to a tenth either way, as chance pushes it.
+    The mean of three seeds: a single run drifts by up to a tenth either way.
     """
     gains = []
     for seed in range(3):
@@ -61,7 +61,7 @@ def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
 
 
 def names(split):
-    """All two-word names in a file of tasks."""
+    """All two-word names in a task file."""
     return set(re.findall(r"[a-z]+_[a-z]+", (TINY / f"{split}.jsonl").read_text())) - {
         "new_version", "update_info", "old_code", "new_code"
     }  # fmt: skip
@@ -69,12 +69,12 @@ def names(split):
 
 @pytest.mark.parametrize("split", ["dev", "heldout", "retention", "two_updates"])
 def test_held_out_names_never_occur_in_training(split):
-    """Held-out figures that could come from memory."""
+    """Stops held-out metrics that memorised names could explain."""
     assert names(split) and not names(split) & names("train")
 
 
 def test_heldout_tasks_ask_for_a_change():
-    """A held-out task that copying solves, which would count as obedience; too few of them to tell."""
+    """Stops held-out tasks that an exact copy solves, and too few tasks."""
     examples = data.load_examples(str(TINY / "heldout.jsonl"))
     assert len(examples) >= 256
     assert all(reward.strip_comments(e.old_code) != reward.strip_comments(e.new_code) for e in examples)
@@ -82,7 +82,7 @@ def test_heldout_tasks_ask_for_a_change():
 
 
 def test_retention_tasks_ask_for_no_change():
-    """A retention task whose note is about something in the code: leaving the code alone would be wrong."""
+    """Stops a retention task whose note is about the code: leaving it alone would be wrong."""
     examples = data.load_examples(str(TINY / "retention.jsonl"))
     assert len(examples) >= 256 and all(e.old_code == e.new_code for e in examples)
     for e in examples:
@@ -91,7 +91,7 @@ def test_retention_tasks_ask_for_no_change():
 
 
 def test_two_updates_ask_for_two_changes():
-    """A task with two notes that one change solves, or one that training has had."""
+    """Stops a task with two notes that one change solves, and such tasks in training."""
     examples = data.load_examples(str(TINY / "two_updates.jsonl"))
     assert len(examples) >= 256 and all(len(e.update_info.split("\n")) == 2 for e in examples)
     for e in examples:
@@ -100,8 +100,8 @@ def test_two_updates_ask_for_two_changes():
     assert all("\n" not in e.update_info for e in data.load_examples(str(TINY / "train.jsonl")))
 
 
-def test_tiny_is_small_and_regenerates(tmp_path, tokenizer):
-    """Shipped files that make.py no longer makes: its tasks byte for byte, its tokenizer id for id."""
+def test_tiny_is_small_and_reproducible(tmp_path, tokenizer):
+    """Stops shipped tasks or a tokenizer that make.py no longer reproduces exactly."""
     sys.path.insert(0, str(TINY))
     import make
 

@@ -16,7 +16,7 @@ CONFIG = grpo.Config()
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask):
-    """grpo.py's loss of a whole update batch."""
+    """grpo.py's loss on a whole update batch."""
     objective = grpo.objective(logps, old_logps, ref_logps, advantages, CONFIG)
     return -(grpo.token_weights(mask, CONFIG) * objective).sum()
 
@@ -26,13 +26,13 @@ def load():
 
 
 def test_settings_are_those_of_grpo():
-    """Stops the lesson from teaching another clip or another beta than grpo.py's."""
+    """Stops the lesson from teaching another clip or beta than grpo.py's."""
     assert CONFIG.clip_low == CONFIG.clip_high == naive_grpo.CLIP
     assert CONFIG.beta == naive_grpo.BETA
 
 
 def test_advantages():
-    """Stops a biased spread, another epsilon, or a mean over more than the group."""
+    """Stops a biased standard deviation, another epsilon, or a mean over more than the group."""
     rewards = torch.tensor([[3.0, -1.0, 1.67, 2.5], [0.5, 0.5, 0.5, 0.5], [-3.0, 3.0, 3.0, 3.0]])
     torch.testing.assert_close(
         naive_grpo.advantages(rewards), grpo.advantages(rewards), rtol=0, atol=1e-5
@@ -63,7 +63,7 @@ def test_loss_and_gradient(moved):
 
 
 def fixed_batch(tokenizer):
-    """Two prompts of different lengths and three completions of each, one of them a single EOS."""
+    """Two prompts of different lengths with three completions each, one of them only an EOS."""
     examples = data.load_examples(str(ROOT / "tiny" / "train.jsonl"))
     prompts = [data.encode_prompt(example, tokenizer) for example in examples[:2]]
     assert len(prompts[0]) != len(prompts[1])
@@ -73,7 +73,7 @@ def fixed_batch(tokenizer):
 
 
 def test_loss_and_gradient_of_a_model(tokenizer):
-    """Stops log-probabilities that are shifted by one token, or that depend on the padding."""
+    """Stops log-probabilities that are shifted by one token or depend on the padding."""
     prompts, completions = fixed_batch(tokenizer)
     longest = max(map(len, completions))
     padded = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in completions]
@@ -116,7 +116,7 @@ def test_loss_and_gradient_of_a_model(tokenizer):
 
 
 def test_generate(tokenizer, monkeypatch):
-    """Stops a mask that lacks the EOS or covers more, and samples of a truncated distribution."""
+    """Stops a mask without EOS or with tokens after it, and sampling with top-k or top-p."""
     prompts, _ = fixed_batch(tokenizer)
     model = load()
     real, outputs = model.generate, []
@@ -130,7 +130,7 @@ def test_generate(tokenizer, monkeypatch):
     torch.manual_seed(0)
     ids, visible, mask = naive_grpo.generate(model, tokenizer, prompts)
     for scores, logits in zip(outputs[0].scores, outputs[0].logits, strict=True):
-        torch.testing.assert_close(scores, logits)  # nothing cut off, nothing scaled
+        torch.testing.assert_close(scores, logits)  # nothing truncated, nothing scaled
     longest = max(map(len, prompts))
     assert ids.shape == visible.shape and len(ids) == 2 * naive_grpo.G
     assert visible[:, :longest].sum(1).tolist() == [
@@ -143,7 +143,7 @@ def test_generate(tokenizer, monkeypatch):
 
 
 def test_it_learns(monkeypatch, capsys):
-    """Stops a lesson whose rewards do not rise, e.g. by a sign or a step that is never taken."""
+    """Stops a lesson whose rewards do not rise, e.g. a wrong sign or a step never taken."""
     monkeypatch.setattr(naive_grpo, "STEPS", 6)
     monkeypatch.setattr(naive_grpo, "LR", 3e-4)
     naive_grpo.main()
@@ -153,5 +153,5 @@ def test_it_learns(monkeypatch, capsys):
 
 
 def test_it_stays_small():
-    """Stops the file for the first hour from growing into a second grpo.py."""
+    """Stops the file for beginners from growing into a second grpo.py."""
     assert len((ROOT / "docs" / "naive_grpo.py").read_text().splitlines()) <= 105

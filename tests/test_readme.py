@@ -1,10 +1,10 @@
-"""README.md and docs/ against the code: commands run or are at least understood, quotes are true.
+"""README.md and docs/ against the code: commands run or at least parse, quotes are up to date.
 
-A command runs, in a copy of the project, if it needs no GPU and no network: a hub id gives way to
-the embedded model, and what would take minutes gets SHORT settings. The others (CHECKED) must name
+A command is run, in a copy of the project, if it needs no GPU and no network. A hub id is replaced
+by the embedded model, and SHORT makes long commands fast. The other commands (CHECKED) must name
 files and flags that exist.
 
-    python tests/test_readme.py        after a change of grpo.py: bring the quoted code up to date
+    python tests/test_readme.py        after a change of grpo.py: updates the quoted code
 """
 
 import contextlib
@@ -33,7 +33,7 @@ import migrate
 import training.config
 
 README = (ROOT / "README.md").read_text()
-PAGES = {  # in the order in which the README lists them; commands run in this order
+PAGES = {  # in the README's order, in which their commands also run
     name: (ROOT / name).read_text()
     for name in ("README.md", *dict.fromkeys(re.findall(r"\((docs/\w+\.md)[)#]", README)))
 }
@@ -41,7 +41,7 @@ TEXT = "\n".join(PAGES.values())
 LESSON = PAGES["docs/lesson.md"]
 DIFF = re.compile(r"(?ms)^```diff\n(.*?)\n```")
 EQUATION = re.compile(r"(?m)^\| `([\w/]+\.py)` \| (?:(\d+) )?\| (.+?) \| `(.+)` \|$")
-SHORT = {  # settings that make a command take seconds
+SHORT = {  # settings with which a command takes seconds
     **dict.fromkeys(
         ("grpo.py", "dapo.py", "sft.py"),
         "--steps 1 --prompts-per-step 2 --max-new-tokens 16 --model tiny",
@@ -50,22 +50,22 @@ SHORT = {  # settings that make a command take seconds
     "tools.check_data": "--model tiny",
     "migrate.py": "--num-samples 2 --max-new-tokens 16",
 }
-CHECKED = re.compile(  # not run: why
-    r"^pip |-m pytest"  # the network; itself
-    r"|torchrun|--adapter none"  # several processes, which test_parallel.py starts
-    r"|tools\.experiments|bench\.py"  # long, whatever their settings
-    r"|--task "  # other data than there is here
+CHECKED = re.compile(  # not run, and why
+    r"^pip |-m pytest"  # needs the network; would start this test again
+    r"|torchrun|--adapter none"  # several processes: see test_parallel.py
+    r"|tools\.experiments|bench\.py"  # slow with any settings
+    r"|--task "  # data that is not in the repository
     r"|naive_grpo"  # test_naive.py runs it
 )
-OTHERS = re.compile(r"(vllm|python llama\.cpp/\S+) ")  # other people's programs
-MAKES = (  # files that are the reader's own
+OTHERS = re.compile(r"(vllm|python llama\.cpp/\S+) ")  # third-party programs
+READERS_FILES = (  # files that the reader brings
     "old.py", "notes.txt", "my.jsonl", "few.jsonl", "one.jsonl", "two.jsonl", "HumanEval.jsonl.gz",
     "FILE",
 )  # fmt: skip
 
 
 def blocks():
-    """The commands of all bash blocks, in order, without the file that takes their output."""
+    """The commands of all bash blocks, in order, without output redirection."""
     for block in re.findall(r"(?ms)^```bash\n(.*?)^```", TEXT):
         for line in re.sub(r"\\\n\s*|(?<=\|)\n\s*", " ", block).splitlines():
             if line and not line.startswith("#") and not re.match(r"\w+=", line):
@@ -73,13 +73,13 @@ def blocks():
 
 
 def inline():
-    """The commands within sentences and tables."""
+    """The commands quoted in sentences and tables."""
     found = re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT)
     return [" ".join(command.split()) for command in found if not OTHERS.match(command)]
 
 
-def simple(command):
-    """The words of every program that a line starts, one list each; find's program for one file."""
+def programs(command):
+    """The words of every program in a command line; for find, those of -exec on one file."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|&")
     lexer.whitespace_split = True
     groups = itertools.groupby(lexer, lambda word: word in ("|", "&&"))
@@ -93,7 +93,7 @@ def simple(command):
 
 
 def flags_of(module):
-    """The flags that --help of a program shows; none for one that takes none."""
+    """The flags that --help of a program shows; an empty set if it takes none."""
     if "main" not in vars(module):
         return set()
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
@@ -103,17 +103,17 @@ def flags_of(module):
 
 
 def split(words):
-    """(script or module, its arguments) of the words of `python FILE ...`, `python -m NAME ...`."""
+    """(script or module, its arguments), from `python FILE ...` or `python -m NAME ...`."""
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
 
 
 def load(script):
-    """The module of grpo.py, bench/bench.py or tools.plan."""
+    """Import grpo.py, bench/bench.py or tools.plan by that name."""
     return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def parse(script, argv):
-    """Parse `argv` as the script does, if its parser can be called alone; else look into --help."""
+    """Parse `argv` with the script's own parser; without one, look up its flags in --help."""
     module = load(script)
     if "Config" in vars(module):
         return training.config.parse_config(module.Config, argv, "")
@@ -124,16 +124,16 @@ def parse(script, argv):
         raise data.BadInput(f"{script}: no flag {unknown}")
 
 
-def understand(words, monkeypatch):
-    """Fail if a program, a file or a flag of a command is not there."""
+def check_command(words, monkeypatch):
+    """Fail if a command names a program, file or flag that does not exist."""
     if words[0] == "srun":
         words = words[1:]
     if words[0] == "torchrun":
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
             try:
                 args = get_args_parser().parse_args(words[1:])
             except SystemExit:
-                raise data.BadInput(said.getvalue())
+                raise data.BadInput(printed.getvalue())
         ranks = int(args.nproc_per_node) * int(args.nnodes.split(":")[-1])
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         words = ["python", args.training_script, *args.training_script_args]
@@ -142,12 +142,12 @@ def understand(words, monkeypatch):
     elif words[:3] == ["python", "-m", "pytest"]:
         words, files = [], [word for word in words[3:] if not word.startswith("-")]
     else:
-        assert words[0] == "python", f"{words[0]}: no rule for it"
+        assert words[0] == "python", f"{words[0]}: no rule for this program"
         script, argv = split(words)
         files = [script.replace(".", "/") + ".py" if words[1] == "-m" else script]
         files += [word for word in argv if re.fullmatch(r"[\w./-]+\.(py|jsonl|txt|gz)", word)]
     for name in files:
-        assert name in MAKES or (ROOT / name).exists(), f"no file {name}"
+        assert name in READERS_FILES or (ROOT / name).exists(), f"no file {name}"
     if words:
         script, argv = split(words)
         parse(script, [word for word in argv if word != "..."])
@@ -155,7 +155,7 @@ def understand(words, monkeypatch):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A copy of the project, in which commands may write, with the files that are the reader's."""
+    """A copy of the project in which commands may write, with the reader's own files."""
     folders = ("training", "tasks", "sandbox", "tools", "tiny", "figures")
     for path in (*ROOT.glob("*.py"), *(ROOT / folder for folder in folders)):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
@@ -171,8 +171,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def carry_out(words):
-    """Run one command in this process, which saves the imports: (exit status, what it printed)."""
+def run_here(words):
+    """Run one command in this process, which saves the imports: (exit status, output)."""
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(shown):
         if words[1] == "-c":
             exec(words[2].replace("Qwen/Qwen2.5-Coder-7B-Instruct", "tiny"), {})
@@ -183,10 +183,10 @@ def carry_out(words):
             command = [sys.executable, *words[1:]]
             return subprocess.run(command, stdout=subprocess.DEVNULL).returncode, ""
         if "--compare" not in argv and "--dry-run" not in argv:
-            parse(script, argv)  # before the settings that make it short may hide a mistake
+            parse(script, argv)  # before SHORT can hide a mistake
         extra = [] if "--compare" in argv else SHORT.get(script, "").split()
         if script in ("grpo.py", "dapo.py", "sft.py"):
-            extra += ["--heldout", "" if "--output" in argv else "two.jsonl"]  # eval.py wants one
+            extra += ["--heldout", "" if "--output" in argv else "two.jsonl"]  # eval.py needs one
         return module.main([*argv, *extra]), shown.getvalue()
 
 
@@ -195,7 +195,7 @@ def runnable(words):
 
 
 def test_commands_run(place, monkeypatch):
-    """Stops a command that fails because a flag, a file, a function or an order has changed."""
+    """Stops a documented command that fails, e.g. for a renamed flag, file or function."""
     from tools import experiments
 
     monkeypatch.setattr(experiments, "SPLITS", experiments.SPLITS[:1])
@@ -215,8 +215,8 @@ def test_commands_run(place, monkeypatch):
             assert done.returncode in (0, 1, 3), f"{line}\n{done.stderr}"
             assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
         else:
-            for words in filter(runnable, simple(line)):
-                status, shown = carry_out(words)
+            for words in filter(runnable, programs(line)):
+                status, shown = run_here(words)
                 fine = (0, 1, 3) if words[1] == "migrate.py" else (0,)
                 assert status in fine, f"{line}\n{shown}"
                 ran += 1
@@ -225,19 +225,19 @@ def test_commands_run(place, monkeypatch):
     assert (place / "merged" / "config.json").exists()
 
 
-def test_commands_are_understood(place, monkeypatch):
-    """Stops a stale flag, value or file in commands within sentences, or that no test can run."""
-    found = [words for line in blocks() for words in simple(line)]
+def test_commands_parse(place, monkeypatch):
+    """Stops an outdated flag, value or file in commands that are too slow to run, or inline."""
+    found = [words for line in blocks() for words in programs(line)]
     found = [words for words in found if CHECKED.search(" ".join(words))]
-    found += [words for line in inline() for words in simple(line)]
+    found += [words for line in inline() for words in programs(line)]
     assert len(found) > 20
-    run = {"model": "tiny", "heldout": "few.jsonl", "output": "runs/grpo"}  # as after grpo.py
+    run = {"model": "tiny", "heldout": "few.jsonl", "output": "runs/grpo"}  # as if grpo.py had run
     for name, settings in (("config.json", run), ("adapter/adapter_config.json", {})):
         (place / "runs" / "grpo" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "runs" / "grpo" / name).write_text(json.dumps(settings))
     for words in found:
         with monkeypatch.context() as patch:
-            understand(words, patch)
+            check_command(words, patch)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_commands_are_understood(place, monkeypatch):
 def test_a_stale_command_is_found(place, monkeypatch, line, word):
     """Stops rules so lenient that a command which cannot work passes them."""
     with pytest.raises((AssertionError, data.BadInput), match=word):
-        understand(simple(line)[0], monkeypatch)
+        check_command(programs(line)[0], monkeypatch)
 
 
 def test_files():
@@ -278,8 +278,8 @@ def test_files():
         assert not function or f"\ndef {function}(" in text, f"{name} has no {function}"
 
 
-def test_equations_quote_the_code():
-    """Stops a quoted line of code that is gone, or that has another equation's number now."""
+def test_quoted_equations_are_in_the_code():
+    """Stops a quoted line of code that is gone or now has another equation's number."""
     table = LESSON.partition("## The equations")[2].partition("\n## ")[0]
     rows = EQUATION.findall(table)
     assert len(rows) > 20
@@ -292,11 +292,11 @@ def test_equations_quote_the_code():
         assert numbers == {number for name, number, *_ in rows if name == f"{script}.py"}, script
 
 
-def test_failures_are_the_words_of_the_code():
-    """Stops a message in the table of failures that no program gives any more."""
+def test_listed_messages_are_in_the_code():
+    """Stops the table of messages from listing one that no program prints any more."""
     paths = (*ROOT.glob("*.py"), *ROOT.glob("training/*.py"))
     sources = "\n".join(path.read_text() for path in paths)
-    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # join strings split over lines
     table = PAGES["docs/troubleshooting.md"]
     messages = re.findall(r"(?m)^\| `([^`]+ [^`]+)` \|", table)
     assert len(messages) > 10
@@ -306,7 +306,7 @@ def test_failures_are_the_words_of_the_code():
 
 
 def test_form():
-    """Stops paths of one machine, and prose that is wider than the code."""
+    """Stops paths of one machine, and prose wider than 100 columns."""
     assert not re.findall(r"(?<![\w.:/~*])/[a-z]\w*/", TEXT.replace("#!/bin/bash", ""))
     for name, text in PAGES.items():
         prose = re.sub(r"(?ms)^```.*?^```", "", text)
@@ -315,19 +315,19 @@ def test_form():
 
 
 def test_the_readme_is_short():
-    """Stops a README that takes longer than its reader's first hour leaves for it."""
+    """Stops a README too long for a reader's first hour."""
     assert len(README.splitlines()) <= 250
     assert len(README.split()) <= 2600
 
 
 def anchors(text):
-    """What a link's #part may be: the page's headings as the hub writes them."""
+    """The valid #anchors of a page: its headings in the form that links use."""
     headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", text))
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_links():
-    """Stops a link to a page, figure or heading that is gone, and a page that no link leads to."""
+    """Stops a link to a missing page, figure or heading, and a page without a link to it."""
     assert set(PAGES) - {"README.md"} == {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")}
     checked = 0
     for name, text in PAGES.items():
@@ -343,7 +343,7 @@ def test_links():
 
 
 def test_the_readme_shows_hunks_of_the_diff():
-    """Stops a README whose part of the diff is stale, or that leaves out a hunk of code."""
+    """Stops a README with an old hunk of the diff, or without a hunk of code."""
     shown = [part.rstrip("\n") for block in DIFF.findall(README) for part in hunks(block)]
     now = [hunk.rstrip("\n") for hunk in hunks(diff(ROOT / "grpo.py", ROOT / "dapo.py"))]
     assert shown and set(shown) <= set(now)
@@ -352,10 +352,10 @@ def test_the_readme_shows_hunks_of_the_diff():
     assert shown == code
 
 
-# ------------------------------------------------------------------------- to renew the quotes
+# ------------------------------------------------------------------------- updating the quotes
 
-def likest(text, candidates):
-    """The candidate most like `text`, "" if none is like it."""
+def closest(text, candidates):
+    """The candidate most similar to `text`, or "" if none is similar."""
 
     def similarity(other):
         return difflib.SequenceMatcher(None, text, other, autojunk=False).ratio()
@@ -364,51 +364,51 @@ def likest(text, candidates):
     return best if best and similarity(best) > 0.6 else ""
 
 
-def renew(text):
-    """A page with today's hunks of the diff and lines of code, and a list of what needs a hand."""
+def refresh(text):
+    """A page with today's hunks and lines of code, and a list of what must be fixed by hand."""
     now = [hunk.rstrip("\n") for hunk in hunks(diff(ROOT / "grpo.py", ROOT / "dapo.py"))]
     left = []
 
-    def renew_block(match):
+    def refresh_block(match):
         parts = []
         for old in hunks(match[1]):
-            parts.append(likest(old.rstrip("\n"), now))
+            parts.append(closest(old.rstrip("\n"), now))
             if not parts[-1]:
                 parts[-1] = old.rstrip("\n")
                 left.append(f"no such hunk any more:\n{old}")
         return "```diff\n" + "\n".join(parts) + "\n```"
 
-    def renew_line(match):
+    def refresh_line(match):
         name, number, _, line = match.groups()
         lines = [x.strip() for x in (ROOT / name).read_text().splitlines() if x.startswith(" ")]
         if line in lines:
             return match[0]
         if number:
             lines = [x for x in lines if re.search(rf"# eq\. {number}\b", x)]
-        if found := likest(line, lines):
+        if found := closest(line, lines):
             return match[0].replace(f"`{line}`", f"`{found}`")
         left.append(f"no such line any more: {name}, {line}")
         return match[0]
 
-    return EQUATION.sub(renew_line, DIFF.sub(renew_block, text)), left
+    return EQUATION.sub(refresh_line, DIFF.sub(refresh_block, text)), left
 
 
-def test_renew():
-    """Stops a renewal that spoils quotes that are true, or that repairs none."""
-    assert renew(LESSON) == (LESSON, [])
+def test_refresh():
+    """Stops a refresh that changes correct quotes, or that repairs none."""
+    assert refresh(LESSON) == (LESSON, [])
     stale = LESSON.replace("# eq. 8", "# the old comment, eq. 8")
     assert stale != LESSON
-    assert renew(stale)[0] == LESSON
+    assert refresh(stale)[0] == LESSON
 
 
 def main():
     for name in ("README.md", "docs/lesson.md"):
-        text, left = renew(PAGES[name])
+        text, left = refresh(PAGES[name])
         (ROOT / name).write_text(text)
-        print(f"{name}: {'renewed' if text != PAGES[name] else 'as it was'}", *left, sep="\n")
+        print(f"{name}: {'updated' if text != PAGES[name] else 'unchanged'}", *left, sep="\n")
     for hunk in hunks(diff(ROOT / "grpo.py", ROOT / "dapo.py")):
         if hunk.rstrip("\n") not in LESSON:
-            print(f"docs/lesson.md before this run did not have\n{hunk}")
+            print(f"a hunk that was missing from docs/lesson.md:\n{hunk}")
 
 
 if __name__ == "__main__":
