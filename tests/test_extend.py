@@ -1,4 +1,4 @@
-"""What a reader adds without editing anything else: an algorithm with a metric, a reward, Dr. GRPO."""
+"""What a user adds without editing other files: an algorithm with a metric, a reward, Dr. GRPO."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ import grpo
 import reward
 
 SMALL = "--steps 2 --prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --quiet".split()
-ENTROPY = (  # grpo.py with an entropy bonus: (line, what it becomes)
+ENTROPY = (  # grpo.py with an entropy bonus: (old line, new lines)
     ("    beta: float = 0.001  #", "    bonus: float = 0.01  # weight of the entropy bonus\n    beta: float = 0.001  #"),
     ("        loss.backward()", "        surprise = -(logps * part.mask).sum() / count  # its mean is the entropy\n"
      "        loss = loss - config.bonus * surprise\n        loss.backward()"),
@@ -37,7 +37,7 @@ def flags(tmp_path, checkpoints, write_rows, rows, name):
 
 
 def test_a_fourth_algorithm(tmp_path, checkpoints, write_rows, rows):
-    """Stops an algorithm's own setting or metric from needing an edit elsewhere, in one process or in two ranks."""
+    """Stops a new setting or metric from needing an edit elsewhere, on one rank or two."""
     changed = sum(new.count("\n") + 1 - old.count("\n") for old, new in ENTROPY) - len(ENTROPY)
     assert changed <= 6
     script = edited(tmp_path / "entropy.py", ENTROPY)
@@ -53,8 +53,8 @@ def test_a_fourth_algorithm(tmp_path, checkpoints, write_rows, rows):
         assert json.loads((tmp_path / name / "config.json").read_text())["bonus"] == float(more[1])
 
 
-def test_a_reward_of_ones_own(tmp_path, checkpoints, write_rows, rows, monkeypatch):
-    """Stops a reward from seeing only the reference: this one looks at the old code and at the note."""
+def test_a_reward_of_your_own(tmp_path, checkpoints, write_rows, rows, monkeypatch):
+    """Stops a reward from seeing only the reference: this one reads old code and note too."""
     seen = []
 
     def fresh(grade, example):
@@ -72,7 +72,7 @@ def test_a_reward_of_ones_own(tmp_path, checkpoints, write_rows, rows, monkeypat
 
 
 def test_an_answer_is_graded_once(monkeypatch):
-    """Stops one answer from being extracted, parsed and compared again for every metric."""
+    """Stops an answer from being extracted, parsed and compared again for every metric."""
     calls = []
     for name in ("extract_code", "parses", "levenshtein"):
         real = getattr(reward, name)
@@ -85,7 +85,7 @@ def test_an_answer_is_graded_once(monkeypatch):
 
 
 def test_dr_grpo_as_the_exercise_says(tmp_path):
-    """Stops the README's exercise from needing more than the lines of eq. 3 and 8."""
+    """Stops the documented exercise from needing more than the lines of eq. 3 and 8."""
     edits = (
         ("    return (rewards - mean) / (std + 1e-4)  # eq. 3", "    return rewards - mean  # eq. 3"),
         ("    return mask / mask.sum(1, keepdim=True) / len(mask)  # eq. 8",

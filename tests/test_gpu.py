@@ -1,4 +1,4 @@
-"""What can be said of a GPU without one: kernels counted, attention's arguments, captures."""
+"""What can be tested of the GPU code without a GPU: kernel counts, attention arguments, capture."""
 
 import types
 
@@ -18,7 +18,7 @@ VIEWS = "view reshape expand permute transpose slice select unsqueeze squeeze al
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations that are not views, by name."""
+    """Records the names of the operations that are not views."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Kernels(TorchDispatchMode):
 
 
 def decoder(layers, dtype):
-    """A decoder in the middle of a completion: 7B's heads, small widths, DoRA on q and v."""
+    """A decoder in mid-completion: the heads of a 7B model, small widths, DoRA on q and v."""
     config = Qwen2Config(
         vocab_size=97, hidden_size=112, intermediate_size=224, num_hidden_layers=layers,
         num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
@@ -47,7 +47,7 @@ def decoder(layers, dtype):
 
 @torch.no_grad()
 def count(dtype, drop=False):
-    """Kernels of one decoding step of 28 layers, from 2 and 4 layers."""
+    """Kernels of one decoding step of 28 layers, extrapolated from 2 and 4 layers."""
     counts = []
     for layers in (2, 4):
         made = decoder(layers, dtype)
@@ -64,9 +64,10 @@ def count(dtype, drop=False):
 
 @pytest.mark.parametrize("drop", [False, True], ids=["all rows", "after a drop"])
 def test_kernels_of_a_decoding_step(drop, monkeypatch):
-    """Stops a decoding step from launching more kernels than its weights take to read, or from waiting for the GPU.
+    """Stops a decoding step whose kernel launches take longer than reading the weights.
 
-    Counted in bf16 on a CPU, whose builds have no CUDA kernels: what is one kernel there has a stand-in of one.
+    It must not wait for the GPU either. Counted in bf16 on a CPU, whose builds have no CUDA
+    kernels: each fused kernel is replaced by a single operation.
     """
     one = lambda x, *args, **kwargs: torch.zeros_like(x)
     fused = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": one, "rms_norm": one})
@@ -76,12 +77,12 @@ def test_kernels_of_a_decoding_step(drop, monkeypatch):
 
 
 def test_operations_of_a_decoding_step_on_a_cpu():
-    """Stops the CPU's decoding step from growing: dispatch is half of its time at 8 rows."""
+    """Stops the decoding step from growing on a CPU: at 8 rows half of its time is dispatch."""
     assert count(torch.float32) <= 1250
 
 
 def test_training_attention_has_no_mask_and_no_repeated_keys(monkeypatch):
-    """Stops attention in training from losing the flash kernel to a mask, or from copying keys to every head."""
+    """Stops a mask from disabling the flash kernel in training, and keys copied to every head."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     seen = []
 
@@ -103,7 +104,7 @@ def test_training_attention_has_no_mask_and_no_repeated_keys(monkeypatch):
 
 
 def test_a_failed_capture_restores_the_stream(monkeypatch):
-    """Stops everything after a failed capture from running on the capture's side stream."""
+    """Stops a failed capture from leaving its side stream as the current stream."""
     streams = ["main"]
 
     class Graph:
@@ -123,7 +124,7 @@ def test_a_failed_capture_restores_the_stream(monkeypatch):
 
 
 def test_fused_norm_equals_the_models_own():
-    """Stops the fused RMSNorm from computing something else than the model that was published."""
+    """Stops the fused RMSNorm from differing from the model's own norm."""
     model = random_model("llama")
     x = torch.randn(3, 5, 64)
     layer = model.model.norm
@@ -132,7 +133,7 @@ def test_fused_norm_equals_the_models_own():
 
 
 def test_a_dry_run_measures_its_own_peak(monkeypatch, capsys):
-    """Stops --dry-run from reporting the peak of loading the model instead of that of its step."""
+    """Stops --dry-run from reporting the peak of loading the model instead of its step's."""
     events = []
 
     def sample(*args):
@@ -157,7 +158,7 @@ def test_a_dry_run_measures_its_own_peak(monkeypatch, capsys):
 
 
 class OldModel:
-    """A model as transformers 5.17 has it: checkpointing has its old name only."""
+    """A model as in transformers 5.17: checkpointing has only its old name."""
 
     def __init__(self):
         self.enabled = []
@@ -167,7 +168,7 @@ class OldModel:
 
 
 class NewModel(OldModel):
-    """A model as transformers 5.23 has it: the old name still works, but warns."""
+    """A model as in transformers 5.23: the old name still works but warns."""
 
     def gradient_checkpointing_enable(self, settings):
         raise AssertionError("the deprecated name was called")
@@ -178,7 +179,7 @@ class NewModel(OldModel):
 
 @pytest.mark.parametrize("kind", [OldModel, NewModel])
 def test_bench_enables_checkpointing_under_both_names(kind, monkeypatch):
-    """Stops every GPU row of the bench from failing on a transformers that has only one name."""
+    """Stops GPU benchmarks from failing on a transformers that has only one of the names."""
     monkeypatch.syspath_prepend(ROOT / "bench")
     bench_work = pytest.importorskip("bench_work")
     monkeypatch.setattr(bench_work.dora, "add_dora", lambda model, *settings: model)

@@ -1,4 +1,7 @@
-"""training/parallel.py: two ranks (gloo) do what one process does, whatever is trained; one that fails takes the other along."""
+"""training/parallel.py: two ranks (gloo) give the results of one process, for every algorithm.
+
+A rank that fails ends the job.
+"""
 
 import json
 import math
@@ -31,12 +34,12 @@ import training.config
 
 CASES = [(script, adapter) for script in (grpo, dapo, sft) for adapter in ("dora", "none")]
 NAMES = [f"{script.__name__}-{adapter}" for script, adapter in CASES]
-AGAIN = ("grpo-dora", "dapo-none")  # these are also stopped after step 2 and gone on with
+RESUMED = ("grpo-dora", "dapo-none")  # also stopped after step 2 and resumed
 every_case = pytest.mark.parametrize("name", NAMES)
 
 
 def one_update(name, groups):
-    """Model, batch of `groups` groups of two unequal rows, and Config of one case."""
+    """Script, model, batch (`groups` groups of two rows of different length), Config of a case."""
     script, adapter = CASES[NAMES.index(name)]
     model = policy() if adapter == "dora" else random_model("qwen2", tie_word_embeddings=True)
     batch = ragged(model).select(torch.arange(2 * groups))
@@ -44,7 +47,7 @@ def one_update(name, groups):
 
 
 def gradient_of_ranks(name, groups):
-    """Figures, gradients and norm after a reduce over all ranks; the norm is that of gradients clipped to 1."""
+    """Metrics, full gradients and gradient norm after a reduce over all ranks."""
     script, model, batch, config = one_update(name, groups)
     if config.adapter == "none":
         parallel.shard(model, offload=False)
@@ -54,7 +57,10 @@ def gradient_of_ranks(name, groups):
 
 
 def train(base, name, output, *more, stop=None):
-    """A run of four steps in base/output; the exit status. stop=(rank, step): that rank gets a Ctrl-C there."""
+    """A run of four steps in base/output; returns the exit status.
+
+    stop=(rank, step): that rank gets a Ctrl-C after that step.
+    """
     script, adapter = CASES[NAMES.index(name)]
     log, flags = run.RunDirectory.log, (
         f"--model {base}/model --data {base}/data.jsonl --output {base}/{output} --adapter {adapter} --steps 4 "
@@ -74,13 +80,13 @@ def train(base, name, output, *more, stop=None):
 
 
 def job(base):
-    """What the two ranks do, all in one job, for starting one takes seconds."""
+    """What both ranks run: one job for everything, because starting one takes seconds."""
     parallel.start()
     found = {(name, groups): gradient_of_ranks(name, groups) for name in NAMES for groups in (3, 1)}
     for name in NAMES:
         more = ["--offload"] if name == "sft-none" else []
         assert train(base, name, f"{name}-2", *more) == 0
-    for name in AGAIN:
+    for name in RESUMED:
         assert train(base, name, f"{name}-stopped", stop=(1, 2)) == 130
         if parallel.RANK == 0:
             shutil.copytree(base / f"{name}-stopped", base / f"{name}-2to1")
@@ -104,13 +110,13 @@ def environment():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, checkpoints):
-    """A directory with all runs, of one process and of two ranks."""
+    """A directory with all runs, those of one process and those of two ranks."""
     base = tmp_path_factory.mktemp("ranks")
     shutil.copytree(checkpoints["qwen2"], base / "model")
     (base / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     for name in NAMES:
         assert train(base, name, f"{name}-1") == 0
-    for name in AGAIN:
+    for name in RESUMED:
         assert train(base, name, f"{name}-1to2", stop=(0, 2)) == 130
     processes, settings = [], environment()
     for rank in range(2):
@@ -119,13 +125,13 @@ def base(tmp_path_factory, checkpoints):
             processes[-1].start()
     for process in processes:
         process.join(150)
-        process.kill()  # where one waits for the other for ever
+        process.kill()  # if one still waits for the other
     assert [process.exitcode for process in processes] == [0, 0]
     return base
 
 
-def leavings(path):
-    """The rows of a run's metrics without clock times, its samples, its checkpoint."""
+def artifacts(path):
+    """A run's metrics without clock times, its samples, its checkpoint."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     saved = torch.load(path / "checkpoint" / "state.pt", weights_only=True)
@@ -133,9 +139,9 @@ def leavings(path):
     return rows, [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()], saved
 
 
-def close(one, other):
-    """Whether two runs made the same samples and, to 1e-5, the same figures."""
-    (rows, samples, _), (others, also, _) = leavings(one), leavings(other)
+def assert_same_run(one, other):
+    """Check that two runs have the same samples and, to 1e-5, the same metrics."""
+    (rows, samples, _), (others, also, _) = artifacts(one), artifacts(other)
     assert samples == also and len(rows) == len(others) == 4
     for row, wanted in zip(rows, others):
         assert row == pytest.approx(wanted, abs=1e-5)
@@ -147,8 +153,8 @@ def close(one, other):
 
 @pytest.mark.parametrize("groups", [3, 1])
 @every_case
-def test_gradient_is_that_of_one_process(name, groups, base):
-    """Stops weights normalised per rank, a mean of gradients for their sum, rows done twice or by no rank."""
+def test_gradient_equals_that_of_one_process(name, groups, base):
+    """Stops weights normalised per rank, gradients averaged, not summed, and rows done twice."""
     wanted, exact = brute_force(*one_update(name, groups))
     length = math.sqrt(sum(grad.square().sum().item() for grad in exact))
     for rank in range(2):
@@ -160,36 +166,36 @@ def test_gradient_is_that_of_one_process(name, groups, base):
 
 
 @every_case
-def test_run_is_that_of_one_process(name, base):
-    """Stops samples that hang on the rank that draws them, groups out of order, steps that differ between ranks."""
-    close(base / f"{name}-2", base / f"{name}-1")
+def test_run_equals_that_of_one_process(name, base):
+    """Stops samples that depend on the rank, groups out of order, steps that differ by rank."""
+    assert_same_run(base / f"{name}-2", base / f"{name}-1")
 
 
 def test_all_weights_are_exported(base, tokenizer):
-    """Stops a model/ that is a slice, or that is not what was trained."""
+    """Stops an exported model/ that is one shard, or that is not what was trained."""
     for name in ("dapo-none-1", "dapo-none-2"):
-        model, saved = loading.load_model(str(base / name / "model")), leavings(base / name)[2]
+        model, saved = loading.load_model(str(base / name / "model")), artifacts(base / name)[2]
         trained = dict(model.named_parameters())
         assert trained.keys() == saved["trained"].keys()
         assert all(torch.equal(trained[key], x) for key, x in saved["trained"].items())
     assert not (base / "dapo-dora-2" / "model").exists()
 
 
-# ------------------------------------------------------------------------- stop and go on
+# ------------------------------------------------------------------------- stop and resume
 
 
-@pytest.mark.parametrize("name", AGAIN)
-def test_two_ranks_go_on_as_if_nothing_had_happened(name, base):
-    """Stops a Ctrl-C that one rank alone obeys, and slices that come back in the wrong place."""
-    assert same(leavings(base / f"{name}-stopped"), leavings(base / f"{name}-2"))
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_ranks_resume_exactly(name, base):
+    """Stops a Ctrl-C that only one rank obeys, and shards restored in the wrong place."""
+    assert same(artifacts(base / f"{name}-stopped"), artifacts(base / f"{name}-2"))
 
 
-@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("name", RESUMED)
 def test_the_number_of_ranks_may_change(name, base):
-    """Stops a checkpoint that only as many ranks can read as wrote it."""
-    close(base / f"{name}-1to2", base / f"{name}-1")
+    """Stops a checkpoint that only as many ranks as wrote it can read."""
+    assert_same_run(base / f"{name}-1to2", base / f"{name}-1")
     script, adapter = CASES[NAMES.index(name)]
-    saved = leavings(base / f"{name}-2to1")[2]
+    saved = artifacts(base / f"{name}-2to1")[2]
     assert saved["state"]["step"] == 2
     model = policy() if adapter == "dora" else loading.load_model(str(base / "model"))
     if adapter == "none":
@@ -200,11 +206,11 @@ def test_the_number_of_ranks_may_change(name, base):
         assert same(loaded, {key: saved[key] for key in loaded})
         assert all(torch.equal(parallel.full_tensor(p), saved["trained"][key]) for key, p in model.named_parameters())
     assert train(base, name, f"{name}-2to1", "--resume") == 0
-    close(base / f"{name}-2to1", base / f"{name}-1")
+    assert_same_run(base / f"{name}-2to1", base / f"{name}-1")
 
 
 def test_small_steps_are_not_rounded_away(monkeypatch):
-    """Stops weights in bf16 from being what is trained: a step of 1e-4 is less than the last bit of 1.0."""
+    """Stops training bf16 weights: a step of 1e-4 is smaller than the last bit of 1.0."""
     halves = parallel.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     monkeypatch.setattr(parallel.fsdp, "MixedPrecisionPolicy", lambda **_: halves)  # as on a GPU
     model = random_model("qwen2").bfloat16()
@@ -221,9 +227,11 @@ def test_small_steps_are_not_rounded_away(monkeypatch):
     torch.testing.assert_close(norm, torch.full_like(norm, 0.998), atol=1e-5, rtol=0)
 
 
-def test_a_graph_is_recorded_without_fsdp(monkeypatch, capsys):
-    """Stops FSDP2's hooks from running while a CUDA graph is recorded: they fork streams, and recording fails.
-    The stand-in frees a layer's weights; a hook would gather them again."""
+def test_a_graph_is_captured_without_fsdp(monkeypatch, capsys):
+    """Stops FSDP2's hooks from running during capture: they fork streams, and the capture fails.
+
+    The stand-in for the capture frees a layer's weights; a hook would gather them again.
+    """
     model = random_model("qwen2")
     parallel.shard(model, offload=False)
 
@@ -244,7 +252,7 @@ def test_a_graph_is_recorded_without_fsdp(monkeypatch, capsys):
     model(torch.tensor([[5, 6]]))  # the hooks are back
 
 
-# ------------------------------------------------------------------------- refused, and failed
+# ------------------------------------------------------------------------- refusals and failures
 
 
 @pytest.mark.parametrize(
@@ -257,7 +265,7 @@ def test_a_graph_is_recorded_without_fsdp(monkeypatch, capsys):
     ],
 )
 def test_refused(flags, world, word, monkeypatch):
-    """Stops a KL to a policy that no longer exists, and ranks that would have nothing to do."""
+    """Stops a KL penalty to a policy that no longer exists, and ranks with nothing to do."""
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(data.BadInput, match=word):
         training.config.parse_config(grpo.Config, flags.split(), "")
@@ -265,7 +273,7 @@ def test_refused(flags, world, word, monkeypatch):
 
 @pytest.fixture(scope="module")
 def ends(base):
-    """{how: (exit status, what torchrun and its ranks wrote to stderr)} of jobs that fail."""
+    """{how: (exit status, stderr of torchrun and its ranks)} of jobs that fail."""
     jobs = {}
     for how in ("killed", "own error", "same error"):
         settings = {name: environment()(0)[name] for name in ("MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
@@ -280,7 +288,7 @@ def ends(base):
 
 
 def fail(how, base):
-    """What each rank of such a job does: as `how` has it, in step 2 of a run."""
+    """What each rank of a failing job runs; `how` names the failure."""
     log = run.RunDirectory.log
 
     def logged(self, step, *rest):
@@ -288,7 +296,7 @@ def fail(how, base):
         if parallel.RANK == 1 and step == 2 and how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if parallel.RANK == 1 and step == 2 and how == "own error":
-            raise data.BadInput("no such luck")
+            raise data.BadInput("bad value")
 
     with patch.object(run.RunDirectory, "log", logged):
         more = ["--data", "nowhere.jsonl"] if how == "same error" else []
@@ -296,21 +304,21 @@ def fail(how, base):
 
 
 def test_a_dead_rank_ends_the_job(ends, base):
-    """Stops a rank that waits for ever for one that was killed; what was saved stays."""
+    """Stops a rank from waiting forever for one that was killed; what was saved stays."""
     status, text = ends["killed"]
     assert status != 0 and "SIGKILL" in text
-    assert leavings(base / "killed")[2]["state"]["step"] in (0, 2)
+    assert artifacts(base / "killed")[2]["state"]["step"] in (0, 2)
 
 
 def test_a_rank_with_an_error_of_its_own(ends):
-    """Stops the one line that tells what is wrong from drowning in tracebacks of broken connections."""
+    """Stops the one line with the cause from drowning in tracebacks of broken connections."""
     status, text = ends["own error"]
-    assert status != 0 and text.count("error: no such luck (rank 1)") == 1
+    assert status != 0 and text.count("error: bad value (rank 1)") == 1
     assert "gloo" not in text and "RuntimeError" not in text
 
 
-def test_an_error_of_all_ranks_is_said_once(ends, base):
-    """Stops the same line from standing there once for every GPU."""
+def test_an_error_of_all_ranks_is_printed_once(ends, base):
+    """Stops the same error from being printed once per GPU."""
     status, text = ends["same error"]
     assert status != 0 and text.count("error: ") == 1 and "nowhere.jsonl" in text
     assert not (base / "same-error").exists()

@@ -1,4 +1,4 @@
-"""tools/plan.py: the formula against real models, --dry-run, and what an out-of-memory error says."""
+"""tools/plan.py: the formula against real models, --dry-run, and the out-of-memory message."""
 
 import json
 import weakref
@@ -20,7 +20,7 @@ from training.config import BadInput
 
 
 def shape_of(config, rank=64):
-    """plan.shape() of a transformers config."""
+    """plan.shape() for a transformers config."""
     d, n, f = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     head = getattr(config, "head_dim", None) or d // config.num_attention_heads
     q, k = head * config.num_attention_heads, head * config.num_key_value_heads
@@ -30,7 +30,7 @@ def shape_of(config, rank=64):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_counted(family, tied):
-    """Stops a table of other sizes than the real ones; norms and biases may miss, 2 % at most."""
+    """Stops a formula that miscounts weights; it may omit norms and biases, 2 % at most."""
     sizes = {"hidden_size": 128, "intermediate_size": 320}
     model = random_model(family, 500, tie_word_embeddings=tied, **sizes)
     real = sum(p.numel() for p in model.parameters())
@@ -60,9 +60,9 @@ def test_memory_by_hand():
     parts = plan.memory(x, config, 4, 3, b=2, logits=7)
     assert parts["weights"] == 2000 and parts["trained"] == 800
     assert parts["sampling"] == 2 * (2 * 1 + 1) * 5 * 3 * 2 * (4 + 8) + 16 * 3 * 2 * 100
-    held = plan.HELD_D * 10 + plan.HELD_F * 30  # numbers that a layer keeps of a token
+    held = plan.HELD_D * 10 + plan.HELD_F * 30  # values that a layer keeps per token
     layer = 2 * (held * 16 + 2 * 5 * 2 * (4 + 8))
-    back = 2 * (plan.BACK_D * 10 + plan.BACK_F * 30) * 16  # and what its gradients take
+    back = 2 * (plan.BACK_D * 10 + plan.BACK_F * 30) * 16  # and those of its backward pass
     assert parts["training"] == 2 * (10 * (4 + 16) + 4 * 5 * 4) + layer + back + 16 * 7
     assert parts["peak"] == 2800 + max(parts["sampling"], parts["training"])
     config.keep_activations = True
@@ -80,7 +80,7 @@ def test_memory_by_hand():
 
 @pytest.mark.parametrize("adapter", ["dora", "none"])
 def test_memory_in_fp32(adapter):
-    """Stops fp32 from being counted as bf16, and the trained part, fp32 anyway, from doubling."""
+    """Stops fp32 from being counted as bf16, and the trained part, always fp32, from doubling."""
     config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
     config.adapter = adapter
     half = plan.memory(SMALL, config, 4, 3, b=2, logits=7)
@@ -93,7 +93,7 @@ def test_memory_in_fp32(adapter):
 
 
 def test_time_by_hand(monkeypatch):
-    """Stops a pass that is not counted, and a sampler that reads its keys too often."""
+    """Stops a pass that is not counted, and a sampler that reads its KV cache too often."""
     monkeypatch.setattr(plan, "BANDWIDTH", 10)
     monkeypatch.setattr(plan, "OPERATIONS", 100)
     config = grpo.Config(num_samples=2, max_new_tokens=8)
@@ -111,9 +111,9 @@ def test_plan_is_a_program(capsys):
     with pytest.raises(SystemExit) as stop:
         plan.main(["--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert "--dry-run" in said and "(eq. 8)" in said and "| 7B |" not in said
-    assert max(map(len, said.split("\n"))) <= 100
+    printed = capsys.readouterr().out
+    assert "--dry-run" in printed and "(eq. 8)" in printed and "| 7B |" not in printed
+    assert max(map(len, printed.split("\n"))) <= 100
     with pytest.raises(BadInput, match="unrecognized arguments: 7B"):
         plan.main(["7B"])
     assert plan.main([]) == 0
@@ -123,7 +123,7 @@ def test_plan_is_a_program(capsys):
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and still alive, and their peak."""
+    """Counts the bytes of the tensors made inside that are still alive, and their peak."""
 
     def __init__(self, model):
         super().__init__()
@@ -146,7 +146,7 @@ class Alive(TorchDispatchMode):
 
 
 def uncounted(function):
-    """The function without a dispatch mode: a tensor subclass cannot be made inside Alive."""
+    """`function` without a dispatch mode: a tensor subclass cannot be made inside Alive."""
 
     def call(*args):
         with _disable_current_modes():
@@ -165,8 +165,8 @@ def model_of(layers):
 @pytest.mark.parametrize("layers", [2, 8])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("prompts", [1, 3])
-def test_training_memory_is_that_of_the_tensors_alive(layers, keep, prompts, monkeypatch):
-    """Stops a formula that forgets what a layer holds, or counts all layers though recomputed."""
+def test_training_memory_matches_the_tensors_alive(layers, keep, prompts, monkeypatch):
+    """Stops a formula that omits what a layer holds, or counts all layers with checkpointing."""
     model = model_of(layers)
     if not keep:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -183,8 +183,8 @@ def test_training_memory_is_that_of_the_tensors_alive(layers, keep, prompts, mon
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
-def test_sampling_memory_is_that_of_the_tensors_alive(prompts):
-    """Stops a formula that counts a prompt's keys once for its group, or forgets a copy of them."""
+def test_sampling_memory_matches_the_tensors_alive(prompts):
+    """Stops a formula that counts a prompt's KV cache once per group, or omits a copy of it."""
     model = model_of(8)
     config = grpo.Config(num_samples=4, max_new_tokens=256)
     with Alive(model) as alive:
@@ -195,7 +195,7 @@ def test_sampling_memory_is_that_of_the_tensors_alive(prompts):
 
 @pytest.mark.parametrize("more", ["", "--adapter lora --keep-activations", "--adapter none --beta 0"])
 def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, capsys):
-    """Stops a dry run that tries less than the worst, or that claims, writes or trains a run directory."""
+    """Stops a dry run that tries less than the worst case, or that touches a run directory."""
     rows[3]["old_code"] += "\ny = 1" * 20
     seen, real = [], recode.sample
     monkeypatch.setattr(recode, "sample", lambda *args: seen.append(args) or real(*args))
@@ -210,13 +210,13 @@ def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, cap
     tokenizer = loading.load_tokenizer(checkpoints["qwen2"])
     longest = max(len(data.encode_prompt(e, tokenizer)) for e in data.load_examples(write_rows(rows)))
     assert {len(prompt) for prompt in prompts} == {longest}
-    said = capsys.readouterr().out
-    assert "7,200 steps" in said and "h at most" in said and "peak" in said
+    printed = capsys.readouterr().out
+    assert "7,200 steps" in printed and "h at most" in printed and "peak" in printed
     assert [path.name for path in output.iterdir()] == ["keep"]
 
 
 def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
-    """Stops a traceback, or advice that names no flag, where a smaller pass would do."""
+    """Stops a traceback, and advice without a flag, where a smaller micro-batch would fit."""
 
     def main(argv):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -224,15 +224,15 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["grpo.py"])
     with pytest.raises(SystemExit) as stop:
         parallel.run_main(main)
-    said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 1 and printed.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB.")
     for flag in ("--micro-tokens", "--keep-activations", "--num-samples", "--offload", "--dry-run", "--resume"):
-        assert flag in said
-    assert "more" not in said.split("\n")[0]
+        assert flag in printed
+    assert "more" not in printed.split("\n")[0]
 
 
-def test_large_models_are_written_in_parts(checkpoints, tmp_path, monkeypatch):
-    """Stops a single file of many gigabytes, and parts that do not load as the same model."""
+def test_large_models_are_written_in_shards(checkpoints, tmp_path, monkeypatch):
+    """Stops a single file of many gigabytes, and shards that do not load as the same model."""
     monkeypatch.setattr(loading, "SHARD", "100KB")
     model = loading.load_model(checkpoints["llama"])
     loading.write_model(model, loading.load_tokenizer(checkpoints["llama"]), tmp_path, "A test.")
