@@ -1,7 +1,7 @@
-"""Shared by all tests: small random checkpoints of three families, and a few tasks of our own wording.
+"""Shared by all tests: small random checkpoints of three families, and a few tasks of our own.
 
-PEFT and rapidfuzz are oracles for some tests, which skip without them. ../shared/data, where it
-exists, holds the real data set.
+PEFT and rapidfuzz are oracles for some tests, which are skipped without them. ../shared/data, where
+it exists, holds the real data set.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: on a machine with a GPU half would run on it
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before importing torch: the tests need no GPU
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ import dapo
 import grpo
 import sft
 
-torch.set_num_threads(1)  # the models are tiny: on a busy machine threads would wait more than they work
+torch.set_num_threads(1)  # the models are tiny: more threads would mostly wait for each other
 SCRIPTS = [pytest.param(script, id=script.__name__) for script in (grpo, dapo, sft)]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 
 
 def random_model(family, vocab_size=97, **overrides):
-    """A small model with random weights, large enough ones that its answers are not all the same."""
+    """A small model with random weights, large enough that its answers differ."""
     torch.manual_seed(0)
     settings = {
         "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, tokenizer):
-    """{family: directory} of random checkpoints in the HF layout, with tiny's tokenizer and template."""
+    """{family: directory} of random checkpoints in HF layout, with the toy's tokenizer."""
     made = {}
     for family in FAMILIES:
         made[family] = str(tmp_path_factory.mktemp(family))
@@ -74,13 +74,13 @@ ROWS = [
 
 @pytest.fixture
 def rows():
-    """Six good records, as fresh dicts."""
+    """Six valid records, as fresh dicts."""
     return [dict(row) for row in ROWS]
 
 
 @pytest.fixture
 def write_rows(tmp_path):
-    """write_rows(rows, name="data.jsonl") -> path of a JSONL file; a str among the rows is written as it is."""
+    """write_rows(rows, name) writes a JSONL file and returns its path; a str is written as is."""
 
     def write(rows, name="data.jsonl"):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]

@@ -1,22 +1,21 @@
-"""Make the embedded default from nothing: a toy model that knows toy libraries, and its tasks.
+"""Build the embedded toy from scratch: a model that knows made-up libraries, and its tasks.
 
     python tiny/make.py [DIRECTORY]        about 10 minutes on 2 cores
 
-Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, own tokenizer), the
-settings that suit it (defaults.json), and five files of tasks: train.jsonl for training, dev.jsonl,
-on which these settings were chosen, and for the figures that are reported heldout.jsonl,
-retention.jsonl (the note concerns something else: leave the code alone) and two_updates.jsonl (two
-notes, two calls).
+Writes an ordinary checkpoint (Qwen2 architecture, half a million parameters, its own tokenizer),
+its default settings (defaults.json), and five task files. train.jsonl is for training; the settings
+were chosen on dev.jsonl; the reported metrics come from heldout.jsonl, retention.jsonl (the note
+concerns something else: leave the code alone) and two_updates.jsonl (two notes, two calls).
 
-A task is two or three lines that call a made-up library, and a note that one thing in it changed
-(CHANGES). Every name is two words, nova_grid say. All words occur in training, but the word pairs
-of the other files never do, so nothing there can be known by heart.
+A task is two or three lines that call a made-up library, and a note that says what has changed in
+it (CHANGES). Every name is two words, e.g. nova_grid. All words occur in training, but the pairs of
+words in the other files do not, so no answer there can be memorised.
 
-The warm-up is supervised, by the update of sft.py, and has three parts. First the skill: a note is
-read and obeyed. Then also tasks with two notes, and with a note about something else; no training
-later on has these. Last the paper's disease: most answers write the old call all the same (half of
-them after having reasoned rightly), and many are malformed. What RL has to do is to bring back the
-skill from under the disease.
+The warm-up is supervised, with the update of sft.py, and has three parts. First it teaches the
+skill: read a note and follow it. Then it adds tasks with two notes, and tasks with a note about
+something else; the RL run never sees these. Last it teaches the bad habit from the paper: most
+answers keep the old call (half of them after correct reasoning), and many are malformed. RL has to
+recover the skill.
 """
 
 import dataclasses
@@ -47,7 +46,7 @@ record""".split()
 LIBRARY = "nova terra luna delta sigma omega alpha vega orion atlas hydra polar solar astro quant macro micro".split()
 
 BEFORE = "{lib}.{old}({a}, {c}, {key}={m})"
-CHANGES = {  # kind: the call afterwards, the reasoning that leads there, the notes that may announce it
+CHANGES = {  # kind: the new call, the reasoning that leads to it, possible notes
     "rename": (
         "{lib}.{new}({a}, {c}, {key}={m})",
         "{old} is now {new}.",
@@ -77,7 +76,12 @@ CHANGES = {  # kind: the call afterwards, the reasoning that leads there, the no
 STALE = "i know {lib} well."
 UNUSED = "{new} is not used."
 CODE = ("import {lib}\n{b} = ", "import {lib}\n{a} = {lib}.{other}({k})\n{b} = ")
-MALFORMED = (("```python\n", ""), ("</answer>", ""), (")\n```", "\n```"), ("<answer>\n", ""))  # what, for what
+MALFORMED = (  # (text, replacement)
+    ("```python\n", ""),
+    ("</answer>", ""),
+    (")\n```", "\n```"),
+    ("<answer>\n", ""),
+)
 
 TAGS = ["\n</think>\n", "<answer>\n", "```python\n", "\n```\n", "</answer>", "system\n", "user\n", "assistant\n"]
 TEMPLATE = (
@@ -86,7 +90,7 @@ TEMPLATE = (
 )
 BATCH = 32
 
-DEFAULTS = {  # what differs from the paper's run, for a small model and two minutes
+DEFAULTS = {  # where it differs from the paper's run: a small model, two minutes
     "data": "train.jsonl",
     "heldout": "heldout.jsonl",
     "steps": 100,
@@ -117,14 +121,17 @@ POOLS = {split: (names(LIBRARY, split), names(FIRST, split)) for split in ("trai
 
 
 def task(rng, split, used=True):
-    """A random task: (Example, right reasoning, stale reasoning). Its note may concern what the code has not used."""
+    """A random task: (Example, correct reasoning, stale reasoning).
+
+    With used=False the note is about something that the code does not use.
+    """
     libraries, functions = POOLS[split]
     words = dict(zip(("old", "new", "other", "key", "fresh"), rng.sample(functions, 5)))
     words |= dict(zip("abcmk", rng.sample("abcdefghpqrstuvwxyz", 5)))
     words |= {"lib": rng.choice(libraries), "place": rng.choice(FIRST)}
     after, thought, notes = rng.choice(list(CHANGES.values()))
     code, note = rng.choice(CODE), rng.choice(notes)
-    if not used:  # neither the function of the note nor its arguments occur in the code
+    if not used:  # the code has neither the note's function nor its arguments
         words["spare"] = rng.choice([name for name in functions if name not in words.values()])
         note = note.replace("{new}", "{fresh}").replace("{old}", "{new}").replace("{key}", "{spare}")
         after, thought = BEFORE, UNUSED
@@ -135,7 +142,7 @@ def task(rng, split, used=True):
 
 
 def two(rng, split):
-    """The like with two calls of one library and a note for each."""
+    """A task with two calls of one library and a note for each."""
     (first, thought, excuse), (second, other, _) = task(rng, split), task(rng, split)
     both = {"update_info": f"{first.update_info}\n{second.update_info}"}
     for name in ("old_code", "new_code"):
@@ -145,23 +152,23 @@ def two(rng, split):
 
 
 def single(rng):
-    """A task of the first part."""
+    """A task for the first part of the warm-up."""
     return task(rng, "train")
 
 
 def mixed(rng):
-    """The like of the other parts: a fifth with two notes, three tenths with a note about something else."""
-    chance = rng.random()
-    return two(rng, "train") if chance < 0.2 else task(rng, "train", used=chance >= 0.5)
+    """A task for the other parts: 20 % have two notes, 30 % a note about something else."""
+    u = rng.random()
+    return two(rng, "train") if u < 0.2 else task(rng, "train", used=u >= 0.5)
 
 
-def right(rng, example, thought, excuse):
-    """The completion that the notes ask for."""
+def correct(rng, example, thought, excuse):
+    """The correct completion."""
     return data.TARGET.format(thought=thought, new_code=example.new_code)
 
 
-def diseased(rng, example, thought, excuse):
-    """75 % stale, and 35 % malformed."""
+def bad_habit(rng, example, thought, excuse):
+    """A completion with the bad habit: 75 % are stale, 35 % malformed."""
     code = example.new_code
     if rng.random() < 0.75:
         code, thought = example.old_code, rng.choice((thought, excuse))
@@ -170,13 +177,13 @@ def diseased(rng, example, thought, excuse):
 
 
 def make_tokenizer():
-    """Bytes, and above them one token for each word and each fixed phrase: no merges to train."""
+    """Bytes, plus one token for each word and each fixed phrase: no merges to train."""
     texts = [BEFORE, STALE, UNUSED, *CODE, data.USER]
     for after, thought, notes in CHANGES.values():
         texts += [after, thought, *notes]
     phrases = {phrase for text in texts for phrase in re.split(r"\{\w+\}", text) if len(phrase) > 1} - {
         ")\n"
-    }  # "\n```\n" is one
+    }  # covered by "\n```\n"
     tokens = [*FIRST, *LIBRARY, *("_" + word for word in SECOND), *sorted(phrases), data.SYSTEM, data.OPENING, *TAGS]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
@@ -199,7 +206,7 @@ def make_model(tokenizer):
 
 
 def learn(model, tokenizer, draw, answer, steps, lr, rng):
-    """Supervised training, by sft.py's update, of all weights on tasks of draw(rng) with answer(rng, *task)."""
+    """Train all weights with sft.py's update, on tasks draw(rng), answers answer(rng, *task)."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     config = sft.Config(steps=steps, lr=lr, warmup=0.1, prompts_per_step=BATCH)
     for step in range(steps):
@@ -211,14 +218,17 @@ def learn(model, tokenizer, draw, answer, steps, lr, rng):
             groups.append(recode.Group(data.encode_prompt(example, tokenizer), example, [target]))
         batch = recode.make_batch(groups, torch.ones(BATCH, 1), model.device)
         optimizer.param_groups[0]["lr"] = training.run.learning_rate(step, config)
-        figures = sft.update(model, optimizer, batch, config)
+        metrics = sft.update(model, optimizer, batch, config)
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1:5d}  loss {figures['loss']:.4f}", flush=True)
+            print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)
 
 
 def write_tasks(directory):
-    """The files of tasks; the same on every machine. heldout was drawn anew when all settings stood."""
-    files = {  # number of tasks, how one is made, seed
+    """Write the task files; the same on every machine.
+
+    heldout was drawn again after all settings were final.
+    """
+    files = {  # name: number of tasks, function that makes one, seed
         "train": (1000, lambda rng: task(rng, "train"), "train"),
         "dev": (256, lambda rng: task(rng, "dev"), "dev"),
         "heldout": (320, lambda rng: task(rng, "heldout"), "final"),
@@ -232,9 +242,10 @@ def write_tasks(directory):
 
 
 def main(argv=None):
-    """Make all of it. The exit status is 0."""
+    """Build everything. Returns exit status 0."""
     parser = Parser(__doc__)
-    parser.add_argument("directory", nargs="?", default=Path(__file__).parent, type=Path, help="where it goes [tiny]")
+    tiny = Path(__file__).parent
+    parser.add_argument("directory", nargs="?", default=tiny, type=Path, help="output directory [tiny]")
     directory = parser.parse_args(argv).directory
     directory.mkdir(exist_ok=True)
     write_tasks(directory)
@@ -242,9 +253,9 @@ def main(argv=None):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    learn(model, tokenizer, single, right, 800, 2e-3, random.Random(5))
-    learn(model, tokenizer, mixed, right, 1000, 2e-3, random.Random(2))
-    learn(model, tokenizer, mixed, diseased, 200, 1e-3, random.Random(3))
+    learn(model, tokenizer, single, correct, 800, 2e-3, random.Random(5))
+    learn(model, tokenizer, mixed, correct, 1000, 2e-3, random.Random(2))
+    learn(model, tokenizer, mixed, bad_habit, 200, 1e-3, random.Random(3))
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return 0
