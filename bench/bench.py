@@ -1,27 +1,27 @@
-"""Side-by-side measurements, run by hand, on one core:
+"""Side-by-side benchmarks, run by hand on one core:
 
     python bench/bench.py [--json] [--only WORD] [--growth | --gpu]
 
-Every figure is the median of runs that alternate between ours and the other; only ratios travel
-from one machine to another. A row has a name, the ratio, the goal and both medians; where lengths
-vary also the mean length on both sides, and a row whose means differ by more than a tenth says that
-it does not count.
+Every number is a median over runs that alternate between our side and the other. Ratios are
+comparable across machines, seconds are not. A row has a name, the ratio, the goal and both medians.
+Where completion lengths vary, it also has the mean length of each side, and says that it is invalid
+if these differ by more than 10 %.
 
     memory       peak of log-probabilities against full logits               under a minute
     step         a whole GRPO step against TRL's GRPOTrainer, time and       half an hour
                  memory: 5M and 25M parameters, DoRA with beta 0.001,
                  LoRA with beta 0 (needs trl, peft and datasets)
-    levenshtein  against the textbook and rapidfuzz                          seconds
+    levenshtein  against the textbook algorithm and rapidfuzz                seconds
     sandbox      a program against a fresh interpreter                       seconds
     sampling     against transformers' generate                              minutes
     training     grpo.accumulate against one padded row per completion       minutes
 
-What a whole step is (bench_work.py, bench_trl.py): 8 prompts of 180 to 220 tokens x 8 samples of at
-most 256 and about 100 tokens; r 64 on q and v; same model, prompts and reward; dropout 0 on both
-sides. TRL is at its defaults, which checkpoint activations; a further row turns that off, for on a
-CPU it costs TRL time. Memory is the peak above the loaded model in a process of its own. On the CPU
-the seconds of step, sampling 5M and 25M, training and --growth are those of work, not of waiting,
-so that a machine that is shared with others can be used.
+A whole step (bench_work.py, bench_trl.py) has 8 prompts of 180 to 220 tokens x 8 completions of at
+most 256 tokens, about 100 on average; r 64 on q and v; the same model, prompts and reward; dropout
+0 on both sides. TRL is at its defaults, which use gradient checkpointing. That costs it time on a
+CPU, so a second row turns it off. Memory is the peak above the loaded model, with one process per
+side. On the CPU, the seconds of step, sampling 5M and 25M, training and --growth are CPU time, not
+wall time, so other work on the machine does not matter.
 """
 
 import argparse
@@ -47,13 +47,13 @@ VOCAB = 151_936  # Qwen2.5's
 
 
 def alternate(runs, ours, theirs):
-    """The medians of what the two functions return, each called `runs` times, by turns."""
+    """Call the two functions in turn, `runs` times each; returns the median result of each."""
     pairs = [(ours(), theirs()) for _ in range(runs)]
     return median(a for a, _ in pairs), median(b for _, b in pairs)
 
 
 def seconds(function, *args, repeat=1):
-    """A function of no arguments: how long one call of function(*args) takes, by the mean of `repeat`."""
+    """A function that returns the seconds of function(*args), the mean of `repeat` calls."""
 
     def run():
         start = time.perf_counter()
@@ -72,11 +72,11 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------- sides that take turns
+# ------------------------------------------------------------------------- processes that alternate
 
 
 class Side:
-    """A process that makes a step, and tells of it as a dict, every time it is called."""
+    """A process that runs one step per call and returns its measurements as a dict."""
 
     def __init__(self, script, **spec):
         command = [sys.executable, HERE / script, json.dumps(spec)]
@@ -87,7 +87,8 @@ class Side:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.process.args[1]} ended with status {self.process.wait()} before its step was done")
+            status = self.process.wait()
+            sys.exit(f"{self.process.args[1]} exited with status {status} before its step was done")
         return json.loads(line)
 
     def __enter__(self):
@@ -98,48 +99,60 @@ class Side:
         self.process.wait()
 
 
-def rounds(name, sides, least, most=12):
-    """Let the sides make a step in turn, `least` times after a first one that does not count, and go on until
-    their mean lengths are within a tenth of each other: for every side its list of steps."""
+def rounds(name, sides, min_rounds, max_rounds=12):
+    """Run the sides in turn and return the list of steps of each.
+
+    The first step of each is warm-up. After `min_rounds` rounds more follow, up to `max_rounds`,
+    until the mean lengths of the sides are within 10 % of each other.
+    """
     for side in sides:
         side()
-    made = [[] for _ in sides]
-    while len(made[0]) < least or (len(made[0]) < most and apart(made) > 0.1):
-        for side, steps in zip(sides, made, strict=True):
+    results = [[] for _ in sides]
+    while len(results[0]) < min_rounds or (
+        len(results[0]) < max_rounds and length_gap(results) > 0.1
+    ):
+        for side, steps in zip(sides, results, strict=True):
             steps.append(side())
-        told = [{key: round(value, 3) for key, value in steps[-1].items()} for steps in made]
-        say(f"{name}: round {len(made[0])}: " + " against ".join(map(json.dumps, told)))
-    return made
+        latest = [{key: round(value, 3) for key, value in steps[-1].items()} for steps in results]
+        say(f"{name}: round {len(results[0])}: " + " against ".join(map(json.dumps, latest)))
+    return results
 
 
-def length(steps):
+def mean_length(steps):
     return sum(step["tokens"] for step in steps) / sum(step["completions"] for step in steps)
 
 
-def apart(made):
-    """How far the mean lengths of the sides differ, as a share of the least."""
-    lengths = [length(steps) for steps in made]
+def length_gap(results):
+    """By what fraction the longest mean length of the sides exceeds the shortest."""
+    lengths = [mean_length(steps) for steps in results]
     return max(lengths) / min(lengths) - 1
 
 
 def per_token(steps, part="seconds"):
-    """Milliseconds a completion token: the median over the steps."""
+    """Milliseconds per completion token, the median over the steps."""
     return median(1000 * step[part] / step["tokens"] for step in steps)
 
 
 def compared(name, goal, ours, theirs):
-    """The row of two sides' seconds a token, with the mean lengths, and a warning where they differ too much."""
-    name += "" if apart([ours, theirs]) <= 0.1 else " (DOES NOT COUNT: lengths differ)"
+    """The row that compares two sides by time per token.
+
+    It has their mean lengths, and a warning if these differ too much.
+    """
+    name += "" if length_gap([ours, theirs]) <= 0.1 else " (INVALID: lengths differ)"
     mine, other = per_token(ours), per_token(theirs)
-    lengths = {"length_ours": round(length(ours), 1), "length_theirs": round(length(theirs), 1), "steps": len(ours)}
+    lengths = {
+        "length_ours": round(mean_length(ours), 1),
+        "length_theirs": round(mean_length(theirs), 1),
+        "steps": len(ours),
+    }
     say(f"{name}: mean length {lengths['length_ours']} against {lengths['length_theirs']} in {len(ours)} steps")
-    return row(name, other / mine, goal, mine, other, "ms a token", **lengths)
+    return row(name, other / mine, goal, mine, other, "ms per token", **lengths)
 
 
 # ------------------------------------------------------------------------- the rows
 
 
-def dynamic_programme(a, b):
+def dynamic_programming(a, b):
     """The textbook edit distance, one row at a time."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -150,14 +163,14 @@ def dynamic_programme(a, b):
 
 
 def bench_levenshtein():
-    """Two texts of 1000 characters that share neither beginning nor end, a fifth of the characters changed."""
-    chance = random.Random(0)
-    a = chance.choices("abcdefghijklmnopqrstuvwxyz_.()= \n", k=1000)
-    b = [chance.choice("abcdefgh") if chance.random() < 0.2 else x for x in a]
+    """Two texts of 1000 characters that differ at both ends and in a fifth of the characters."""
+    rng = random.Random(0)
+    a = rng.choices("abcdefghijklmnopqrstuvwxyz_.()= \n", k=1000)
+    b = [rng.choice("abcdefgh") if rng.random() < 0.2 else x for x in a]
     a, b = "<" + "".join(a[1:-1]) + ">", "[" + "".join(b[1:-1]) + "]"
-    assert reward.levenshtein(a, b) == dynamic_programme(a, b)
+    assert reward.levenshtein(a, b) == dynamic_programming(a, b)
     ours = seconds(reward.levenshtein, a, b, repeat=50)
-    mine, theirs = alternate(5, ours, seconds(dynamic_programme, a, b))
+    mine, theirs = alternate(5, ours, seconds(dynamic_programming, a, b))
     yield row("levenshtein, 1000 characters, against plain DP", theirs / mine, ">= 150", mine, theirs, "s")
     try:
         from rapidfuzz.distance import Levenshtein
@@ -168,7 +181,7 @@ def bench_levenshtein():
 
 
 def bench_sampling():
-    """64 rows, 8 prompts x 8, against generate on left-padded rows: all 128 tokens, and lengths that vary."""
+    """64 rows, 8 prompts x 8, against generate on left-padded rows: equal and varying lengths."""
     import torch
     from conftest import random_model
     from transformers.utils import logging
@@ -184,7 +197,7 @@ def bench_sampling():
     prompts = [torch.randint(4, 2000, (n,)).tolist() for n in range(190, 214, 3)]
     ids = torch.tensor([[0] * (211 - len(prompt)) + prompt for prompt in prompts])
     settings = {"do_sample": True, "top_k": 0, "num_return_sequences": 8, "max_new_tokens": 128, "pad_token_id": 0}
-    for name, eos, goal in (("equal lengths", [-1], ">= 1.5"), ("lengths that vary", list(range(4, 64)), ">= 2")):
+    for name, eos, goal in (("equal lengths", [-1], ">= 1.5"), ("varying lengths", list(range(4, 64)), ">= 2")):
         ours = seconds(recode.sample, model, prompts, 8, 128, eos)
         generate = lambda: model.generate(ids, attention_mask=(ids > 0).long(), eos_token_id=eos, **settings)
         mine, theirs = alternate(3, ours, seconds(generate))
@@ -193,7 +206,7 @@ def bench_sampling():
 
 
 def log_probabilities(kind):
-    """In a fresh process: print how far the peak rises above the model in one forward and backward pass, MiB."""
+    """In a fresh process: print by how many MiB one forward and backward raises the peak."""
     import torch
     from conftest import random_model
 
@@ -221,7 +234,10 @@ def log_probabilities(kind):
 
 
 def bench_memory():
-    """Log-probabilities of 4 rows, 128 + 128 tokens. Comes first: a process starts with the peak of its parent."""
+    """Log-probabilities of 4 rows of 128 + 128 tokens.
+
+    Runs first, because a process starts with the peak memory of its parent.
+    """
     run = lambda kind: lambda: float(subprocess.check_output([sys.executable, __file__, "--memory", kind], text=True))
     mine, theirs = alternate(3, run("ours"), run("naive"))
     name = "peak memory of log-probabilities, 512 positions, vocabulary 151,936, against full logits"
@@ -229,7 +245,7 @@ def bench_memory():
 
 
 def bench_sandbox():
-    """One program with one test on one worker that has torch loaded, against a fresh interpreter with torch."""
+    """A program with one test in a worker that has torch, against a fresh interpreter."""
     import sandbox
 
     code, test = "def successor(n):\n    return n + 1\n", "def test():\n    assert successor(1) == 2\n"
@@ -241,43 +257,47 @@ def bench_sandbox():
     yield row(name, theirs / mine, ">= 100", mine, theirs, "s")
 
 
-def bench_step(shape, adapter, beta, goal, least, lean=False):
-    """A whole GRPO step against TRL, in two processes by turns, and the peaks of both; with `lean` TRL also
-    without its checkpointing. Before anything has loaded torch here: a process starts with its parent's peak."""
+def bench_step(shape, adapter, beta, goal, min_rounds, no_checkpointing=False):
+    """A whole GRPO step against TRL in two alternating processes: time, and the peak memory of
+    each.
+
+    With no_checkpointing there is also TRL without gradient checkpointing. Must run before anything
+    imports torch here, because a process starts with the peak memory of its parent.
+    """
     if not all(importlib.util.find_spec(name) for name in ("trl", "peft", "datasets")):
-        return say("step: needs trl, peft and datasets; left out")
+        return say("step: skipped, needs trl, peft and datasets")
     name = f"step {shape} {adapter}, beta {beta}, against TRL"
     spec = {"shape": shape, "adapter": adapter, "beta": beta}
     with contextlib.ExitStack() as stack:
-        names = ["bench_work.py", "bench_trl.py"] + ["bench_trl.py"] * lean
+        names = ["bench_work.py", "bench_trl.py"] + ["bench_trl.py"] * no_checkpointing
         settings = [spec, spec, spec | {"checkpointing": False}]
         sides = [stack.enter_context(Side(script, **s)) for script, s in zip(names, settings)]
-        made = rounds(name, sides, least)
+        results = rounds(name, sides, min_rounds)
     parts = ("rollout", "reference", "update")
-    shares = [{part: round(per_token(steps, part), 3) for part in parts} for steps in made]
+    shares = [{part: round(per_token(steps, part), 3) for part in parts} for steps in results]
     for who, side in zip(("ours", "TRL", "TRL without checkpointing"), shares):
-        say(f"{name}: ms a token, {who}: {side}")
-    yield compared(name, goal, made[0], made[1]) | {"parts_ours": shares[0], "parts_theirs": shares[1]}
-    peaks = [max(step["peak"] for step in steps) for steps in made]
+        say(f"{name}: ms per token, {who}: {side}")
+    yield compared(name, goal, results[0], results[1]) | {"parts_ours": shares[0], "parts_theirs": shares[1]}
+    peaks = [max(step["peak"] for step in steps) for steps in results]
     yield row(f"{name}: peak memory", peaks[1] / peaks[0], ">= 1.67" if beta else "-", *peaks[:2], "MiB")
-    if lean:
-        yield compared(f"{name} without checkpointing", "-", made[0], made[2])
+    if no_checkpointing:
+        yield compared(f"{name} without checkpointing", "-", results[0], results[2])
         yield row(f"{name} without checkpointing: peak memory", peaks[2] / peaks[0], "-", peaks[0], peaks[2], "MiB")
 
 
 def bench_sampling_calibrated(shape):
-    """8 prompts x 8 of at most 256 tokens, ended by EOS at about 1/110 everywhere, against generate."""
+    """8 prompts x 8, at most 256 tokens, EOS at about 1/110 everywhere, against generate."""
     import bench_work as work
 
     spec = work.Spec(shape)
     model = work.build(spec)
     prompts = [prompt for prompt, _ in work.make_tasks(spec, model.config.vocab_size)[: spec.prompts]]
-    name = f"sampling {shape}, tokens a second, against generate"
+    name = f"sampling {shape}, tokens per second, against generate"
     yield compared(name, ">= 2.5", *rounds(name, work.samplers(model, prompts, spec), 5))
 
 
 def bench_training(shape):
-    """grpo.accumulate over one rollout and padded_gradient, whose gradients must agree."""
+    """grpo.accumulate against padded_gradient on one rollout; their gradients must agree."""
     import bench_work as work
 
     name, error = f"training pass {shape}, against padded rows", work.gradient_error(shape)
@@ -295,16 +315,24 @@ def bench_training(shape):
         return {"seconds": clock() - started} | counts
 
     sides = functools.partial(timed, work.grpo.accumulate, config), functools.partial(timed, work.padded_gradient)
-    made = rounds(name, sides, 3 if shape == "25M" else 5)
-    yield compared(name, ">= 2.5", *made) | {"gradient_error": error}
+    results = rounds(name, sides, 3 if shape == "25M" else 5)
+    yield compared(name, ">= 2.5", *results) | {"gradient_error": error}
 
 
 def bench_growth():
-    """Seconds a step and peak memory of ours as one thing grows at a time, in a fresh process each; no EOS."""
+    """Yield table rows: seconds per step and peak memory as one size grows at a time.
+
+    Each row has a fresh process; no completion ends early.
+    """
     base = {"shape": "5M", "end": 0, "prompts": 4, "new_tokens": 128, "shortest": 200, "longest": 200}
-    yield "| what grows | | s a step | to the one before | peak MiB | to the one before |\n|---|---|---|---|---|---|"
-    ways = {"num_samples": (4, 8, 16, 32), "new_tokens": (64, 128, 256, 512, 1024), "vocab": (1000, 152_000)}
-    for name, sizes in ways.items():
+    yield "| what grows | | s per step | to the row before | peak MiB | to the row before |"
+    yield "|---|---|---|---|---|---|"
+    sweeps = {
+        "num_samples": (4, 8, 16, 32),
+        "new_tokens": (64, 128, 256, 512, 1024),
+        "vocab": (1000, 152_000),
+    }
+    for name, sizes in sweeps.items():
         before = None
         for size in sizes:
             with Side("bench_work.py", **base | {name: size}) as side:
@@ -318,14 +346,14 @@ def bench_growth():
 # ------------------------------------------------------------------------- main
 
 STEPS = {
-    f"step {shape} {adapter}": (shape, adapter, beta, goal, least, shape == "5M")
-    for shape, least in (("5M", 5), ("25M", 3))
+    f"step {shape} {adapter}": (shape, adapter, beta, goal, min_rounds, shape == "5M")
+    for shape, min_rounds in (("5M", 5), ("25M", 3))
     for adapter, beta, goal in (("dora", 0.001, ">= 4"), ("lora", 0.0, ">= 3"))
 }
 
 
 def benches():
-    """{name: function of no arguments that yields rows}, those first that must find a small process."""
+    """{name: function that yields rows}; those that must start in a small process come first."""
     chosen = {"memory": bench_memory}
     chosen |= {name: functools.partial(bench_step, *arguments) for name, arguments in STEPS.items()}
     chosen |= {"levenshtein": bench_levenshtein, "sandbox": bench_sandbox, "sampling": bench_sampling}
@@ -335,21 +363,21 @@ def benches():
     return chosen
 
 
-def show(figure, as_json):
-    numbers = ("-" if figure[name] is None else f"{figure[name]:.4g}" for name in ("ratio", "ours", "theirs"))
+def show(result, as_json):
+    numbers = ("-" if result[name] is None else f"{result[name]:.4g}" for name in ("ratio", "ours", "theirs"))
     text = "{:<90}{:>8}x   goal {:<8}{} {unit} against {} {unit}"
     ratio, ours, theirs = numbers
-    text = text.format(figure["name"], ratio, figure["goal"], ours, theirs, unit=figure["unit"])
-    print(json.dumps(figure) if as_json else text, flush=True)
+    text = text.format(result["name"], ratio, result["goal"], ours, theirs, unit=result["unit"])
+    print(json.dumps(result) if as_json else text, flush=True)
 
 
 def main():
     form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--json", action="store_true", help="one JSON object per figure [off]")
-    parser.add_argument("--only", default="", metavar="WORD", help="only what has this word in its name [all]")
-    parser.add_argument("--growth", action="store_true", help="a table of our cost as the work grows [off]")
-    parser.add_argument("--gpu", action="store_true", help="measure on a GPU, with the shapes of a 7B model, bench_gpu.py [off]")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row [off]")
+    parser.add_argument("--only", default="", metavar="WORD", help="run those with WORD in their name [all]")
+    parser.add_argument("--growth", action="store_true", help="how time and memory grow with the work [off]")
+    parser.add_argument("--gpu", action="store_true", help="7B shapes on a GPU: bench_gpu.py [off]")
     parser.add_argument("--shrink", action="store_true", help=argparse.SUPPRESS)  # --gpu's code, small, on the CPU
     parser.add_argument("--memory", choices=("ours", "naive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -368,8 +396,8 @@ def main():
     for name, bench in chosen.items():
         if arguments.only in name:
             say(f"--- {name}")
-            for figure in bench():
-                show(figure, arguments.json)
+            for result in bench():
+                show(result, arguments.json)
 
 
 if __name__ == "__main__":
