@@ -258,8 +258,7 @@ def bench_sandbox():
 
 
 def bench_step(shape, adapter, beta, goal, min_rounds, no_checkpointing=False):
-    """A whole GRPO step against TRL in two alternating processes: time, and the peak memory of
-    each.
+    """A whole GRPO step against TRL, in two alternating processes: time and peak memory.
 
     With no_checkpointing there is also TRL without gradient checkpointing. Must run before anything
     imports torch here, because a process starts with the peak memory of its parent.

@@ -1,14 +1,17 @@
-"""bench.py --gpu: the shapes of Qwen2.5-7B, random weights in bf16, on one GPU. About twenty minutes with TRL.
+"""bench.py --gpu: one GPU, the shapes of Qwen2.5-7B with random bf16 weights. 20 minutes with TRL.
 
-    decode    one decoding step at batch 8 and 64 around a context of 500: milliseconds, against the time that
-              reading the weights and the keys and values takes at the bandwidth of a large copy, and against generate
-    sampling  tokens a second of recode.sample against generate, all of one length, then of lengths that vary
-    paper     a whole step of the paper's size, 1 prompt of 2048 tokens x 8 x 1024, none shorter, DoRA r 64 on q and v,
-              beta 0.001: seconds, peak memory above the model, hours for 5000 steps; against TRL where it is installed
+    decode    one decoding step at batch 8 and 64, context about 500: milliseconds, against generate
+              and against the time to read the weights and the KV cache, at the bandwidth of a large
+              copy
+    sampling  recode.sample against generate, tokens per second: equal lengths, varying lengths
+    paper     a whole step of the paper's size, 1 prompt of 2048 tokens x 8 completions of exactly
+              1024, DoRA r 64 on q and v, beta 0.001: seconds, peak memory above the model, hours
+              for 5000 steps; against TRL if it is installed
 
-The milliseconds of a step are the difference of two runs of unlike length over the difference of their lengths,
-so prefilling, warming up and capturing graphs do not count; in the other figures they do. The adapter is on, in
-all of them. --shrink runs the very same code on small shapes on the CPU, to see that it works.
+The time of a decoding step is the difference in time of two runs of different length, divided by
+the difference in length, so it excludes prefill, warm-up and graph capture; the other numbers
+include them. The adapter is always on. --shrink runs the same code on small shapes on the CPU, to
+check that it works.
 """
 
 import functools
@@ -24,13 +27,13 @@ from bench import Side, compared, rounds, row, say
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of all benchmarks."""
 
     device: str = "cuda"
     shape: str = "7B"
-    copied: int = 2**32  # bytes in the copy that measures the bandwidth
+    copied: int = 2**32  # bytes of the copy that measures the bandwidth
     context: int = 500
-    short: int = 64  # new tokens of the two runs whose difference is taken
+    short: int = 64  # new tokens of the two runs whose times are subtracted
     long: int = 192
     new_tokens: int = 512
     end: float = 1 / 220
@@ -42,7 +45,7 @@ SHRUNK = Scale("cpu", "shrunk 7B", 2**24, 40, 4, 12, 16, 1 / 8, 64, 32)
 
 
 def bandwidth(scale):
-    """Bytes a second that a large copy reads and writes, the best of ten."""
+    """Bytes per second that a large copy reads and writes, the best of ten."""
     clock, x = work.clock_of(scale.device), torch.ones(scale.copied, dtype=torch.uint8, device=scale.device)
     y, times = torch.empty_like(x), []
     for _ in range(10):
@@ -53,7 +56,7 @@ def bandwidth(scale):
 
 
 def bytes_read(model, rows, context):
-    """What a decoding step cannot but read: every weight but the embedding's, the keys and values of every row."""
+    """What a decoding step must read: all weights but the embedding, and every row's KV cache."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     config = model.config
@@ -64,13 +67,13 @@ def bytes_read(model, rows, context):
 
 @functools.cache
 def adapted(scale):
-    """The model under our adapter, made once."""
+    """The model with our adapter, built once."""
     spec = work.Spec(scale.shape, device=scale.device, end=0)
     return work.adapt(work.build(spec), spec, work.our_config(spec))
 
 
 def samplers(scale, prompts, length, new_tokens):
-    """work.samplers of `prompts` random prompts, 8 completions each."""
+    """work.samplers for `prompts` random prompts of `length` tokens, 8 completions each."""
     model = adapted(scale)
     spec = work.Spec(scale.shape, device=scale.device, prompts=prompts, new_tokens=new_tokens)
     torch.manual_seed(1)
@@ -79,14 +82,14 @@ def samplers(scale, prompts, length, new_tokens):
 
 def bench_decode(scale):
     model, speed = adapted(scale), bandwidth(scale)
-    work.steady(model, 0)
-    say(f"a copy moves {speed / 1e12:.2f} TB/s")
+    work.set_eos_probability(model, 0)
+    say(f"bandwidth of a copy: {speed / 1e12:.2f} TB/s")
     for prompts in (1, 8):
         name = f"decoding step, batch {8 * prompts}, context {scale.context}"
         prompt = scale.context - (scale.short + scale.long) // 2
         short, long = (samplers(scale, prompts, prompt, n) for n in (scale.short, scale.long))
-        made = rounds(name, (*short, *long), 3, 3)  # ours and generate, short, then ours and generate, long
-        short_ours, short_theirs, long_ours, long_theirs = (median(s["seconds"] for s in steps) for steps in made)
+        results = rounds(name, (*short, *long), 3, 3)  # ours and generate short, then long
+        short_ours, short_theirs, long_ours, long_theirs = (median(s["seconds"] for s in steps) for steps in results)
         mine = 1000 * (long_ours - short_ours) / (scale.long - scale.short)
         theirs = 1000 * (long_theirs - short_theirs) / (scale.long - scale.short)
         limit = 1000 * bytes_read(model, 8 * prompts, scale.context) / speed
@@ -96,18 +99,18 @@ def bench_decode(scale):
 
 
 def bench_sampling(scale):
-    for end, kind in ((0, "of one length"), (scale.end, "of lengths that vary")):
-        work.steady(adapted(scale), end)
-        name = f"sampling {scale.shape}, 64 completions {kind}, tokens a second, against generate"
-        made = rounds(name, samplers(scale, 8, scale.context, scale.new_tokens), 3)
-        for who, steps in zip(("ours", "generate"), made, strict=True):
+    for end, kind in ((0, "of equal length"), (scale.end, "of varying length")):
+        work.set_eos_probability(adapted(scale), end)
+        name = f"sampling {scale.shape}, 64 completions {kind}, tokens per second, against generate"
+        results = rounds(name, samplers(scale, 8, scale.context, scale.new_tokens), 3)
+        for who, steps in zip(("ours", "generate"), results, strict=True):
             speed = median(step["tokens"] / step["seconds"] for step in steps)
-            say(f"{name}: {who} {speed:,.0f} tokens a second")
-        yield compared(name, "-", *made)
+            say(f"{name}: {who} {speed:,.0f} tokens per second")
+        yield compared(name, "-", *results)
 
 
 def bench_paper(scale):
-    """In processes of their own, after this one has let go of its model."""
+    """Each side runs in its own process, after this process has freed its model."""
     adapted.cache_clear()
     if scale.device != "cpu":
         torch.cuda.empty_cache()
@@ -116,24 +119,24 @@ def bench_paper(scale):
     scripts = ["bench_work.py"]
     if all(importlib.util.find_spec(name) for name in ("trl", "peft", "datasets")):
         scripts.append("bench_trl.py")
-    name, made = f"a step of the paper's size, {scale.shape}", []
-    for script in scripts:  # one after another: each side has the card to itself
+    name, results = f"a step of the paper's size, {scale.shape}", []
+    for script in scripts:  # one after the other: each side has the GPU to itself
         with Side(script, **spec) as side:
-            side()  # does not count
-            made.append([side(), side()])
-    for who, steps in zip(("ours", "TRL"), made):
+            side()  # warm-up
+            results.append([side(), side()])
+    for who, steps in zip(("ours", "TRL"), results):
         parts = {part: round(median(s[part] for s in steps), 3) for part in ("rollout", "reference", "update")}
         say(f"{name}: seconds, {who}: {parts}")
-    times = [median(step["seconds"] for step in steps) for steps in made]
-    peaks = [max(step["peak"] for step in steps) for steps in made]
+    times = [median(step["seconds"] for step in steps) for steps in results]
+    peaks = [max(step["peak"] for step in steps) for steps in results]
     yield against(name, times, "s")
     yield against(f"{name}: peak memory above the model", peaks, "MiB")
-    yield against(f"{name}: 5000 of them", [5000 * seconds / 3600 for seconds in times], "h")
+    yield against(f"{name}: 5000 steps", [5000 * seconds / 3600 for seconds in times], "h")
 
 
-def against(name, figures, unit):
-    """A row of one figure, or of two of them."""
-    ours, theirs = (*figures, None)[:2]
+def against(name, values, unit):
+    """A row with our value only, or with both sides' values."""
+    ours, theirs = (*values, None)[:2]
     return row(name, theirs and theirs / ours, "-", ours, theirs, unit)
 
 

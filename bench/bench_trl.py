@@ -1,8 +1,9 @@
-"""TRL's side of bench.py's whole step, in a process of its own: python bench/bench_trl.py SPEC, as bench_work.py.
+"""TRL's side of bench.py's whole step, in a process of its own: python bench/bench_trl.py SPEC.
 
-GRPOTrainer at its defaults on the same model, prompts, reward and adapter (PEFT's). Set differently is only
-what the comparison needs: the sizes of the workload, loss_type="grpo" (the paper's), fp32 on the CPU, no saving,
-no reports. A line on the input starts one optimizer step; the answer tells where its time went.
+SPEC and the protocol are those of bench_work.py: a line on stdin starts one optimizer step, and the
+answer says where its time went. GRPOTrainer is at its defaults, with the same model, prompts,
+reward and adapter (PEFT's). Only what the comparison needs is set: the sizes of the workload,
+loss_type="grpo" (the paper's), fp32 on the CPU, no saving, no reporting.
 """
 
 import json
@@ -22,13 +23,13 @@ from trl import GRPOConfig, GRPOTrainer
 import reward
 
 
-class Doors(TrainerCallback):
-    """Lets one step in per line of the input, and answers when it is over."""
+class OneStepAtATime(TrainerCallback):
+    """Starts one step per line on stdin, and prints its measurements when it is over."""
 
     def __init__(self, spec, spent, before):
         self.spec, self.spent, self.before = spec, spent, before
         self.clock = clock_of(spec.device)
-        self.answers, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not mix with the answers
+        self.answers, sys.stdout = sys.stdout, sys.stderr  # only answers go to stdout
 
     def on_step_begin(self, *_, **__):
         if not sys.stdin.readline():
@@ -38,22 +39,22 @@ class Doors(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         seconds = self.clock() - self.started
-        known = sum(self.spent[name] for name in ("rollout", "reference"))
-        answer = dict(self.spent) | {"seconds": seconds, "update": seconds - known}
+        accounted = sum(self.spent[name] for name in ("rollout", "reference"))
+        answer = dict(self.spent) | {"seconds": seconds, "update": seconds - accounted}
         answer |= {"reference": self.spent["reference"], "peak": memory_of(self.spec.device)[1] - self.before}
         print(json.dumps(answer), file=self.answers, flush=True)
 
 
 def watch(trainer, spent, clock):
-    """Add to `spent` the seconds of the rollout (sampling, scoring) and of the reference, and count the tokens."""
+    """Add to `spent` the seconds of rollout (sampling, scoring) and reference, and the tokens."""
 
-    def timed(method, name, wanted=lambda: True):
-        plain = getattr(trainer, method)
+    def timed(method, name, applies=lambda: True):
+        original = getattr(trainer, method)
 
         def run(*args, **kwargs):
-            started, counts = clock(), wanted()
-            result = plain(*args, **kwargs)
-            spent[name] += (clock() - started) * counts
+            started, counted = clock(), applies()
+            result = original(*args, **kwargs)
+            spent[name] += (clock() - started) * counted
             if method == "_generate_single_turn":
                 spent["tokens"] += sum(map(len, result[0]))
                 spent["completions"] += len(result[0])
@@ -81,7 +82,7 @@ def main():
         for prompt, example in make_tasks(spec, model.config.vocab_size)
     ]
     before = memory_of(spec.device)[0]
-    size = min(8, spec.prompts * spec.num_samples)  # 8 is its default
+    size = min(8, spec.prompts * spec.num_samples)  # 8 is TRL's default
     accumulation = spec.prompts * spec.num_samples // size
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(
@@ -99,7 +100,7 @@ def main():
         )
         trainer = GRPOTrainer(
             model, score, config, Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
-            callbacks=[Doors(spec, spent, before)],
+            callbacks=[OneStepAtATime(spec, spent, before)],
         )  # fmt: skip
         watch(trainer, spent, clock_of(spec.device))
         trainer.train()

@@ -1,15 +1,16 @@
-"""What bench.py lets two sides do: a random model whose answers end as real ones do, prompts, and our side of a step.
+"""The workload of bench.py: a random model whose completions end, prompts, and our side of a step.
 
-The model is Qwen2's architecture with random weights. Real completions vary in length, those of a random
-model do not end at all, so one channel of the residual stream is set to a constant that no layer touches and
-EOS reads that channel alone: at every position its probability is about `end`, whoever samples. Lengths are
-then geometric (1/110 of at most 256 tokens: 99 in the mean), and the same for our sampler and generate.
+The model is Qwen2's architecture with random weights. Real completions vary in length, but a random
+model hardly ever emits EOS. Therefore one channel of the residual stream is set to a constant that
+no layer changes, and EOS reads that channel alone: at every position its probability is about
+`end`, in any sampler. Lengths are then geometric (1/110 with at most 256 tokens: 99 on average),
+and the same for our sampler and generate.
 
-The tokenizer has one word per id. It decodes any ids to a well-formed answer with one name a line, so
-reward.score does all its work (parse, edit distance) and the rewards of a group differ.
+The tokenizer has one word per id. It decodes any ids to a well-formed answer with one name per
+line, so reward.score does all its work (parsing, edit distance) and the rewards of a group differ.
 
-As a script it is our side, in a process of its own, as bench_trl.py is the other: SPEC is JSON (see Spec),
-a line on its input asks for one step, the answer is a line of JSON.
+As a script this is our side of a step, in a process of its own; bench_trl.py is the other side.
+SPEC is JSON (see Spec), a line on stdin asks for one step, and the answer is a line of JSON.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ import grpo
 import recode
 
 PAD, EOS, UNK = 0, 1, 2
-SHAPES = {  # name: vocabulary, width, of the MLP, layers, heads, of keys
+SHAPES = {  # name: vocabulary, hidden size, MLP size, layers, heads, KV heads
     "5M": (2000, 256, 1024, 4, 4, 2),
     "25M": (6000, 512, 1536, 6, 8, 4),
     "7B": (152_064, 3584, 18_944, 28, 28, 4),
@@ -48,10 +49,10 @@ SHAPES = {  # name: vocabulary, width, of the MLP, layers, heads, of keys
 
 @dataclasses.dataclass
 class Spec:
-    """One workload. With end = 0 no completion ends before new_tokens."""
+    """One workload. With end = 0 every completion has new_tokens tokens."""
 
     shape: str = "5M"
-    vocab: int = 0  # instead of the shape's
+    vocab: int = 0  # 0: the shape's
     end: float = 1 / 110
     prompts: int = 8
     num_samples: int = 8
@@ -60,7 +61,7 @@ class Spec:
     new_tokens: int = 256
     adapter: str = "dora"
     beta: float = 0.001
-    checkpointing: bool = True  # TRL's default; ours checkpoints on a GPU only
+    checkpointing: bool = True  # TRL's default; our side does it on a GPU only
     device: str = "cpu"
 
 
@@ -68,7 +69,7 @@ class Spec:
 
 
 def build(spec):
-    """The random model of `spec`, made on its device: fp32 on the CPU, bf16 on a GPU, eval mode."""
+    """The random model of `spec`, on its device: fp32 on the CPU, bf16 on a GPU, eval mode."""
     logging.set_verbosity_error()
     torch.set_num_threads(1 if spec.device == "cpu" else torch.get_num_threads())
     torch.manual_seed(0)
@@ -82,21 +83,22 @@ def build(spec):
     dtype = torch.float32 if spec.device == "cpu" else torch.bfloat16
     with torch.device(spec.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    steady(model, spec.end)
+    set_eos_probability(model, spec.end)
     if spec.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     return model
 
 
 @torch.no_grad()
-def steady(model, end):
-    """Give EOS the probability `end` at every position, or none for 0; PAD and UNK are never sampled."""
+def set_eos_probability(model, end):
+    """Set the probability of EOS to `end` everywhere (0: never); PAD and UNK are never sampled."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for layer in model.base_model.layers:  # nothing writes into channel 0
+    for layer in model.base_model.layers:  # no layer writes to channel 0
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
     ids = torch.randint(3, len(head), (1, 128), device=head.device)
     constant = 1.0
-    for _ in range(4):  # as long as all the other channels together, so that the final norm leaves it steady
+    # as large as all other channels together, so that the final norm keeps it constant
+    for _ in range(4):
         embedding[:, 0] = constant
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[0].float()  # (128, d)
         constant = constant * (hidden[:, 1:].norm(dim=1) / hidden[:, 0]).mean().item()
@@ -110,7 +112,7 @@ def steady(model, end):
 
 
 def make_tokenizer(vocab):
-    """One word per id; decodes to a well-formed answer, one name a line."""
+    """One word per id; decodes to a well-formed answer, one name per line."""
     words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNK} | {f"x{i}": i for i in range(3, vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -123,21 +125,24 @@ def make_tokenizer(vocab):
 
 
 def make_tasks(spec, vocab):
-    """64 pairs of a prompt's ids, of lengths from shortest to longest, and its Example with 100 names to write."""
-    chance, tasks = random.Random(0), []
+    """64 pairs of prompt ids and their Example.
+
+    Prompts have `shortest` to `longest` tokens; the answer has 100 names.
+    """
+    rng, tasks = random.Random(0), []
     for _ in range(64):
-        prompt = chance.choices(range(3, vocab), k=chance.randint(spec.shortest, spec.longest))
-        target = "\n".join(f"x{i}" for i in chance.choices(range(3, vocab), k=100))
+        prompt = rng.choices(range(3, vocab), k=rng.randint(spec.shortest, spec.longest))
+        target = "\n".join(f"x{i}" for i in rng.choices(range(3, vocab), k=100))
         tasks.append((prompt, data.Example("lib", "2.0", "", "note", "x", target)))
     return tasks
 
 
-# ------------------------------------------------------------------------- adaptation points
-# All that the bench knows of the code it measures: if a name or a setting changes there, mend it here.
+# ------------------------------------------------------------------------- interface to our code
+# All that the benchmarks know of the code they measure: if a name or setting changes, fix it here.
 
 
 def our_config(spec):
-    """Our settings; dropout 0 on both sides, because with it PEFT's DoRA has to do W x twice."""
+    """Our settings. Dropout is 0 on both sides: with dropout PEFT's DoRA computes W x twice."""
     sizes = {"prompts_per_step": spec.prompts, "num_samples": spec.num_samples, "max_new_tokens": spec.new_tokens}
     passes = {"micro_tokens": 512, "keep_activations": True} if spec.device == "cpu" else {}
     settings = {"adapter": spec.adapter, "beta": spec.beta, "max_prompt_tokens": spec.longest}
@@ -145,27 +150,27 @@ def our_config(spec):
 
 
 def adapt(model, spec, config):
-    """`model` as load_model would give it, under our adapter."""
-    if not config.keep_activations:  # transformers 5.17 has the second name only
+    """`model` with our adapter, as load_model would return it."""
+    if not config.keep_activations:  # transformers 5.17 has only the gradient_ name
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
 
 
 def our_sample(model, prompts, spec, seed):
-    """tokens, mask, logps of `spec`."""
+    """tokens, mask, logps of one rollout of `spec`."""
     return recode.sample(model, prompts, spec.num_samples, spec.new_tokens, [EOS], 1.0, seed)
 
 
 @contextlib.contextmanager
 def timed_reference(spent, clock):
-    """Inside, the time with the adapter off (the reference pass) is added to spent["reference"]."""
-    plain = dora.reference
+    """Inside, time with the adapter off (the reference pass) is added to spent["reference"]."""
+    original = dora.reference
 
     @contextlib.contextmanager
     def timed(model):
         started = clock()
-        with plain(model) as off:
+        with original(model) as off:
             yield off
         spent["reference"] += clock() - started
 
@@ -173,11 +178,14 @@ def timed_reference(spent, clock):
     try:
         yield
     finally:
-        dora.reference = plain
+        dora.reference = original
 
 
 def our_side(spec):
-    """A function that makes one GRPO step and tells of it, and the memory in use before the adapter, MiB."""
+    """Returns a function that runs one GRPO step and returns its measurements.
+
+    Also returns the memory in use before the adapter is added, MiB.
+    """
     config, position, clock = our_config(spec), 0, clock_of(spec.device)
     model = build(spec)
     tokenizer = make_tokenizer(model.config.vocab_size)
@@ -206,11 +214,11 @@ def our_side(spec):
     return step, before
 
 
-# ------------------------------------------------------------------------- what parts of a step are compared with
+# ------------------------------------------------------------------------- baselines
 
 
 def samplers(model, prompts, spec):
-    """Two functions that complete each of `prompts` as `spec` says and tell of it: ours, and transformers' generate."""
+    """Two functions that complete `prompts` and return measurements: ours, and generate."""
     clock, seeds, longest = clock_of(spec.device), itertools.count(), max(map(len, prompts))
     ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=spec.device)
     settings = {"do_sample": True, "top_k": 0, "num_return_sequences": spec.num_samples, "eos_token_id": EOS}
@@ -230,19 +238,20 @@ def samplers(model, prompts, spec):
 
 
 def padded_gradient(model, batch, rows=8):
-    """The gradient of GRPO's loss the plain way: a row per completion, all padded to the longest, `rows` at once.
+    """The gradient of GRPO's loss, the plain way.
 
-    On policy and without KL: rho is 1, the clip does nothing, the loss is - sum of w A rho.
+    One row per completion, all padded to the longest, `rows` at a time. On policy and without KL:
+    rho is 1, the clip is inactive, the loss is - sum of w A rho.
     """
     longest, T = max(map(len, batch.prompts)), batch.tokens.shape[1]
     prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])[batch.group]  # (B, P)
-    seen = torch.cat([prompts > 0, batch.mask], 1)  # (B, P + T)
-    for some in torch.arange(len(prompts)).split(rows):
-        ids, tokens, mask = torch.cat([prompts, batch.tokens], 1)[some], batch.tokens[some], batch.mask[some]
-        logits = model(ids, attention_mask=seen[some].long(), logits_to_keep=T + 1).logits[:, :-1]  # (rows, T, V)
+    visible = torch.cat([prompts > 0, batch.mask], 1)  # (B, P + T)
+    for part in torch.arange(len(prompts)).split(rows):
+        ids, tokens, mask = torch.cat([prompts, batch.tokens], 1)[part], batch.tokens[part], batch.mask[part]
+        logits = model(ids, attention_mask=visible[part].long(), logits_to_keep=T + 1).logits[:, :-1]  # (rows, T, V)
         logps = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (rows, T)
         weights = mask / mask.sum(1, keepdim=True) / len(prompts)
-        (-weights * batch.advantages[some, None] * torch.exp(logps - logps.detach())).sum().backward()
+        (-weights * batch.advantages[part, None] * torch.exp(logps - logps.detach())).sum().backward()
 
 
 def rollout_batch(model, spec, config):
@@ -252,10 +261,11 @@ def rollout_batch(model, spec, config):
 
 
 def gradient_error(shape):
-    """The greatest difference of our gradient to the plain one, relative to the parameter's largest, on two prompts.
+    """The largest difference between our gradient and the plain one, on two prompts.
 
-    In float64, the adapter in fp32: attention of random weights is nearly uniform, so the gradient of
-    q_proj is a thousandth of v_proj's, and in fp32 rounding alone comes to 1e-4 of it, on either side.
+    It is relative to the largest entry of each parameter's gradient. In float64, the adapter in
+    fp32: the attention of random weights is nearly uniform, so the gradient of q_proj is a
+    thousandth of v_proj's, and in fp32 the rounding alone reaches 1e-4 of it, on either side.
     """
     spec = Spec(shape, beta=0.0, prompts=2)
     config = our_config(spec)
@@ -274,19 +284,23 @@ def gradient_error(shape):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*gradients, strict=True))
 
 
-# ------------------------------------------------------------------------- a side as a process
+# ------------------------------------------------------------------------- one side as a process
 
 
 def clock_of(device):
-    """The clock of a device. On the CPU it counts the work of this process, so that what others do on the machine
-    does not count; each side runs on one thread. On a GPU it counts time, and waits for what has been asked of it."""
+    """The clock of a device.
+
+    On the CPU it counts the CPU time of this process, so that other work on the machine does not
+    count; each side runs on one thread. On a GPU it counts wall time, after all queued work is
+    done.
+    """
     if device == "cpu":
         return time.process_time
     return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
 
 
 def memory_of(device):
-    """(memory in use now, its peak so far) of this process, MiB: of the GPU, or resident on the CPU."""
+    """(memory in use, its peak so far) of this process, MiB: on the GPU, or resident on the CPU."""
     if device != "cpu":
         return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
     now = int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])) / 2**10
@@ -294,8 +308,8 @@ def memory_of(device):
 
 
 def serve(step, before, device):
-    """Answer every line of the input with one step, as JSON; "peak" is the peak above `before`, MiB."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not mix with the answers
+    """Answer each line on stdin with one step as JSON; "peak" is the peak above `before`, MiB."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # only answers go to stdout
     for _ in sys.stdin:
         answer = step()
         print(json.dumps(answer | {"peak": memory_of(device)[1] - before}), file=answers, flush=True)
