@@ -1,6 +1,6 @@
 """Side-by-side benchmarks, run by hand on one core:
 
-    python bench/bench.py [--json] [--only WORD] [--growth | --gpu]
+    python bench/bench.py [--json] [--only WORD] [--growth | --gpu | --checkpoint DIR --data FILE]
 
 Every number is a median over runs that alternate between our side and the other. Ratios are
 comparable across machines, seconds are not. A row has a name, the ratio, the goal and both medians.
@@ -257,6 +257,24 @@ def bench_sandbox():
     yield row(name, theirs / mine, ">= 100", mine, theirs, "s")
 
 
+def bench_checkpoint(checkpoint, data):
+    """A whole GRPO step of a real model against TRL at its defaults, and where glibc keeps memory.
+
+    1 prompt x 8 completions of at most 160 tokens, DoRA r 64, beta 0.001; wall time, all cores.
+    """
+    spec = {"checkpoint": checkpoint, "data": data, "prompts": 1, "new_tokens": 160, "longest": 512}
+    name = f"step {Path(checkpoint).name} dora, beta 0.001, against TRL"
+    settings = [spec, spec | {"keep_memory": False}, spec]
+    with contextlib.ExitStack() as stack:
+        scripts = ["bench_work.py", "bench_trl.py", "bench_trl.py"]
+        sides = [stack.enter_context(Side(script, **s)) for script, s in zip(scripts, settings)]
+        results = rounds(name, sides, 2)
+    for note, theirs in (("", results[1]), (" with freed memory kept", results[2])):
+        yield compared(name + note, ">= 3", results[0], theirs)
+        peaks = [max(step["peak"] for step in steps) for steps in (results[0], theirs)]
+        yield row(f"{name}{note}: peak memory", peaks[1] / peaks[0], "-", *peaks, "MiB")
+
+
 def bench_step(shape, adapter, beta, goal, min_rounds, no_checkpointing=False):
     """A whole GRPO step against TRL, in two alternating processes: time and peak memory.
 
@@ -377,6 +395,8 @@ def main():
     parser.add_argument("--only", default="", metavar="WORD", help="run those with WORD in their name [all]")
     parser.add_argument("--growth", action="store_true", help="how time and memory grow with the work [off]")
     parser.add_argument("--gpu", action="store_true", help="7B shapes on a GPU: bench_gpu.py [off]")
+    parser.add_argument("--checkpoint", metavar="DIR", help="a step of this model against TRL, on an idle machine [none]")
+    parser.add_argument("--data", metavar="FILE", help="its tasks, a JSONL file or hub id")
     parser.add_argument("--shrink", action="store_true", help=argparse.SUPPRESS)  # --gpu's code, small, on the CPU
     parser.add_argument("--memory", choices=("ours", "naive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -386,7 +406,10 @@ def main():
         for line in bench_growth():
             print(line, flush=True)
         return None
-    if arguments.gpu or arguments.shrink:
+    if arguments.checkpoint:
+        bench = functools.partial(bench_checkpoint, arguments.checkpoint, arguments.data)
+        chosen = {"checkpoint": bench}
+    elif arguments.gpu or arguments.shrink:
         import bench_gpu
 
         chosen = bench_gpu.benches(arguments.shrink)

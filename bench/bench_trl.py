@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 
 import torch
-from bench_work import Spec, build, clock_of, make_tasks, make_tokenizer, memory_of
+from bench_work import Spec, clock_of, memory_of, workload
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -28,7 +28,7 @@ class OneStepAtATime(TrainerCallback):
 
     def __init__(self, spec, spent, before):
         self.spec, self.spent, self.before = spec, spent, before
-        self.clock = clock_of(spec.device)
+        self.clock = clock_of(spec.device, spec.checkpoint)
         self.answers, sys.stdout = sys.stdout, sys.stderr  # only answers go to stdout
 
     def on_step_begin(self, *_, **__):
@@ -74,13 +74,12 @@ def score(completions, target, **_):
 def main():
     spec, spent = Spec(**json.loads(sys.argv[1])), Counter()
     warnings.simplefilter("ignore")
-    model = build(spec)
+    model, tokenizer, tasks = workload(spec)
     logging.set_verbosity_error()
-    tokenizer = make_tokenizer(model.config.vocab_size)
-    rows = [
-        {"prompt": " ".join(f"x{i}" for i in prompt), "target": example.new_code}
-        for prompt, example in make_tasks(spec, model.config.vocab_size)
-    ]
+    rows = []
+    for prompt, example in tasks:
+        text = tokenizer.decode(prompt) if spec.checkpoint else " ".join(f"x{i}" for i in prompt)
+        rows.append({"prompt": text, "target": example.new_code})
     before = memory_of(spec.device)[0]
     size = min(8, spec.prompts * spec.num_samples)  # 8 is TRL's default
     accumulation = spec.prompts * spec.num_samples // size
@@ -88,7 +87,7 @@ def main():
         config = GRPOConfig(
             output, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
             num_generations=spec.num_samples, max_completion_length=spec.new_tokens, beta=spec.beta, loss_type="grpo",
-            gradient_checkpointing=spec.checkpointing, bf16=spec.device != "cpu", use_cpu=spec.device == "cpu",
+            gradient_checkpointing=spec.checkpointing, bf16=model.dtype == torch.bfloat16, use_cpu=spec.device == "cpu",
             max_steps=10_000, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         adapter = LoraConfig(
@@ -102,7 +101,7 @@ def main():
             model, score, config, Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
             callbacks=[OneStepAtATime(spec, spent, before)],
         )  # fmt: skip
-        watch(trainer, spent, clock_of(spec.device))
+        watch(trainer, spent, clock_of(spec.device, spec.checkpoint))
         trainer.train()
 
 

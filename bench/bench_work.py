@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers.utils import logging
 
 import data
-from training import dora
 import grpo
 import recode
+from training import dora, loading
 
 PAD, EOS, UNK = 0, 1, 2
 SHAPES = {  # name: vocabulary, hidden size, MLP size, layers, heads, KV heads
@@ -63,6 +63,9 @@ class Spec:
     beta: float = 0.001
     checkpointing: bool = True  # TRL's default; our side does it on a GPU only
     device: str = "cpu"
+    checkpoint: str = ""  # directory of a real model, in place of shape, vocab and end
+    data: str = ""  # its tasks
+    keep_memory: bool = True  # with checkpoint: glibc keeps freed memory, as in grpo.py
 
 
 # ------------------------------------------------------------------------- the model, the tokenizer, the tasks
@@ -137,6 +140,24 @@ def make_tasks(spec, vocab):
     return tasks
 
 
+def workload(spec):
+    """(model, tokenizer, tasks) of a step: random ones, or those of spec.checkpoint and spec.data.
+
+    A checkpoint is loaded as grpo.py loads it, and has all cores.
+    """
+    if not spec.checkpoint:
+        model = build(spec)
+        vocab = model.config.vocab_size
+        return model, make_tokenizer(vocab), make_tasks(spec, vocab)
+    torch.set_num_threads(os.cpu_count())
+    if not spec.keep_memory:  # TRL as its users run it
+        loading.keep_freed_memory = bool
+    tokenizer = loading.load_tokenizer(spec.checkpoint)
+    examples = data.load_examples(spec.data)[:64]
+    tasks = data.encode_tasks(examples, tokenizer, spec.longest, Counter())
+    return loading.load_model(spec.checkpoint), tokenizer, tasks
+
+
 # ------------------------------------------------------------------------- interface to our code
 # All that the benchmarks know of the code they measure: if a name or setting changes, fix it here.
 
@@ -186,10 +207,8 @@ def our_side(spec):
 
     Also returns the memory in use before the adapter is added, MiB.
     """
-    config, position, clock = our_config(spec), 0, clock_of(spec.device)
-    model = build(spec)
-    tokenizer = make_tokenizer(model.config.vocab_size)
-    tasks = make_tasks(spec, model.config.vocab_size)
+    config, position, clock = our_config(spec), 0, clock_of(spec.device, spec.checkpoint)
+    model, tokenizer, tasks = workload(spec)
     before = memory_of(spec.device)[0]
     adapt(model, spec, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
@@ -287,15 +306,15 @@ def gradient_error(shape):
 # ------------------------------------------------------------------------- one side as a process
 
 
-def clock_of(device):
+def clock_of(device, checkpoint=""):
     """The clock of a device.
 
     On the CPU it counts the CPU time of this process, so that other work on the machine does not
-    count; each side runs on one thread. On a GPU it counts wall time, after all queued work is
-    done.
+    count; each side runs on one thread. With a checkpoint, which has all cores, it counts wall
+    time: run nothing else. On a GPU it counts wall time, after all queued work is done.
     """
     if device == "cpu":
-        return time.process_time
+        return time.perf_counter if checkpoint else time.process_time
     return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
 
 
