@@ -181,7 +181,7 @@ def evaluate(problems, directory, box, args):
         pool.shutdown(cancel_futures=True)
 
 
-RANGES = {"es_star": (-2, 2), "em_star": (-2, 2)}  # the other metrics are shares, in [0, 1]
+RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2)}  # the others are shares
 Z = 1.96
 
 
@@ -213,15 +213,18 @@ def interval(values, low=0.0, high=1.0):
 
 
 def metrics(rows, ks):
-    """{metric: value} of one problem, from the rows of its samples."""
+    """{metric: value} of one problem, from the rows of its samples; None where it has no value."""
     result = {}
     for name, field in (("pass", "passed"), ("UPass", "updated")):
         if field in rows[0]:
             right = sum(row[field] for row in rows)
             result |= {f"{name}@{k}": pass_at_k(len(rows), right, k) for k in ks}
-    for name in ("es_star", "em_star", "stale", "format", "no_code", "cut"):
+    values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
+    for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
         if name in rows[0]:
-            result[name] = mean(row[name] for row in rows)
+            values[name] = [row[name] for row in rows if row[name] is not None]
+    for name, known in values.items():
+        result[name] = mean(known) if known else None
     return result
 
 
@@ -239,8 +242,9 @@ def tabulate(problems, rows, args):
     for group, members in groups.items():
         table[group] = {"problems": len(members)}
         for name in members[0]:
-            values = [member[name] for member in members]
-            table[group][name] = interval(values, *RANGES.get(name, (0, 1)))
+            values = [member[name] for member in members if member[name] is not None]
+            if values:
+                table[group][name] = interval(values, *RANGES.get(name, (0, 1)))
     statuses = Counter()
     for row in rows.values():
         if row.get("judge") == "in-process":
@@ -255,6 +259,12 @@ def number(name, value, sign=""):
     return f"{value:{sign}.2f}" if name in RANGES else f"{100 * value:{sign}.1f}"
 
 
+def estimate(name, values, sign=""):
+    """[mean, lower end, upper end] of a metric as text: the mean, and its interval."""
+    value, low, high = [number(name, x, sign) for x in values]
+    return value, f"[{low}, {high}]"
+
+
 def markdown(lines):
     """A Markdown table with aligned columns; the first of the lines is its head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -264,12 +274,23 @@ def markdown(lines):
 
 
 def show(result):
-    """table.md: one metric per line, and how the answers that were run ended."""
-    lines = [["metric", "value", "95 % interval"]]
-    for name, values in result["table"]["all"].items():
+    """table.md: one metric per line, and how the answers that were run ended.
+
+    Migrations that ask for a change and those that do not have a column each, if there are both.
+    """
+    table = result["table"]
+    apart = [kind for kind in ("change", "no change") if kind in table]
+    if len(apart) == 1:
+        apart = []
+    heads = [f"{kind} ({table[kind]['problems']})" for kind in apart]
+    lines = [["metric", "value", "95 % interval", *heads]]
+    for name, values in table["all"].items():
         if name != "problems":
-            value, low, high = [number(name, x) for x in values]
-            lines.append([name, value, f"[{low}, {high}]"])
+            line = [name, *estimate(name, values)]
+            for kind in apart:
+                found = table[kind].get(name)
+                line.append(" ".join(estimate(name, found)) if found else "-")
+            lines.append(line)
     text = f"{markdown(lines)}\n{len(result['problems'])} problems"
     for status, count in sorted(result["statuses"].items()):
         text += f", {count} {status}"
@@ -277,13 +298,15 @@ def show(result):
 
 
 def read_tables(run):
-    """{"TASK METRIC": {problem: value}} of all tasks of a run."""
+    """{"TASK METRIC": {problem: value}} of all tasks of a run; None where there is no value."""
     found = {}
     for path in sorted(Path(run).glob("*/table.json")):
         rows = read_settings(path).get("problems")
         try:
             for name in next(iter(rows.values())):
-                values = {problem: float(row[name]) for problem, row in rows.items()}
+                values = {}
+                for problem, row in rows.items():
+                    values[problem] = None if row[name] is None else float(row[name])
                 found[f"{path.parent.name} {name}"] = values
         except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
             raise BadInput(f"--compare: {path} is not a table of eval.py; evaluate that run again")
@@ -292,28 +315,32 @@ def read_tables(run):
     return found
 
 
+def compare_values(name, first, now):
+    """A cell of the comparison: the mean now, and the change over problems with both values."""
+    known = [value for value in now.values() if value is not None]
+    cell = number(name, mean(known)) if known else "-"
+    change = [now[x] - first[x] for x in first if None not in (now[x], first[x])]
+    if change:
+        low, high = RANGES.get(name, (0, 1))
+        cell += " " + " ".join(estimate(name, interval(change, low - high, high - low), "+"))
+    return cell
+
+
 def compare(runs):
     """A Markdown table: a line per metric, a column per run with its change against the first."""
     tables = [read_tables(run) for run in runs]
     lines = [["", *runs]]
     for key in dict.fromkeys(key for table in tables for key in table):
-        name = key.split()[-1]
-        low, high = RANGES.get(name, (0, 1))
         line = [key]
+        first = tables[0].get(key, {})
         for run, table in zip(runs, tables):
-            first = tables[0].get(key)
-            now = table.get(key)
-            cell = number(name, mean(now.values())) if now else "-"
-            if first and now and table is not tables[0]:
-                if first.keys() != now.keys():
-                    raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
-                change = [now[problem] - first[problem] for problem in first]
-                ends = [number(name, x, "+") for x in interval(change, low - high, high - low)]
-                cell += f" {ends[0]} [{ends[1]}, {ends[2]}]"
-            line.append(cell)
+            now = table.get(key, {})
+            if first and now and first.keys() != now.keys():
+                raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
+            before = first if now and table is not tables[0] else {}
+            line.append(compare_values(key.split()[-1], before, now))
         lines.append(line)
     return markdown(lines)
-
 
 
 def parse(argv):
