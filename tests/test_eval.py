@@ -26,6 +26,7 @@ import reward
 import tasks
 import tasks.migration
 import tasks.problem
+import tasks.table
 from training import loading, parallel
 from training.config import BadInput
 
@@ -137,7 +138,7 @@ def test_interval_is_that_of_the_mean_over_problems():
     N, p = 500, 0.3
     share = np.r_[np.full(int(N * p), 0.9), np.full(N - int(N * p), 0.1)]  # no 0 or 1: eq. 2
     for values, expected in ((share, 0.34), (1 - share, 0.66)):
-        mean, low, high = eval.interval(values)
+        mean, low, high = tasks.table.interval(values)
         half = 1.96 * 0.8 * math.sqrt(p * (1 - p) / N)
         assert mean == pytest.approx(expected)
         assert low == pytest.approx(expected - half, abs=0.005)
@@ -155,23 +156,23 @@ def test_wilson_by_hand(right, N, low, high):
     (p - x)^2 = z^2 x (1 - x) / n.
     """
     values = [1.0] * right + [0.0] * (N - right)
-    mean, *ends = eval.interval(values)
+    mean, *ends = tasks.table.interval(values)
     assert mean == right / N and ends == pytest.approx([low, high], abs=1e-6)
     assert 0 <= ends[0] <= mean <= ends[1] + 1e-12 and ends[0] < ends[1] <= 1
-    assert eval.wilson(right / N, N) == pytest.approx([low, high], abs=1e-6)
+    assert tasks.table.wilson(right / N, N) == pytest.approx([low, high], abs=1e-6)
 
 
 def test_interval_where_all_problems_agree():
     """Stops certainty about problems that were never seen, also for rewards and changes.
 
-    Of 7 equal problems eq. 3 lets w = 3.8416 / 10.8416 differ, each by as much as the range allows.
+    Of 7 equal problems eq. 1 lets w = 3.8416 / 10.8416 differ, each by as much as the range allows.
     """
     w = 1.96**2 / (7 + 1.96**2)
     expected = [0.4, 0.4 - w * 0.4, 0.4 + w * 0.6]
-    assert eval.interval(np.full(7, 0.4)) == pytest.approx(expected)
-    assert eval.interval([2.0] * 7, -2, 2) == pytest.approx([2.0, 2.0 - 4 * w, 2.0])
-    assert eval.interval([0.0] * 7, -1, 1) == pytest.approx([0.0, -w, w])
-    assert eval.interval([1.0] * 7, -1, 1) == pytest.approx([1.0, 1.0 - 2 * w, 1.0])
+    assert tasks.table.interval(np.full(7, 0.4)) == pytest.approx(expected)
+    assert tasks.table.interval([2.0] * 7, -2, 2) == pytest.approx([2.0, 2.0 - 4 * w, 2.0])
+    assert tasks.table.interval([0.0] * 7, -1, 1) == pytest.approx([0.0, -w, w])
+    assert tasks.table.interval([1.0] * 7, -1, 1) == pytest.approx([1.0, 1.0 - 2 * w, 1.0])
 
 
 def rows_of(*verdicts):
@@ -244,7 +245,7 @@ def cells_of(line):
 def test_table_has_a_line_per_metric():
     """Stops a table too wide for the screen, without a metric, or with an interval turned round."""
     found = [problem(f"p{i}", "lib", "kind", update="x") for i in range(20)]
-    shown = eval.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
+    shown = tasks.table.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
     head, rule, *lines, empty, end = shown.splitlines()
     assert cells_of(head) == ["metric", "value", "95 % interval"] and set(rule) == {"|", "-", " "}
     assert [cells_of(line)[0] for line in lines] == [
@@ -257,7 +258,7 @@ def test_table_has_a_line_per_metric():
     assert len({len(line) for line in (head, rule, *lines)}) == 1
     assert empty == "" and end == "20 problems, 11 fail, 29 pass"
     star = {"es_star": [1.5, -0.25, 2.0], "problems": 1}
-    shown = eval.show({"table": {"all": star}, "statuses": {}, "problems": {}})
+    shown = tasks.table.show({"table": {"all": star}, "statuses": {}, "problems": {}})
     assert "| es_star | 1.50  | [-0.25, 2.00] |" in shown
 
 
@@ -271,7 +272,7 @@ def test_passes_in_process_are_counted_apart():
     result = eval.tabulate(found, {("p0", j): row for j, row in enumerate(rows)}, args)
     assert result["statuses"] == {
         "pass": 1, "pass in process": 1, "fail": 1, "fail in process": 1}  # fmt: skip
-    assert eval.show(result).endswith(
+    assert tasks.table.show(result).endswith(
         "1 problems, 1 fail, 1 fail in process, 1 pass, 1 pass in process\n"
     )
 
@@ -296,7 +297,7 @@ def test_compare_by_hand(tmp_path, write_table):
         write_table(run, "codeupdatearena", found, verdicts)
     write_table("grpo", "humaneval+", [problem("h0")], ["p"])
     runs = [str(tmp_path / run) for run in ("base", "grpo", "sft")]
-    head, _, *lines = [cells_of(line) for line in eval.compare(runs).splitlines()]
+    head, _, *lines = [cells_of(line) for line in tasks.table.compare(runs).splitlines()]
     assert head == ["", *runs]
     table = {line[0]: line[1:] for line in lines}
     assert table["codeupdatearena pass@1"] == [
@@ -306,9 +307,9 @@ def test_compare_by_hand(tmp_path, write_table):
     assert table["humaneval+ pass_if_formed"] == ["-", "100.0", "-"]
     write_table("sft", "codeupdatearena", found[1:], "fff")
     with pytest.raises(BadInput, match="sft: .* pass@1 has other problems than in .*base"):
-        eval.compare(runs)
+        tasks.table.compare(runs)
     with pytest.raises(BadInput, match="none: no .*table.json there"):
-        eval.compare([*runs, "none"])
+        tasks.table.compare([*runs, "none"])
 
 
 def test_compare_pairs_what_both_runs_have(tmp_path, write_table):
@@ -321,7 +322,7 @@ def test_compare_pairs_what_both_runs_have(tmp_path, write_table):
         for i, value in enumerate(values):
             table["problems"][f"p{i}"]["pass_if_formed"] = value
         path.write_text(json.dumps(table))
-    shown = eval.compare([str(tmp_path / run) for run in known]).splitlines()
+    shown = tasks.table.compare([str(tmp_path / run) for run in known]).splitlines()
     table = {cells_of(line)[0]: cells_of(line)[1:] for line in shown}
     base, grpo, none = table["migration pass_if_formed"]
     assert base == "33.3" and grpo == "66.7 +50.0 [+0.0, +100.0]" and none == "-"
@@ -338,7 +339,7 @@ def test_compare_refuses_other_files(tmp_path, write_table, content):
     bad = write_table("bad", "migration", [problem("p0")], ["p"])
     bad.write_text(content)
     with pytest.raises(BadInput, match="bad/migration/table.json") as error:
-        eval.compare([str(good.parent.parent), str(bad.parent.parent)])
+        tasks.table.compare([str(good.parent.parent), str(bad.parent.parent)])
     assert "\n" not in str(error.value)
 
 
@@ -991,7 +992,7 @@ def test_a_closed_pipe_ends_quietly(monkeypatch):
     os.close(read)
     with open(write, "w") as closed:
         monkeypatch.setattr("sys.stdout", closed)
-        monkeypatch.setattr(eval, "compare", lambda runs: "| a table |\n")
+        monkeypatch.setattr(tasks.table, "compare", lambda runs: "| a table |\n")
         monkeypatch.setattr("sys.argv", ["eval.py", "--compare", "some", "runs"])
         with pytest.raises(SystemExit) as stop:
             parallel.run_main(eval.main)
@@ -1012,10 +1013,10 @@ def test_a_closed_pipe_ends_quietly(monkeypatch):
     (["--prompt", "plain"], "--prompt plain"), (["--prompt", "fancy"], "--prompt"),
     (["--task", "codeupdatearena", "--prompt", "plain"], "only for humaneval"),
     (["--model", "none"], "no directory 'none'"), (["--adapter", "none"], "none"),
-    (["--model", "./none"], "--model ./none: no such file"),
-    (["--model", "tests/none"], "--model tests/none: no such file"),
-    (["--adapter", "tests/none"], "--adapter tests/none: no such file"),
-    (["--data", "tests/none.jsonl"], "--data tests/none.jsonl: no such file"),
+    (["--model", "./none"], "model: no directory './none'"),
+    (["--model", "tests/none"], "model: no directory 'tests/none'"),
+    (["--adapter", "tests/none"], "tests/none/adapter_config.json: cannot be read"),
+    (["--data", "tests/none.jsonl"], "data: no file 'tests/none.jsonl'"),
     (["--compare", "none"], "none"), (["--compare", "tests", "tiny"], "--compare tests"),
     (["--speed", "9"], "--speed"),
 ])  # fmt: skip
