@@ -31,10 +31,9 @@ import reward
 import sft
 import training.run
 from training import dora, loading, parallel
-from training.config import BadInput, Parser, read_settings
+from training.config import TINY, BadInput, Parser, read_settings
 from training.files import write
 
-TINY = str(Path(__file__).parent.parent / "tiny")
 SEEDS = (42, 1, 2)
 RUNS = {  # directory: row of the table, script, flags
     "base": ("base", None, ""),
@@ -74,11 +73,7 @@ def train(path, steps):
     name, _, seed = path.name.rpartition("-")
     _, script, flags = RUNS[name]
     chance = random.Random(int(seed))
-
-    def at_random(grade, example):
-        return chance.uniform(-3, 3) - grade.format
-
-    reward.CORRECTNESS["random"] = at_random
+    reward.CORRECTNESS["random"] = lambda grade, example: chance.uniform(-3, 3) - grade.format
     argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--steps", str(steps)]
     if (path / "checkpoint" / "state.pt").is_file():
         argv.append("--resume")
