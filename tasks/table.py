@@ -101,7 +101,10 @@ def read_tables(run):
 
 
 def compare_values(name, first, now):
-    """A cell of the comparison: the mean now, and the change over problems with both values."""
+    """A cell of the comparison: the mean now, and the change over problems with both values.
+
+    first, now: {problem: value or None}; first is empty where there is nothing to compare with.
+    """
     known = [value for value in now.values() if value is not None]
     cell = number(name, mean(known)) if known else "-"
     change = [now[x] - first[x] for x in first if None not in (now[x], first[x])]

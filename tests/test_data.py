@@ -335,15 +335,9 @@ def test_own_data_set_is_split(write_rows, rows, tmp_path, capsys):
     assert parts == list(data.split_heldout("0.25", examples, grpo.Config().seed))
     assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, examples)) and len(examples) == 12
     assert f"split     {tmp_path}/new/mine/heldout.jsonl: {len(parts[1])} rows" in lines
-    for name in ("train", "heldout"):
-        kept = tmp_path / f"new/mine/{name}.jsonl"
-        before = kept.read_bytes()
-        message = refusal(check_data.main, [source, "--split", "0.5", str(tmp_path / "new/mine")])
-        assert "is there already" in message and kept.read_bytes() == before
-    (tmp_path / "new/mine/train.jsonl").unlink()
-    assert "heldout.jsonl is there" in refusal(
-        check_data.main, [source, "--split", "0.5", str(tmp_path / "new/mine")]
-    )
-    assert not (tmp_path / "new/mine/train.jsonl").exists()
+    kept = {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
+    message = refusal(check_data.main, [source, "--split", "0.5", str(tmp_path / "new/mine")])
+    assert f"{tmp_path}/new/mine: exists already" in message and len(kept) == 2
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
     assert "0.01" in refusal(check_data.main, [source, "--split", "0.01", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()

@@ -4,8 +4,7 @@
     python -m tools.check_data my.jsonl --split 0.1 mine    also write mine/{train,heldout}.jsonl
 
 Prints how many rows are usable, which are dropped and why, how many tokens prompts and references
-have, and three prompts as the model sees them. --split writes the usable rows, those that
-`--heldout 0.1` would hold out apart.
+have, and three prompts as the model sees them. A split is that of a run with --heldout 0.1.
 """
 
 import json
@@ -62,12 +61,11 @@ def usable(source):
 
 
 def write_split(examples, share, directory):
-    """Write train.jsonl and heldout.jsonl, as a run's --heldout splits; BadInput if one exists."""
-    paths = [Path(directory) / name for name in ("train.jsonl", "heldout.jsonl")]
-    for path in paths:
-        if path.exists():
-            raise BadInput(f"--split: {path} is there already; give another directory")
-    for path, some in zip(paths, split_heldout(share, examples, Run.seed)):
+    """Write train.jsonl and heldout.jsonl into a new directory, split as by a run's --heldout."""
+    if Path(directory).exists():
+        raise BadInput(f"--split {directory}: exists already; give a new directory")
+    for name, some in zip(("train", "heldout"), split_heldout(share, examples, Run.seed)):
+        path = Path(directory) / f"{name}.jsonl"
         write(path, b"".join(json.dumps(vars(example)).encode() + b"\n" for example in some))
         print(f"split     {path}: {len(some):,} rows")
 

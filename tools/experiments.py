@@ -15,7 +15,6 @@ command goes on, also after kill -9.
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -73,12 +72,14 @@ def train(path, steps):
     name, _, seed = path.name.rpartition("-")
     _, script, flags = RUNS[name]
     chance = random.Random(int(seed))
-    reward.CORRECTNESS["random"] = lambda grade, example: chance.uniform(-3, 3) - grade.format
+
+    def at_random(grade, example):
+        return chance.uniform(-3, 3) - grade.format
+
+    reward.CORRECTNESS["random"] = at_random
     argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--steps", str(steps)]
-    if (path / "checkpoint" / "state.pt").is_file():
+    if (path / "config.json").is_file():
         argv.append("--resume")
-    elif path.exists():  # killed before its first checkpoint
-        shutil.rmtree(path)
     return script.main(argv + flags.split())
 
 
