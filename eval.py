@@ -82,14 +82,13 @@ def references(problems, box):
     return int(leaked > 0 or passed < 0.95 * len(problems))
 
 
-KEPT = (  # the settings that determine the samples
-    "model adapter task data num_samples temperature top_p max_new_tokens seed no_update prompt"
-).split()
+# settings that no sample depends on
+MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")
 
 
 def claim(directory, args):
     """Start in `directory`, or continue there if all that determines the samples is unchanged."""
-    settings = {name: getattr(args, name) for name in KEPT}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     for name in ("model", "adapter", "data"):  # the files behind a name may change
         path = Path(settings[name] or "none")
         files = [file for file in (path, *path.glob("*")) if file.is_file()]
@@ -221,10 +220,9 @@ def tabulate(problems, rows, args):
                 means[group][name] = table.interval(values, *table.RANGES.get(name, (0, 1)))
     statuses = Counter()
     for row in rows.values():
-        if row.get("judge") == "in-process":
-            statuses[f"{row['status']} in process"] += 1  # weaker evidence
-        elif "status" in row:
-            statuses[row["status"]] += 1
+        if "status" in row:
+            apart = " in process" if row.get("judge") == "in-process" else ""  # weaker evidence
+            statuses[row["status"] + apart] += 1
     return {"table": means, "statuses": statuses, "problems": each}
 
 

@@ -4,10 +4,9 @@ An answer is a whole function, run behind the prompt, so the prompt's imports ho
 it passes check(). HumanEval+ comes from the hub, or as evalplus's own file with base_input,
 plus_input and atol, where the reference gives the expected values, +- atol or 1e-6 for floats.
 
-The plain form is the benchmark's usual chat: one user message, the template's own system message,
-and an assistant turn that begins with "```python\\n", as in evalplus. Code ends at "\\n```". Sampling
-goes on to the EOS, so "cut" also counts answers whose explanation alone is too long. Unlike
-evalplus, what follows the function within the fence, e.g. an example call, is run too.
+The plain form is the benchmark's usual chat, as in evalplus: one user message, the template's own
+system message, and an assistant turn that begins with "```python\\n". The code ends at "\\n```".
+Sampling goes on to the EOS, so "cut" also counts answers whose explanation alone is too long.
 """
 
 import json

@@ -45,9 +45,11 @@ def number(name, value, sign=""):
 
 
 def estimate(name, values, sign=""):
-    """[mean, lower end, upper end] of a metric as text: the mean, and its interval."""
-    value, low, high = [number(name, x, sign) for x in values]
-    return value, f"[{low}, {high}]"
+    """(mean, lower end, upper end) of a metric as text; "-" where it has no value."""
+    if values is None:
+        return "-"
+    mean, low, high = [number(name, x, sign) for x in values]
+    return f"{mean} [{low}, {high}]"
 
 
 def markdown(lines):
@@ -59,23 +61,19 @@ def markdown(lines):
 
 
 def show(result):
-    """table.md: one metric per line, and how the answers that were run ended.
+    """table.md: a line per metric, and how the answers that were run ended.
 
     Migrations that ask for a change and those that do not have a column each, if there are both.
     """
     table = result["table"]
-    apart = [kind for kind in ("change", "no change") if kind in table]
-    if len(apart) == 1:
-        apart = []
-    heads = [f"{kind} ({table[kind]['problems']})" for kind in apart]
-    lines = [["metric", "value", "95 % interval", *heads]]
-    for name, values in table["all"].items():
+    groups = ["all"]
+    if "change" in table and "no change" in table:
+        groups = ["all", "change", "no change"]
+    heads = [f"{group} ({table[group]['problems']})" for group in groups]
+    lines = [["mean [95 % interval]", *heads]]
+    for name in table["all"]:
         if name != "problems":
-            line = [name, *estimate(name, values)]
-            for kind in apart:
-                found = table[kind].get(name)
-                line.append(" ".join(estimate(name, found)) if found else "-")
-            lines.append(line)
+            lines.append([name, *(estimate(name, table[group].get(name)) for group in groups)])
     text = f"{markdown(lines)}\n{len(result['problems'])} problems"
     for status, count in sorted(result["statuses"].items()):
         text += f", {count} {status}"
@@ -100,18 +98,15 @@ def read_tables(run):
     return found
 
 
-def compare_values(name, first, now):
-    """A cell of the comparison: the mean now, and the change over problems with both values.
-
-    first, now: {problem: value or None}; first is empty where there is nothing to compare with.
-    """
+def cell(name, first, now):
+    """A mean, and its change over the problems that have a value in both; {problem: value}."""
     known = [value for value in now.values() if value is not None]
-    cell = number(name, mean(known)) if known else "-"
+    text = number(name, mean(known)) if known else "-"
     change = [now[x] - first[x] for x in first if None not in (now[x], first[x])]
     if change:
         low, high = RANGES.get(name, (0, 1))
-        cell += " " + " ".join(estimate(name, interval(change, low - high, high - low), "+"))
-    return cell
+        text += " " + estimate(name, interval(change, low - high, high - low), "+")
+    return text
 
 
 def compare(runs):
@@ -126,6 +121,6 @@ def compare(runs):
             if first and now and first.keys() != now.keys():
                 raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
             before = first if now and table is not tables[0] else {}
-            line.append(compare_values(key.split()[-1], before, now))
+            line.append(cell(key.split()[-1], before, now))
         lines.append(line)
     return markdown(lines)
