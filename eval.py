@@ -8,17 +8,15 @@
 
 tasks/ says what is asked and when an answer is right. Each task has a directory in --output, with
 config.json, samples.jsonl (completions and verdicts), table.json and table.md. After a kill, the
-same command continues. Metrics are means over N problems, in per cent; es_star and em_star are
-rewards. --compare pairs the runs by problem.
+same command continues. Metrics are means over problems, in per cent; a reward is shown as it is.
+tasks/table.py has their 95 % intervals. --compare pairs the runs by problem.
 
     pass@k = 1 - C(n - c, k) / C(n, k)      n samples of a problem, c of them right       (eq. 1)
-    UPass@k: the same, where right means: passes with the update and fails without it
+    UPass@k          the same, where right means: passes with the update and fails without it
+    pass_if_formed   the share that is right of the answers with the right form
+    reward, es_star, em_star, stale         of migrations, see reward.py; reward = format + es_star
 
-A 95 % interval is eq. 3 (Wilson) if every problem has 0 or 1, with p their mean, else eq. 2 (the
-bootstrap). Where all have the same value, eq. 3 for p = 0 bounds the share of problems that differ.
-
-    [q(.025), q(.975)] of 2,000 means over N problems drawn with replacement              (eq. 2)
-    (p + z^2/2N -+ z sqrt(p (1 - p) / N + z^2/4N^2)) / (1 + z^2/N),  z = 1.96             (eq. 3)
+A problem that has no value, such as stale where no change is asked for, is left out of the mean.
 """
 
 import contextlib
@@ -31,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean as mean
 
-import numpy as np
 from tqdm import tqdm
 
 import recode
 import tasks
+from tasks import table
 from training import loading, parallel
 from training.config import TINY, BadInput, Parser, read_settings
 from training.files import write
@@ -84,14 +82,13 @@ def references(problems, box):
     return int(leaked > 0 or passed < 0.95 * len(problems))
 
 
-KEPT = (  # the settings that determine the samples
-    "model adapter task data num_samples temperature top_p max_new_tokens seed no_update prompt"
-).split()
+# settings that no sample depends on
+MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")
 
 
 def claim(directory, args):
     """Start in `directory`, or continue there if all that determines the samples is unchanged."""
-    settings = {name: getattr(args, name) for name in KEPT}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     for name in ("model", "adapter", "data"):  # the files behind a name may change
         path = Path(settings[name] or "none")
         files = [file for file in (path, *path.glob("*")) if file.is_file()]
@@ -181,10 +178,6 @@ def evaluate(problems, directory, box, args):
         pool.shutdown(cancel_futures=True)
 
 
-RANGES = {"es_star": (-2, 2), "em_star": (-2, 2)}  # the other metrics are shares, in [0, 1]
-Z = 1.96
-
-
 def pass_at_k(n, c, k):
     """The unbiased estimate of pass@k from n samples, c of them right; ValueError for k > n."""
     if not 0 <= c <= n or not 1 <= k <= n:
@@ -192,36 +185,19 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # eq. 1
 
 
-def wilson(p, N):
-    """Lower and upper end of the interval of a share p of N problems."""
-    centre = p + Z**2 / (2 * N)
-    half = Z * math.sqrt(p * (1 - p) / N + Z**2 / (4 * N**2))
-    return np.clip(np.array([centre - half, centre + half]) / (1 + Z**2 / N), 0, 1)  # eq. 3
-
-
-def interval(values, low=0.0, high=1.0):
-    """(mean, lower end, upper end) for values, one per problem, that lie in [low, high]."""
-    x = np.array(values, dtype=float)  # (N,)
-    N = len(x)
-    if (low, high) == (0, 1) and np.isin(x, (0, 1)).all():
-        return x.mean(), *wilson(x.mean(), N)
-    if (x == x[0]).all():
-        _, share = wilson(0, N)
-        return x[0], x[0] - share * (x[0] - low), x[0] + share * (high - x[0])
-    draws = np.random.default_rng(0).integers(N, size=(2000, N))
-    return x.mean(), *np.quantile(x[draws].mean(1), (0.025, 0.975))  # eq. 2
-
-
 def metrics(rows, ks):
-    """{metric: value} of one problem, from the rows of its samples."""
+    """{metric: value} of one problem, from the rows of its samples; None where it has no value."""
     result = {}
     for name, field in (("pass", "passed"), ("UPass", "updated")):
         if field in rows[0]:
             right = sum(row[field] for row in rows)
             result |= {f"{name}@{k}": pass_at_k(len(rows), right, k) for k in ks}
-    for name in ("es_star", "em_star", "stale", "format", "no_code", "cut"):
+    values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
+    for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
         if name in rows[0]:
-            result[name] = mean(row[name] for row in rows)
+            values[name] = [row[name] for row in rows if row[name] is not None]
+    for name, known in values.items():
+        result[name] = mean(known) if known else None
     return result
 
 
@@ -235,85 +211,19 @@ def tabulate(problems, rows, args):
         for group in ("all", problem.package, problem.update_type):
             groups.setdefault(group, []).append(each[problem.name])
     groups.pop("", None)
-    table = {}
+    means = {}
     for group, members in groups.items():
-        table[group] = {"problems": len(members)}
+        means[group] = {"problems": len(members)}
         for name in members[0]:
-            values = [member[name] for member in members]
-            table[group][name] = interval(values, *RANGES.get(name, (0, 1)))
+            values = [member[name] for member in members if member[name] is not None]
+            if values:
+                means[group][name] = table.interval(values, *table.RANGES.get(name, (0, 1)))
     statuses = Counter()
     for row in rows.values():
-        if row.get("judge") == "in-process":
-            statuses[f"{row['status']} in process"] += 1  # weaker evidence
-        elif "status" in row:
-            statuses[row["status"]] += 1
-    return {"table": table, "statuses": statuses, "problems": each}
-
-
-def number(name, value, sign=""):
-    """A metric as text: per cent, or a reward as it is."""
-    return f"{value:{sign}.2f}" if name in RANGES else f"{100 * value:{sign}.1f}"
-
-
-def markdown(lines):
-    """A Markdown table with aligned columns; the first of the lines is its head."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    rows = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def show(result):
-    """table.md: one metric per line, and how the answers that were run ended."""
-    lines = [["metric", "value", "95 % interval"]]
-    for name, values in result["table"]["all"].items():
-        if name != "problems":
-            value, low, high = [number(name, x) for x in values]
-            lines.append([name, value, f"[{low}, {high}]"])
-    text = f"{markdown(lines)}\n{len(result['problems'])} problems"
-    for status, count in sorted(result["statuses"].items()):
-        text += f", {count} {status}"
-    return text + "\n"
-
-
-def read_tables(run):
-    """{"TASK METRIC": {problem: value}} of all tasks of a run."""
-    found = {}
-    for path in sorted(Path(run).glob("*/table.json")):
-        rows = read_settings(path).get("problems")
-        try:
-            for name in next(iter(rows.values())):
-                values = {problem: float(row[name]) for problem, row in rows.items()}
-                found[f"{path.parent.name} {name}"] = values
-        except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
-            raise BadInput(f"--compare: {path} is not a table of eval.py; evaluate that run again")
-    if not found:
-        raise BadInput(f"--compare {run}: no */table.json there; give a finished --output")
-    return found
-
-
-def compare(runs):
-    """A Markdown table: a line per metric, a column per run with its change against the first."""
-    tables = [read_tables(run) for run in runs]
-    lines = [["", *runs]]
-    for key in dict.fromkeys(key for table in tables for key in table):
-        name = key.split()[-1]
-        low, high = RANGES.get(name, (0, 1))
-        line = [key]
-        for run, table in zip(runs, tables):
-            first = tables[0].get(key)
-            now = table.get(key)
-            cell = number(name, mean(now.values())) if now else "-"
-            if first and now and table is not tables[0]:
-                if first.keys() != now.keys():
-                    raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
-                change = [now[problem] - first[problem] for problem in first]
-                ends = [number(name, x, "+") for x in interval(change, low - high, high - low)]
-                cell += f" {ends[0]} [{ends[1]}, {ends[2]}]"
-            line.append(cell)
-        lines.append(line)
-    return markdown(lines)
-
+        if "status" in row:
+            apart = " in process" if row.get("judge") == "in-process" else ""  # weaker evidence
+            statuses[row["status"] + apart] += 1
+    return {"table": means, "statuses": statuses, "problems": each}
 
 
 def parse(argv):
@@ -351,10 +261,6 @@ def parse(argv):
 
 def resolve(args):
     """Replace a run directory by its model and adapter; set what was not given."""
-    for name in ("model", "adapter", "data"):
-        value = getattr(args, name)
-        if os.path.isdir(os.path.dirname(value)) and not os.path.exists(value):  # no hub id
-            raise BadInput(f"--{name} {value}: no such file or directory")
     args.model, adapter, settings = loading.open_policy(args.model)
     if not args.adapter:
         args.adapter = adapter
@@ -396,7 +302,7 @@ def main(argv=None):
     """Evaluate, check the references, or compare. Returns 0, or 1 where references fail."""
     args = parse(argv)
     if args.compare:
-        print(compare(args.compare), end="")
+        print(table.compare(args.compare), end="")
         return 0
     plain = args.prompt == "plain"
     problems = tasks.load(args.task, args.data, args.no_update, plain)
@@ -416,8 +322,9 @@ def main(argv=None):
     if parallel.RANK == 0:
         result = tabulate(problems, read_log(directory), args)
         write(directory / "table.json", json.dumps(result, indent=1).encode())
-        write(directory / "table.md", show(result).encode())
-        print(show(result))
+        text = table.show(result)
+        write(directory / "table.md", text.encode())
+        print(text)
         print(f"done: {directory}/ holds samples.jsonl, table.md and table.json")
     return 0
 

@@ -4,6 +4,8 @@
     codeupdatearena  solve a problem with a function that was just changed
     humaneval        complete a function; humaneval+ adds far more tests
 
+problem.py holds what the last two share, table.py the table that eval.py makes of all of them.
+
     python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """
 

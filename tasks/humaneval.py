@@ -4,8 +4,9 @@ An answer is a whole function, run behind the prompt, so the prompt's imports ho
 it passes check(). HumanEval+ comes from the hub, or as evalplus's own file with base_input,
 plus_input and atol, where the reference gives the expected values, +- atol or 1e-6 for floats.
 
-The plain form is the benchmark's usual chat: one user message, and an assistant turn that begins
-with "```python\\n". This prefix is our choice: the model writes code at once, up to "\\n```".
+The plain form is the benchmark's usual chat, as in evalplus: one user message, the template's own
+system message, and an assistant turn that begins with "```python\\n". The code ends at "\\n```".
+Sampling goes on to the EOS; in 9 of 9 answers of Qwen2.5-Coder-0.5B it came right after the fence.
 """
 
 import json

@@ -1,6 +1,8 @@
 """Migration: rewrite old code as an update note says, with the prompt of training.
 
 An answer is right when it equals the reference, comments and blank lines aside. Nothing is run.
+Rows whose reference equals the old code, comments aside, ask for no change: a group of their own,
+where no answer can be stale.
 """
 
 from dataclasses import dataclass, replace
@@ -14,16 +16,22 @@ class Migration:
     name: str
     package: str
     example: data.Example
-    update_type: str = ""
+    update_type: str  # "change" or "no change"
 
     def encode(self, tokenizer):
         return data.encode_prompt(self.example, tokenizer)
 
     def judge(self, completion, box):
         grade = reward.grade(completion, self.example)
-        form = {"format": grade.format > 0, "no_code": grade.code is None, "stale": grade.stale}
-        rewards = {"es_star": grade.es_star, "em_star": grade.em_star}
-        return rewards | form | {"passed": grade.em == 1}
+        return {
+            "passed": grade.em == 1,
+            "reward": reward.total(grade, self.example),  # format + es_star
+            "es_star": grade.es_star,
+            "em_star": grade.em_star,
+            "stale": grade.stale if self.update_type == "change" else None,
+            "format": grade.format > 0,
+            "no_code": grade.code is None,
+        }
 
 
 def load(source, no_update=False):
@@ -32,5 +40,7 @@ def load(source, no_update=False):
     for i, example in enumerate(data.load_examples(source)):
         if no_update:  # the doc element stays in the prompt, empty
             example = replace(example, update_info="")
-        problems.append(Migration(str(i), example.dependency, example))
+        same = reward.strip_comments(example.old_code) == reward.strip_comments(example.new_code)
+        kind = "no change" if same else "change"
+        problems.append(Migration(str(i), example.dependency, example, kind))
     return problems

@@ -19,6 +19,7 @@ from collections import Counter
 import pytest
 
 import data
+import grpo
 from tools import check_data
 from conftest import ROOT, ROWS, SHARED
 from data import Example
@@ -321,3 +322,22 @@ def test_own_data_set_as_a_program(write_rows, rows):
     done = python(os.environ, "-m", "tools.check_data", write_rows(["{"]))
     assert done.returncode == 2 and "line 1: not JSON" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_own_data_set_is_split(write_rows, rows, tmp_path, capsys):
+    """Stops a split that loses, repeats or spoils a row, that differs from --heldout's, or that
+    overwrites one on which a model was trained."""
+    rows += [row | {"update_info": f"é {row['update_info']}", "old_code": "y"} for row in rows]
+    source = write_rows([*rows, rows[0] | {"new_code": "("}, rows[1]])
+    lines = look(capsys, source, "--split", "0.25", str(tmp_path / "new/mine"))
+    examples = data.load_examples(source)
+    parts = [data.load_examples(str(tmp_path / f"new/mine/{name}.jsonl")) for name in ("train", "heldout")]
+    assert parts == list(data.split_heldout("0.25", examples, grpo.Config().seed))
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, examples)) and len(examples) == 12
+    assert f"split     {tmp_path}/new/mine/heldout.jsonl: {len(parts[1])} rows" in lines
+    kept = {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
+    message = refusal(check_data.main, [source, "--split", "0.5", str(tmp_path / "new/mine")])
+    assert f"{tmp_path}/new/mine: exists already" in message and len(kept) == 2
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
+    assert "0.01" in refusal(check_data.main, [source, "--split", "0.01", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()

@@ -26,6 +26,7 @@ import reward
 import tasks
 import tasks.migration
 import tasks.problem
+import tasks.table
 from training import loading, parallel
 from training.config import BadInput
 
@@ -137,7 +138,7 @@ def test_interval_is_that_of_the_mean_over_problems():
     N, p = 500, 0.3
     share = np.r_[np.full(int(N * p), 0.9), np.full(N - int(N * p), 0.1)]  # no 0 or 1: eq. 2
     for values, expected in ((share, 0.34), (1 - share, 0.66)):
-        mean, low, high = eval.interval(values)
+        mean, low, high = tasks.table.interval(values)
         half = 1.96 * 0.8 * math.sqrt(p * (1 - p) / N)
         assert mean == pytest.approx(expected)
         assert low == pytest.approx(expected - half, abs=0.005)
@@ -155,23 +156,23 @@ def test_wilson_by_hand(right, N, low, high):
     (p - x)^2 = z^2 x (1 - x) / n.
     """
     values = [1.0] * right + [0.0] * (N - right)
-    mean, *ends = eval.interval(values)
+    mean, *ends = tasks.table.interval(values)
     assert mean == right / N and ends == pytest.approx([low, high], abs=1e-6)
     assert 0 <= ends[0] <= mean <= ends[1] + 1e-12 and ends[0] < ends[1] <= 1
-    assert eval.wilson(right / N, N) == pytest.approx([low, high], abs=1e-6)
+    assert tasks.table.wilson(right / N, N) == pytest.approx([low, high], abs=1e-6)
 
 
 def test_interval_where_all_problems_agree():
     """Stops certainty about problems that were never seen, also for rewards and changes.
 
-    Of 7 equal problems eq. 3 lets w = 3.8416 / 10.8416 differ, each by as much as the range allows.
+    Of 7 equal problems eq. 1 lets w = 3.8416 / 10.8416 differ, each by as much as the range allows.
     """
     w = 1.96**2 / (7 + 1.96**2)
     expected = [0.4, 0.4 - w * 0.4, 0.4 + w * 0.6]
-    assert eval.interval(np.full(7, 0.4)) == pytest.approx(expected)
-    assert eval.interval([2.0] * 7, -2, 2) == pytest.approx([2.0, 2.0 - 4 * w, 2.0])
-    assert eval.interval([0.0] * 7, -1, 1) == pytest.approx([0.0, -w, w])
-    assert eval.interval([1.0] * 7, -1, 1) == pytest.approx([1.0, 1.0 - 2 * w, 1.0])
+    assert tasks.table.interval(np.full(7, 0.4)) == pytest.approx(expected)
+    assert tasks.table.interval([2.0] * 7, -2, 2) == pytest.approx([2.0, 2.0 - 4 * w, 2.0])
+    assert tasks.table.interval([0.0] * 7, -1, 1) == pytest.approx([0.0, -w, w])
+    assert tasks.table.interval([1.0] * 7, -1, 1) == pytest.approx([1.0, 1.0 - 2 * w, 1.0])
 
 
 def rows_of(*verdicts):
@@ -189,10 +190,21 @@ def test_metrics_of_a_problem_by_hand():
     """Stops UPass@k counting answers that never needed the update, and missing code uncounted."""
     got = eval.metrics(rows_of(*"upfnf"), [1, 5])
     assert got == pytest.approx({
-        "pass@1": 0.4, "pass@5": 1, "UPass@1": 0.2, "UPass@5": 1, "format": 1, "no_code": 0.2,
-        "cut": 0})  # fmt: skip
-    got = eval.metrics([{"passed": True, "stale": 0.0, "es_star": 2.0}], [1])
-    assert list(got) == ["pass@1", "es_star", "stale"]
+        "pass@1": 0.4, "pass@5": 1, "UPass@1": 0.2, "UPass@5": 1, "pass_if_formed": 0.4,
+        "format": 1, "no_code": 0.2, "cut": 0})  # fmt: skip
+    got = eval.metrics([{"passed": True, "format": True, "stale": 0.0, "es_star": 2.0}], [1])
+    assert list(got) == ["pass@1", "pass_if_formed", "es_star", "stale", "format"]
+
+
+def test_metrics_without_a_value():
+    """Stops ill-formed answers counting as wrong ones in pass_if_formed, and None counting as 0."""
+    right, wrong = {"passed": True, "stale": None}, {"passed": False, "stale": None}
+    rows = [right | {"format": False}, right | {"format": True}, wrong | {"format": True}]
+    got = eval.metrics(rows, [1])
+    assert got["pass@1"] == pytest.approx(2 / 3) and got["pass_if_formed"] == 0.5
+    assert got["stale"] is None
+    got = eval.metrics(rows[:1], [1])
+    assert got["pass@1"] == 1 and got["format"] == 0 and got["pass_if_formed"] is None
 
 
 def problem(name, package="", update_type="", update=""):
@@ -233,20 +245,21 @@ def cells_of(line):
 def test_table_has_a_line_per_metric():
     """Stops a table too wide for the screen, without a metric, or with an interval turned round."""
     found = [problem(f"p{i}", "lib", "kind", update="x") for i in range(20)]
-    shown = eval.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
+    shown = tasks.table.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
     head, rule, *lines, empty, end = shown.splitlines()
-    assert cells_of(head) == ["metric", "value", "95 % interval"] and set(rule) == {"|", "-", " "}
+    assert cells_of(head) == ["mean [95 % interval]", "all (20)"] and set(rule) == {"|", "-", " "}
     assert [cells_of(line)[0] for line in lines] == [
-        "pass@1", "pass@2", "UPass@1", "UPass@2", "format", "no_code", "cut"]  # fmt: skip
-    values = {cells_of(line)[0]: cells_of(line)[1:] for line in lines}
-    assert values["format"] == ["100.0", "[83.9, 100.0]"]
-    assert values["cut"] == ["0.0", "[0.0, 16.1]"]
-    assert values["pass@1"][0] == "72.5" and values["pass@2"] == ["95.0", "[76.4, 99.1]"]
+        "pass@1", "pass@2", "UPass@1", "UPass@2", "pass_if_formed", "format", "no_code", "cut",
+    ]  # fmt: skip
+    values = {cells_of(line)[0]: cells_of(line)[1] for line in lines}
+    assert values["format"] == "100.0 [83.9, 100.0]"
+    assert values["cut"] == "0.0 [0.0, 16.1]"
+    assert values["pass@1"][:5] == "72.5 " and values["pass@2"] == "95.0 [76.4, 99.1]"
     assert len({len(line) for line in (head, rule, *lines)}) == 1
     assert empty == "" and end == "20 problems, 11 fail, 29 pass"
     star = {"es_star": [1.5, -0.25, 2.0], "problems": 1}
-    shown = eval.show({"table": {"all": star}, "statuses": {}, "problems": {}})
-    assert "| es_star | 1.50  | [-0.25, 2.00] |" in shown
+    shown = tasks.table.show({"table": {"all": star}, "statuses": {}, "problems": {}})
+    assert re.search(r"\| es_star +\| 1.50 \[-0.25, 2.00\] \|\n", shown)
 
 
 def test_passes_in_process_are_counted_apart():
@@ -259,7 +272,7 @@ def test_passes_in_process_are_counted_apart():
     result = eval.tabulate(found, {("p0", j): row for j, row in enumerate(rows)}, args)
     assert result["statuses"] == {
         "pass": 1, "pass in process": 1, "fail": 1, "fail in process": 1}  # fmt: skip
-    assert eval.show(result).endswith(
+    assert tasks.table.show(result).endswith(
         "1 problems, 1 fail, 1 fail in process, 1 pass, 1 pass in process\n"
     )
 
@@ -284,18 +297,35 @@ def test_compare_by_hand(tmp_path, write_table):
         write_table(run, "codeupdatearena", found, verdicts)
     write_table("grpo", "humaneval+", [problem("h0")], ["p"])
     runs = [str(tmp_path / run) for run in ("base", "grpo", "sft")]
-    head, _, *lines = [cells_of(line) for line in eval.compare(runs).splitlines()]
+    head, _, *lines = [cells_of(line) for line in tasks.table.compare(runs).splitlines()]
     assert head == ["", *runs]
     table = {line[0]: line[1:] for line in lines}
     assert table["codeupdatearena pass@1"] == [
         "50.0", "75.0 +25.0 [+0.0, +75.0]", "0.0 -50.0 [-100.0, +0.0]"]  # fmt: skip
     assert table["humaneval+ pass@1"] == ["-", "100.0", "-"]
     assert table["codeupdatearena format"] == ["100.0"] + ["100.0 +0.0 [-49.0, +49.0]"] * 2
+    assert table["humaneval+ pass_if_formed"] == ["-", "100.0", "-"]
     write_table("sft", "codeupdatearena", found[1:], "fff")
     with pytest.raises(BadInput, match="sft: .* pass@1 has other problems than in .*base"):
-        eval.compare(runs)
+        tasks.table.compare(runs)
     with pytest.raises(BadInput, match="none: no .*table.json there"):
-        eval.compare([*runs, "none"])
+        tasks.table.compare([*runs, "none"])
+
+
+def test_compare_pairs_what_both_runs_have(tmp_path, write_table):
+    """Stops a missing value counting as 0, a change over unequal problems, and a refusal."""
+    found = [problem(f"p{i}") for i in range(4)]
+    known = {"base": [None, 0.0, 0.0, 1.0], "grpo": [0.0, 1.0, None, 1.0], "none": [None] * 4}
+    for run, values in known.items():
+        path = write_table(run, "migration", found, "pppp")
+        table = json.loads(path.read_text())
+        for i, value in enumerate(values):
+            table["problems"][f"p{i}"]["pass_if_formed"] = value
+        path.write_text(json.dumps(table))
+    shown = tasks.table.compare([str(tmp_path / run) for run in known]).splitlines()
+    table = {cells_of(line)[0]: cells_of(line)[1:] for line in shown}
+    base, grpo, none = table["migration pass_if_formed"]
+    assert base == "33.3" and grpo == "66.7 +50.0 [+0.0, +100.0]" and none == "-"
 
 
 @pytest.mark.parametrize("content", [
@@ -309,7 +339,7 @@ def test_compare_refuses_other_files(tmp_path, write_table, content):
     bad = write_table("bad", "migration", [problem("p0")], ["p"])
     bad.write_text(content)
     with pytest.raises(BadInput, match="bad/migration/table.json") as error:
-        eval.compare([str(good.parent.parent), str(bad.parent.parent)])
+        tasks.table.compare([str(good.parent.parent), str(bad.parent.parent)])
     assert "\n" not in str(error.value)
 
 
@@ -559,6 +589,11 @@ def test_verdict_on_a_migration(write_rows, rows):
         assert got["passed"] == (code == new) and got["stale"] == (code == old)
         assert got["es_star"] == reward.es_star(text, new) and got["no_code"] == (code is None)
         assert got["em_star"] == reward.em_star(text, new) and got["format"] == (code is not None)
+        assert got["reward"] == reward.score(text, new)
+    same = rows[1] | {"new_code": rows[1]["old_code"] + "  # as before"}
+    (problem,) = tasks.load("migration", write_rows([same]))
+    got = problem.judge(answer(same["old_code"]), None)
+    assert got["passed"] and got["stale"] is None and problem.update_type == "no change"
 
 
 def test_references_by_hand(arena, capsys):
@@ -643,6 +678,50 @@ def means_of(directory):
     return {name: table[name][0] for name in table if name != "problems"}, result["statuses"]
 
 
+def test_migrations_from_end_to_end(command, write_rows, rows, monkeypatch, tmp_path):
+    """Stops rows that ask for no change from being mixed in, unseen, or from being called stale.
+
+    Oracle: one greedy answer a row, whose metrics are counted by hand.
+    """
+    for i in (4, 5):
+        rows[i]["new_code"] = f"# comments do not count\n{rows[i]['old_code']}"
+    new = [row["new_code"] for row in rows]
+    ill_formed = answer(new[1]).replace("</think>", "</think> Here:")
+    texts = [answer(new[0]), ill_formed, answer(rows[2]["old_code"]), "?"]
+    texts += [answer(new[4]), answer("x = (")]
+    monkeypatch.setattr(eval, "complete", answers_from({str(i): [t] for i, t in enumerate(texts)}))
+    path = write_rows(rows, "some.jsonl")
+    greedy = ["--data", path, "--num-samples", "1", "--temperature", "0"]
+    assert eval.main(command(*greedy)) == 0
+    result = json.loads((tmp_path / "run/migration/table.json").read_text())
+    counted = {  # group: by row, None for what does not count
+        "pass@1": [1, 1, 0, 0, 1, 0], "pass_if_formed": [1, None, 0, None, 1, 0],
+        "stale": [0, 0, 1, 0, None, None], "format": [1, 0, 1, 0, 1, 1],
+        "no_code": [0, 0, 0, 1, 0, 0],
+    }  # fmt: skip
+    counted["es_star"] = [reward.es_star(text, code) for text, code in zip(texts, new)]
+    far = 5 / len(new[2])  # twice and double are five edits apart
+    assert counted["es_star"][2] == pytest.approx(3.5 * (1 - far) - 1.5)
+    assert counted["es_star"][3:] == [-2, 2, -2]
+    signs = [1, -1, 1, -1, 1, 1]
+    counted["reward"] = [star + sign for star, sign in zip(counted["es_star"], signs)]
+    for group, some in (("all", range(6)), ("change", range(4)), ("no change", (4, 5))):
+        assert result["table"][group]["problems"] == len(some)
+        for name, values in counted.items():
+            known = [values[i] for i in some if values[i] is not None]
+            if known:
+                assert result["table"][group][name][0] == pytest.approx(np.mean(known)), name
+            else:
+                assert name not in result["table"][group]
+    assert result["problems"]["3"]["pass_if_formed"] is None
+    shown = (tmp_path / "run/migration/table.md").read_text().splitlines()
+    assert cells_of(shown[0])[1:] == ["all (6)", "change (4)", "no change (2)"]
+    table = {cells_of(line)[0]: cells_of(line)[1:] for line in shown if line.startswith("|")}
+    assert table["stale"][0].startswith("25.0 ") and table["stale"][2] == "-"
+    half = "50.0 [9.5, 90.5]"  # one of two
+    assert table["pass_if_formed"] == ["50.0 [15.0, 85.0]", half, half]
+
+
 def test_arena_from_end_to_end(command, write_rows, box_for, monkeypatch, tmp_path):
     """Stops verdicts that end up with the wrong sample, or metrics that are not the log's."""
     path = write_rows(arena_rows("flat"), "arena.jsonl")
@@ -656,8 +735,9 @@ def test_arena_from_end_to_end(command, write_rows, box_for, monkeypatch, tmp_pa
     assert eval.main(command("--task", "codeupdatearena", "--data", path, "--k", "1", "2")) == 0
     means, statuses = means_of(tmp_path / "run/codeupdatearena")
     assert means == pytest.approx({
-        "pass@1": 3 / 6, "pass@2": 5 / 6, "UPass@1": 1 / 6, "UPass@2": 2 / 6, "format": 4 / 6,
-        "no_code": 2 / 6, "cut": 0})  # fmt: skip
+        "pass@1": 3 / 6, "pass@2": 5 / 6, "UPass@1": 1 / 6, "UPass@2": 2 / 6,
+        "pass_if_formed": (2 / 2 + 1 / 2) / 2, "format": 4 / 6, "no_code": 2 / 6, "cut": 0,
+    })  # fmt: skip
     assert statuses == {"pass": 3, "no code": 2, "fail": 1}
 
 
@@ -675,11 +755,14 @@ def test_plain_humaneval_from_end_to_end(command, write_rows, box_for, monkeypat
     greedy = ("--task", "humaneval", "--data", path, "--temperature", "0", "--num-samples", "1")
     assert eval.main(command(*greedy, "--k", "1", "--prompt", "plain")) == 0
     means, statuses = means_of(tmp_path / "run/humaneval-plain")
-    assert means == pytest.approx({"pass@1": 2 / 3, "format": 1 / 3, "no_code": 0, "cut": 0})
+    assert means == pytest.approx({
+        "pass@1": 2 / 3, "pass_if_formed": 1, "format": 1 / 3, "no_code": 0, "cut": 0,
+    })  # fmt: skip
     assert statuses == {"pass": 2, "fail": 1}
     assert eval.main(command(*greedy, "--k", "1")) == 0  # the same texts, asked for in tags
     means, statuses = means_of(tmp_path / "run/humaneval")
     assert means["pass@1"] == 0 and means["no_code"] == 1 and statuses == {"no code": 3}
+    assert "pass_if_formed" not in means  # no answer is well-formed
     os.rename(tmp_path / "run/humaneval-plain", tmp_path / "run/plain")
     (tmp_path / "run/humaneval").rename(tmp_path / "run/humaneval-plain")
     with pytest.raises(BadInput, match="prompt was 'recode' in .*, now 'plain'"):
@@ -748,8 +831,9 @@ def test_run_directory(command, tmp_path, capsys):
         assert row["passed"] is False
     assert len({row["completion"] for row in log.values()}) > 12
     assert table["table"]["all"].keys() == {
-        "problems", "pass@1", "pass@2", "es_star", "em_star", "stale", "format", "no_code", "cut",
-    }  # fmt: skip
+        "problems", "pass@1", "pass@2", "reward", "es_star", "em_star", "stale", "format",
+        "no_code", "cut",
+    }  # fmt: skip  no answer is well-formed, so pass_if_formed has no value
     assert table["table"]["all"]["cut"][0] == np.mean([row["cut"] for row in log.values()]) > 0.5
     assert json.loads((path / "config.json").read_text())["num_samples"] == 3
     assert (path / "table.md").read_text() in out and "mathlib" not in out
@@ -908,7 +992,7 @@ def test_a_closed_pipe_ends_quietly(monkeypatch):
     os.close(read)
     with open(write, "w") as closed:
         monkeypatch.setattr("sys.stdout", closed)
-        monkeypatch.setattr(eval, "compare", lambda runs: "| a table |\n")
+        monkeypatch.setattr(tasks.table, "compare", lambda runs: "| a table |\n")
         monkeypatch.setattr("sys.argv", ["eval.py", "--compare", "some", "runs"])
         with pytest.raises(SystemExit) as stop:
             parallel.run_main(eval.main)
@@ -929,10 +1013,10 @@ def test_a_closed_pipe_ends_quietly(monkeypatch):
     (["--prompt", "plain"], "--prompt plain"), (["--prompt", "fancy"], "--prompt"),
     (["--task", "codeupdatearena", "--prompt", "plain"], "only for humaneval"),
     (["--model", "none"], "no directory 'none'"), (["--adapter", "none"], "none"),
-    (["--model", "./none"], "--model ./none: no such file"),
-    (["--model", "tests/none"], "--model tests/none: no such file"),
-    (["--adapter", "tests/none"], "--adapter tests/none: no such file"),
-    (["--data", "tests/none.jsonl"], "--data tests/none.jsonl: no such file"),
+    (["--model", "./none"], "model: no directory './none'"),
+    (["--model", "tests/none"], "model: no directory 'tests/none'"),
+    (["--adapter", "tests/none"], "tests/none/adapter_config.json: cannot be read"),
+    (["--data", "tests/none.jsonl"], "data: no file 'tests/none.jsonl'"),
     (["--compare", "none"], "none"), (["--compare", "tests", "tiny"], "--compare tests"),
     (["--speed", "9"], "--speed"),
 ])  # fmt: skip

@@ -80,12 +80,18 @@ def test_a_run_goes_on(tmp_path, evaluated):
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
     """Stops a suite that fails for ever once a run was killed before its first checkpoint."""
     path = tmp_path / "sft-lr-3e-3-1"
-    path.mkdir()
-    (path / "config.json").write_text("{}")
     seen = []
-    monkeypatch.setattr(sft, "main", seen.append)
-    experiments.train(path, 1)
-    assert not path.exists() and "--resume" not in seen[0] and seen[0][-2:] == ["--lr", "3e-3"]
+    real = sft.main
+    monkeypatch.setattr(sft, "main", lambda argv: seen.append(argv) or real(argv))
+    path.mkdir()
+    (path / "lock").write_text("7")  # killed before it wrote its settings
+    assert experiments.train(path, 1) == 0
+    assert "--resume" not in seen[0] and seen[0][-2:] == ["--lr", "3e-3"]
+    first = rows(path)
+    (path / "checkpoint" / "state.pt").unlink()
+    (path / "metrics.jsonl").write_text('{"step": 1, "e')  # killed in its first step
+    assert experiments.train(path, 1) == 0
+    assert [row["step"] for row in rows(path)] == [1] and rows(path)[0]["loss"] == first[0]["loss"]
 
 
 def test_a_stopped_run_has_no_result(tmp_path, monkeypatch, evaluated):

@@ -1,18 +1,22 @@
 """Checks a data set of your own before you train on it.
 
     python -m tools.check_data my.jsonl --model Qwen/Qwen2.5-Coder-7B-Instruct
+    python -m tools.check_data my.jsonl --split 0.1 mine    also write mine/{train,heldout}.jsonl
 
 Prints how many rows are usable, which are dropped and why, how many tokens prompts and references
-have, and three prompts as the model sees them.
+have, and three prompts as the model sees them. A split is that of a run with --heldout 0.1.
 """
 
+import json
 import statistics
 import textwrap
+from pathlib import Path
 
-from data import encode_prompt, encode_target, locate, sift
+from data import encode_prompt, encode_target, locate, sift, split_heldout
 from reward import strip_comments
 from training import loading, parallel
-from training.config import TINY, BadInput, Parser
+from training.config import TINY, BadInput, Parser, Run
+from training.files import write
 
 
 def lengths(name, counts, limit, flag):
@@ -56,6 +60,16 @@ def usable(source):
     return examples
 
 
+def write_split(examples, share, directory):
+    """Write train.jsonl and heldout.jsonl into a new directory, split as by a run's --heldout."""
+    if Path(directory).exists():
+        raise BadInput(f"--split {directory}: exists already; give a new directory")
+    for name, some in zip(("train", "heldout"), split_heldout(share, examples, Run.seed)):
+        path = Path(directory) / f"{name}.jsonl"
+        write(path, b"".join(json.dumps(vars(example)).encode() + b"\n" for example in some))
+        print(f"split     {path}: {len(some):,} rows")
+
+
 def main(argv=None):
     """Check a data set. The exit status is 0 if it has a usable row."""
     parser = Parser(__doc__)
@@ -64,10 +78,14 @@ def main(argv=None):
     add("--model", default=TINY, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
     add("--max-prompt-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 2048]")
     add("--max-new-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 1024]")
+    words = ("SHARE", "DIRECTORY")
+    add("--split", nargs=2, metavar=words, help="write train.jsonl and heldout.jsonl there [off]")
     args = parser.parse_args(argv)
     base, _, settings = loading.open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
     examples = usable(args.data)
+    if args.split:
+        write_split(examples, *args.split)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     targets = [encode_target(example, tokenizer) for example in examples]
     prompt_limit = args.max_prompt_tokens or settings.get("max_prompt_tokens", 2048)

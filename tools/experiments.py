@@ -15,7 +15,6 @@ command goes on, also after kill -9.
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +30,9 @@ import reward
 import sft
 import training.run
 from training import dora, loading, parallel
-from training.config import BadInput, Parser, read_settings
+from training.config import TINY, BadInput, Parser, read_settings
 from training.files import write
 
-TINY = str(Path(__file__).parent.parent / "tiny")
 SEEDS = (42, 1, 2)
 RUNS = {  # directory: row of the table, script, flags
     "base": ("base", None, ""),
@@ -80,10 +78,8 @@ def train(path, steps):
 
     reward.CORRECTNESS["random"] = at_random
     argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--steps", str(steps)]
-    if (path / "checkpoint" / "state.pt").is_file():
+    if (path / "config.json").is_file():
         argv.append("--resume")
-    elif path.exists():  # killed before its first checkpoint
-        shutil.rmtree(path)
     return script.main(argv + flags.split())
 
 

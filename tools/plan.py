@@ -55,7 +55,7 @@ def shape(d, n, f, q, k, V, tied, rank=64):
     return SimpleNamespace(d=d, n=n, f=f, k=k, V=V, W=W, A=A)
 
 
-def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS):
+def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
     """{part: bytes} of a shape() and a script's Config; eq. 1 to 6."""
     G, T = config.num_samples, config.max_new_tokens
     r = min(G, max(config.micro_tokens // T, 1))
@@ -97,9 +97,9 @@ def table():
         x = shape(*size)
         cells = [name]
         for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
-            logits = recode.MAX_LOGITS_GPU
-            peak = memory(x, config, config.max_prompt_tokens, 1, N, logits=logits)["peak"]
-            step = sum(seconds(x, config, config.max_prompt_tokens, 1))
+            L = config.max_prompt_tokens
+            peak = memory(x, config, L, 1, N)["peak"]
+            step = sum(seconds(x, config, L, 1))
             cells.append(f"{peak / 1e9:.0f} GB, {step:.1f} s")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""The table of an evaluation: its 95 % intervals, its Markdown, and the comparison of several runs.
+
+An interval is eq. 1 (Wilson) if every problem has 0 or 1, with p their mean, else eq. 2 (the
+bootstrap). Where all have the same value, eq. 1 for p = 0 bounds the share of problems that differ.
+
+    (p + z^2/2N -+ z sqrt(p (1 - p) / N + z^2/4N^2)) / (1 + z^2/N),  z = 1.96             (eq. 1)
+    [q(.025), q(.975)] of 2,000 means over N problems drawn with replacement              (eq. 2)
+"""
+
+import math
+from pathlib import Path
+from statistics import fmean as mean
+
+import numpy as np
+
+from training.config import BadInput, read_settings
+
+RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2)}  # the others are shares
+Z = 1.96
+
+
+def wilson(p, N):
+    """Lower and upper end of the interval of a share p of N problems."""
+    centre = p + Z**2 / (2 * N)
+    half = Z * math.sqrt(p * (1 - p) / N + Z**2 / (4 * N**2))
+    return np.clip(np.array([centre - half, centre + half]) / (1 + Z**2 / N), 0, 1)  # eq. 1
+
+
+def interval(values, low=0.0, high=1.0):
+    """(mean, lower end, upper end) for values, one per problem, that lie in [low, high]."""
+    x = np.array(values, dtype=float)  # (N,)
+    N = len(x)
+    if (low, high) == (0, 1) and np.isin(x, (0, 1)).all():
+        return x.mean(), *wilson(x.mean(), N)
+    if (x == x[0]).all():
+        _, share = wilson(0, N)
+        return x[0], x[0] - share * (x[0] - low), x[0] + share * (high - x[0])
+    draws = np.random.default_rng(0).integers(N, size=(2000, N))
+    return x.mean(), *np.quantile(x[draws].mean(1), (0.025, 0.975))  # eq. 2
+
+
+def number(name, value, sign=""):
+    """A metric as text: per cent, or a reward as it is."""
+    return f"{value:{sign}.2f}" if name in RANGES else f"{100 * value:{sign}.1f}"
+
+
+def estimate(name, values, sign=""):
+    """(mean, lower end, upper end) of a metric as text; "-" where it has no value."""
+    if values is None:
+        return "-"
+    mean, low, high = [number(name, x, sign) for x in values]
+    return f"{mean} [{low}, {high}]"
+
+
+def markdown(lines):
+    """A Markdown table with aligned columns; the first of the lines is its head."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    rows = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def show(result):
+    """table.md: a line per metric, and how the answers that were run ended.
+
+    Migrations that ask for a change and those that do not have a column each, if there are both.
+    """
+    table = result["table"]
+    groups = ["all"]
+    if "change" in table and "no change" in table:
+        groups = ["all", "change", "no change"]
+    heads = [f"{group} ({table[group]['problems']})" for group in groups]
+    lines = [["mean [95 % interval]", *heads]]
+    for name in table["all"]:
+        if name != "problems":
+            lines.append([name, *(estimate(name, table[group].get(name)) for group in groups)])
+    text = f"{markdown(lines)}\n{len(result['problems'])} problems"
+    for status, count in sorted(result["statuses"].items()):
+        text += f", {count} {status}"
+    return text + "\n"
+
+
+def read_tables(run):
+    """{"TASK METRIC": {problem: value}} of all tasks of a run; None where there is no value."""
+    found = {}
+    for path in sorted(Path(run).glob("*/table.json")):
+        rows = read_settings(path).get("problems")
+        try:
+            for name in next(iter(rows.values())):
+                values = {}
+                for problem, row in rows.items():
+                    values[problem] = None if row[name] is None else float(row[name])
+                found[f"{path.parent.name} {name}"] = values
+        except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
+            raise BadInput(f"--compare: {path} is not a table of eval.py; evaluate that run again")
+    if not found:
+        raise BadInput(f"--compare {run}: no */table.json there; give a finished --output")
+    return found
+
+
+def cell(name, first, now):
+    """A mean, and its change over the problems that have a value in both; {problem: value}."""
+    known = [value for value in now.values() if value is not None]
+    text = number(name, mean(known)) if known else "-"
+    change = [now[x] - first[x] for x in first if None not in (now[x], first[x])]
+    if change:
+        low, high = RANGES.get(name, (0, 1))
+        text += " " + estimate(name, interval(change, low - high, high - low), "+")
+    return text
+
+
+def compare(runs):
+    """A Markdown table: a line per metric, a column per run with its change against the first."""
+    tables = [read_tables(run) for run in runs]
+    lines = [["", *runs]]
+    for key in dict.fromkeys(key for table in tables for key in table):
+        line = [key]
+        first = tables[0].get(key, {})
+        for run, table in zip(runs, tables):
+            now = table.get(key, {})
+            if first and now and first.keys() != now.keys():
+                raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
+            before = first if now and table is not tables[0] else {}
+            line.append(cell(key.split()[-1], before, now))
+        lines.append(line)
+    return markdown(lines)
