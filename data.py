@@ -162,20 +162,26 @@ def load_examples(source, dropped=None):
 
 
 def split_heldout(heldout, examples, seed):
-    """(training examples, held-out examples); `heldout` is "", a share like "0.05", or a source."""
+    """(training examples, held-out examples); `heldout` is "", a share like "0.05", or a source.
+
+    A share is of the update notes, so no note of a held-out example occurs in training. Both sides
+    keep the file order.
+    """
     if not heldout:
         return examples, []
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", heldout):
         return examples, load_examples(heldout)
-    count = round(float(heldout) * len(examples))
-    if not 0 < count < len(examples):
+    notes = sorted({(e.dependency, e.update_info) for e in examples})
+    random.Random(seed).shuffle(notes)
+    count = round(float(heldout) * len(notes))
+    if not 0 < count < len(notes):
         raise BadInput(
-            f"heldout: {heldout} of {len(examples)} rows leaves one side empty; "
+            f"heldout: {heldout} of {len(notes)} update notes leaves one side empty; "
             "give a share like 0.05"
         )
-    order = random.Random(seed).sample(range(len(examples)), len(examples))
-    train = [examples[i] for i in sorted(order[count:])]
-    return train, [examples[i] for i in sorted(order[:count])]
+    chosen = set(notes[:count])
+    train = [e for e in examples if (e.dependency, e.update_info) not in chosen]
+    return train, [e for e in examples if (e.dependency, e.update_info) in chosen]
 
 
 def encode_messages(system, user, tokenizer):
