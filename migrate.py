@@ -35,6 +35,7 @@ from training import loading, parallel
 from training.config import BadInput, Parser
 from training.run import style
 
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 BLANK = "\ufeff \t\r\n\f"  # may surround the code, and is kept
 
 
@@ -129,37 +130,39 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
 
 
 def parts(code):
-    """The names (a set), comments and docstrings (Counters) of Python code."""
+    """(names, a set; kind -> Counter of definitions' names, comments, docstrings) of Python code."""
     with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
-        nodes = list(ast.walk(ast.parse(code)))
+        module, *nodes = ast.walk(ast.parse(code))
     fields = ("id", "attr", "arg", "name", "module")
     names = [getattr(node, field, None) or "" for node in nodes for field in fields]
+    defined = [node for node in nodes if isinstance(node, DEFINITION)]
+    docstrings = [ast.get_docstring(node) for node in (module, *defined)]
     tokens = []
     with contextlib.suppress(SyntaxError, tokenize.TokenError):  # ast accepts a little more
         tokens.extend(tokenize.generate_tokens(io.StringIO(code).readline))
-    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
-    return set(".".join(names).split(".")), Counter(comments), Counter(filter(None, docstrings))
+    return set(".".join(names).split(".")), {
+        "definitions": Counter(node.name for node in defined),
+        "comments": Counter(token.string for token in tokens if token.type == tokenize.COMMENT),
+        "docstrings": Counter(text for text in docstrings if text),
+    }
 
 
 def review(example, code):
-    """What to check in the new code, three lists.
+    """What to check in the new code, four lists.
 
     still_named: names in the note whose last part, `in1d` of `np.in1d`, is a name in the old code
     and in the new; not the library, and not very short ones. Some are meant to stay, e.g. a
     function whose argument was renamed.
-    lost_comments, lost_docstrings: in the old code and not, word for word, in the new.
+    lost_definitions, lost_comments, lost_docstrings: in the old code and not in the new; functions
+    and classes by their names, the others word for word.
     """
-    names, comments, docstrings = parts(example.old_code)
-    new_names, new_comments, new_docstrings = parts(code)
+    names, old = parts(example.old_code)
+    new_names, new = parts(code)
     kept = (names & new_names) - {example.dependency.lower()}
     noted = dict.fromkeys(re.findall(r"[^\W\d][\w.]*\w\w", example.update_info))  # each once
-    return {
-        "still_named": [name for name in noted if name.rpartition(".")[2] in kept],
-        "lost_comments": list((comments - new_comments).elements()),
-        "lost_docstrings": list((docstrings - new_docstrings).elements()),
-    }
+    still_named = [name for name in noted if name.rpartition(".")[2] in kept]
+    lost = {f"lost_{kind}": list((old[kind] - new[kind]).elements()) for kind in old}
+    return {"still_named": still_named} | lost
 
 
 def parse_migration(argv):
@@ -237,10 +240,14 @@ def report(found):
     if found["still_named"]:
         names = ", ".join(found["still_named"]) + " (fine if meant to stay)"
         print(f"warning: named in the note and still in the code: {names}", file=sys.stderr)
-    kinds = {"comment": len(found["lost_comments"]), "docstring": len(found["lost_docstrings"])}
-    lost = [f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in kinds.items() if n]
+    lost = []
+    for kind in ("definition", "comment", "docstring"):
+        items = found[f"lost_{kind}s"]
+        names = f" ({', '.join(items)})" if kind == "definition" else ""
+        if items:
+            lost.append(f"{len(items)} {kind}{'s' if len(items) > 1 else ''}{names}")
     if lost:
-        print(f"warning: the new code lacks {' and '.join(lost)} of the old code", file=sys.stderr)
+        print(f"warning: the new code lacks {', '.join(lost)} of the old code", file=sys.stderr)
     if not found["changed"]:
         print("the answer equals the file: nothing to change", file=sys.stderr)
     return int(found["changed"])
