@@ -42,9 +42,9 @@ FENCE = "```python\n"
 FENCE_END = "\n```"
 FENCED = re.compile(f"{FENCE}(.*?){FENCE_END}", re.DOTALL)
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
-# Strings, comments with the blanks before them, other blanks. The scan runs from left to right, so a
-# quote in a comment and a "#" in a string are recognised for what they are. An unclosed string runs
-# to the end of its line or file.
+# Strings, comments with the blanks before them, other blanks. The scan runs from left to right, so
+# a quote in a comment and a "#" in a string are recognised for what they are. An unclosed string
+# runs to the end of its line or file.
 TOKEN = re.compile(
     r"""
       "{3} (?:[^"\\]|\\.|"(?!""))*+ (?:"{3}|\Z)

@@ -35,7 +35,8 @@ def test_good_rows(rows, write_rows):
     assert [vars(example).keys() for example in examples] == [ROWS[0].keys()] * 6 and not dropped
     assert [example.new_version for example in examples] == ["2.0", "2.0.1", "", "1.0rc1", "2.0", "2.0"]
     for example, row in zip(examples, rows):
-        assert example == Example(**{name: row[name] for name in ROWS[0]} | {"new_version": example.new_version})
+        texts = {name: row[name] if row[name] is not None else "" for name in ROWS[0]}
+        assert example == Example(**texts | {"new_version": example.new_version})
 
 
 DROPPED = {
