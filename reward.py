@@ -75,7 +75,8 @@ def extract_code(completion):
     elif "</think>" not in completion:
         return None
     answer = answer.split("</answer>", 1)[0]
-    end = answer.rfind(FENCE_END) + len(FENCE_END)  # the fences that begin before it are closed
+    # Fences that begin after this are not closed; without them the search takes linear time.
+    end = answer.rfind(FENCE_END) + len(FENCE_END)
     codes = FENCED.findall(answer[:end])
     if not codes or len(codes[-1]) > MAX_CODE:
         return None
