@@ -6,12 +6,12 @@ An example is a line of a JSONL file, an object with six text fields:
     new_version  "2.0.0" or "==2.0.0"             old_code     code against the old version
     description  what the code does (not shown)   new_code     the reference answer
 
-A source is a path to such a JSONL file, or the id of a data set on the Hugging Face hub
-(owner/Name, which must hold name.jsonl): zjunlp/ReCode-Train-Data is the paper's.
+A source is a path to such a file, or the id of a data set on the Hugging Face hub (owner/Name,
+which must hold name.jsonl): zjunlp/ReCode-Train-Data is the paper's.
 
-The prompt is a system message, a user message and the beginning of the assistant's turn, which
-stays open: the model continues inside the think block. Training and evaluation share it. A target
-is the completion that SFT copies: the reference after an empty thought.
+The prompt, in training and evaluation, is a system message, a user message and the beginning of the
+assistant's turn, which stays open: the model continues inside the think block. A target is the
+completion that SFT copies: the reference after an empty thought.
 
     python -m tools.check_data my.jsonl    checks a data set of your own
 """
@@ -89,10 +89,7 @@ def locate(source):
 
 
 def json_rows(path, content):
-    """Yield ("PATH, line N", row) for every line of a JSONL file's `content`, bytes.
-
-    Each line must be a JSON object; blank lines are skipped.
-    """
+    """Yield ("PATH, line N", JSON object) for every line of `content`, bytes, that is not blank."""
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -106,46 +103,43 @@ def json_rows(path, content):
         yield where, row
 
 
-def read_rows(path):
-    """Yield ("PATH, line N", row) of a JSONL file of migration tasks; fields are str or None."""
-    for where, row in json_rows(path, path.read_bytes()):
-        for field in fields(Example):
-            if field.name not in row:
-                raise BadInput(f"{where}: field {field.name!r} is missing; a row has six fields")
-            if not isinstance(row[field.name], str | None):
-                value = f"{row[field.name]!r:.40}"
-                raise BadInput(f"{where}: field {field.name!r} is not text but {value}")
-        yield where, {field.name: row[field.name] for field in fields(Example)}
+def read_example(where, row):
+    """The Example of a row, in which null counts as empty text; BadInput unless all is text."""
+    texts = {}
+    for name in [field.name for field in fields(Example)]:
+        if name not in row:
+            raise BadInput(f"{where}: field {name!r} is missing; a row has six fields")
+        if not isinstance(row[name], str | None):
+            raise BadInput(f"{where}: field {name!r} is not text but {row[name]!r:.40}")
+        texts[name] = row[name] if row[name] else ""
+    texts["new_version"] = texts["new_version"].removeprefix("==").strip()
+    return Example(**texts)
 
 
 def sift(path):
     """Yield ("PATH, line N", Example or None, why it is dropped or "") for every row of a file."""
     seen = set()
-    for where, row in read_rows(path):
-        text = "".join(value for value in row.values() if value)
-        shown = ("dependency", "update_info", "old_code", "new_code")  # all that tells rows apart
-        key = tuple(row[name] for name in shown)
-        if not all(key):
+    for where, row in json_rows(path, path.read_bytes()):
+        example = read_example(where, row)
+        task = (example.dependency, example.update_info, example.old_code, example.new_code)
+        if not all(task):
             yield where, None, "no update note or no code"
-        elif any("\ud800" <= char <= "\udfff" for char in text):
+        elif re.search("[\ud800-\udfff]", "".join(vars(example).values())):
             yield where, None, "not valid Unicode"
-        elif not reward.parses(row["new_code"]):
+        elif not reward.parses(example.new_code):
             yield where, None, "the reference does not parse"  # an exact copy would earn -2.0
-        elif key in seen:
+        elif task in seen:
             yield where, None, "repeat of an earlier row"
         else:
-            seen.add(key)
-            version = row["new_version"] if row["new_version"] else ""
-            row["new_version"] = version.removeprefix("==").strip()
-            yield where, Example(**row), ""
+            seen.add(task)
+            yield where, example, ""
 
 
 def load_examples(source, dropped=None):
     """The usable examples of `source`, a path or a hub id, in file order: list[Example].
 
     Rows that would teach nothing or the wrong thing are dropped; a Counter passed as `dropped`
-    receives reason -> rows. Raises BadInput for a file that cannot be read, a line that is not a
-    record, or a source without a usable row.
+    receives reason -> rows. BadInput if a line is not a record, or no row is usable.
     """
     dropped = Counter() if dropped is None else dropped
     examples = []
@@ -155,56 +149,57 @@ def load_examples(source, dropped=None):
         else:
             dropped[reason] += 1
     if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        reasons = reasons if reasons else "the file is empty"
-        raise BadInput(f"data: no usable row in {source!r}: {reasons}")
+        reasons = [f"{count} {reason}" for reason, count in dropped.items()]
+        why = ", ".join(reasons) if reasons else "the file is empty"
+        raise BadInput(f"data: no usable row in {source!r}: {why}")
     return examples
 
 
 def split_heldout(heldout, examples, seed):
-    """(training examples, held-out examples); `heldout` is "", a share like "0.05", or a source."""
+    """(training examples, held-out examples); `heldout` is "", a share like "0.05", or a source.
+
+    A share is of the update notes, so no note of a held-out example occurs in training. Both sides
+    keep the file order.
+    """
     if not heldout:
         return examples, []
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", heldout):
         return examples, load_examples(heldout)
-    count = round(float(heldout) * len(examples))
-    if not 0 < count < len(examples):
+    notes = sorted({(e.dependency, e.update_info) for e in examples})
+    random.Random(seed).shuffle(notes)
+    count = round(float(heldout) * len(notes))
+    if not 0 < count < len(notes):
         raise BadInput(
-            f"heldout: {heldout} of {len(examples)} rows leaves one side empty; "
+            f"heldout: {heldout} of {len(notes)} update notes leaves one side empty; "
             "give a share like 0.05"
         )
-    order = random.Random(seed).sample(range(len(examples)), len(examples))
-    train = [examples[i] for i in sorted(order[count:])]
-    return train, [examples[i] for i in sorted(order[:count])]
+    chosen = set(notes[:count])
+    train = [e for e in examples if (e.dependency, e.update_info) not in chosen]
+    return train, [e for e in examples if (e.dependency, e.update_info) in chosen]
 
 
 def encode_messages(system, user, tokenizer):
     """A prompt's token ids, list[int], through the tokenizer's own chat template.
 
-    The template writes the two messages and the head of the assistant's turn. OPENING is appended
-    as it is, so the turn stays open whatever the template does to assistant text. Without a
-    template the three texts are joined by blank lines.
+    It writes the messages and the head of the assistant's turn. OPENING is appended as it is, so
+    the turn stays open. Without a template the three texts are joined by blank lines.
     """
+    joined = f"{system}\n\n{user}"
     if tokenizer.chat_template is None:
-        return tokenizer.encode(f"{system}\n\n{user}\n\n{OPENING}")
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    settings = {"add_generation_prompt": True, "tokenize": False}
-    try:
-        text = tokenizer.apply_chat_template(messages, **settings)
-    except TemplateError:  # a template without a system role: its text goes into the user message
-        text = apply_to_user(f"{system}\n\n{user}", tokenizer, settings)
-    if not text:
-        raise BadInput("model: the tokenizer's chat template is empty; save one or none with it")
-    return tokenizer.encode(text + OPENING, add_special_tokens=False)
-
-
-def apply_to_user(text, tokenizer, settings):
-    """The chat template applied to a single user message."""
-    try:
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], **settings)
-    except TemplateError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"model: the tokenizer's chat template does not work: {reason}")
+        return tokenizer.encode(f"{joined}\n\n{OPENING}")
+    apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    together = [{"role": "user", "content": joined}]  # for a template without a system role
+    settings = {"tokenize": False, "add_generation_prompt": True}
+    for messages in (apart, together):
+        try:
+            text = tokenizer.apply_chat_template(messages, **settings)
+        except TemplateError as error:
+            problem = "does not work: " + str(error).strip().split("\n")[0]
+            continue
+        if text:
+            return tokenizer.encode(text + OPENING, add_special_tokens=False)
+        problem = "is empty; save one or none with it"
+    raise BadInput(f"model: the tokenizer's chat template {problem}")
 
 
 def encode_prompt(example, tokenizer):
@@ -215,8 +210,8 @@ def encode_prompt(example, tokenizer):
 def encode_target(example, tokenizer):
     """The token ids of a completion that earns the full reward, with its EOS, list[int].
 
-    The data holds no reasoning, so the thought is a choice: it is empty. Quoting the update note
-    in it was tried too; it made SFT worse on the embedded model's dev.jsonl.
+    The data holds no reasoning, so the thought is empty. Quoting the update note in it was tried
+    too; it made SFT worse on the embedded model's dev.jsonl.
     """
     text = TARGET.format(thought="", new_code=example.new_code)
     return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
@@ -242,9 +237,10 @@ def draw(tasks, position, count, seed):
     A pure function of its arguments: to resume, a run only has to remember `position`.
     """
     drawn = []
-    for i in range(position, position + count):
-        epoch, place = divmod(i, len(tasks))
-        if place == 0 or i == position:
-            order = random.Random(f"{seed} {epoch}").sample(tasks, len(tasks))
-        drawn.append(order[place])
+    epoch, place = divmod(position, len(tasks))
+    while len(drawn) < count:
+        order = random.Random(f"{seed} {epoch}").sample(tasks, len(tasks))
+        drawn += order[place : place + count - len(drawn)]
+        epoch += 1
+        place = 0
     return drawn

@@ -13,15 +13,12 @@ Exit status: 0 nothing to change, 1 changed, 2 bad input, 3 no usable answer.
 """
 
 import ast
-import contextlib
 import difflib
-import io
 import json
 import math
 import os
 import re
 import sys
-import tokenize
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -32,9 +29,10 @@ import data
 import recode
 import reward
 from training import loading, parallel
-from training.config import BadInput, Parser
+from training.config import TINY, BadInput, Parser
 from training.run import style
 
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 BLANK = "\ufeff \t\r\n\f"  # may surround the code, and is kept
 
 
@@ -102,9 +100,9 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
     """
     prompts = [data.encode_prompt(example, tokenizer)]
     settings = num_samples, max_new_tokens, temperature, seed
-    hidden = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+    hidden = os.environ.get("TERM") == "dumb"
     form = "{n_fmt} of at most {total_fmt} tokens{postfix}, {elapsed}, at most {remaining} left"
-    with tqdm(total=max_new_tokens, bar_format=form, leave=False, disable=hidden) as line:
+    with tqdm(total=max_new_tokens, bar_format=form, leave=False, disable=hidden or None) as line:
 
         def progress(token, finished):
             line.set_postfix_str(f"{finished} of {num_samples} answers finished", refresh=False)
@@ -129,37 +127,37 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
 
 
 def parts(code):
-    """The names (a set), comments and docstrings (Counters) of Python code."""
+    """(set of the names in Python code, kind -> Counter of definitions, comments, docstrings)."""
     with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
-        nodes = list(ast.walk(ast.parse(code)))
+        module, *nodes = ast.walk(ast.parse(code))
     fields = ("id", "attr", "arg", "name", "module")
     names = [getattr(node, field, None) or "" for node in nodes for field in fields]
-    tokens = []
-    with contextlib.suppress(SyntaxError, tokenize.TokenError):  # ast accepts a little more
-        tokens.extend(tokenize.generate_tokens(io.StringIO(code).readline))
-    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
-    return set(".".join(names).split(".")), Counter(comments), Counter(filter(None, docstrings))
+    defined = [node for node in nodes if isinstance(node, DEFINITION)]
+    docstrings = [ast.get_docstring(node) for node in (module, *defined)]
+    comments = [match["comment"] for match in reward.TOKEN.finditer(code)]
+    return set(".".join(names).split(".")), {
+        "definitions": Counter(node.name for node in defined),
+        "comments": Counter(text.strip() for text in comments if text),
+        "docstrings": Counter(text for text in docstrings if text),
+    }
 
 
 def review(example, code):
-    """What to check in the new code, three lists.
+    """What to check in the new code, four lists.
 
     still_named: names in the note whose last part, `in1d` of `np.in1d`, is a name in the old code
     and in the new; not the library, and not very short ones. Some are meant to stay, e.g. a
     function whose argument was renamed.
-    lost_comments, lost_docstrings: in the old code and not, word for word, in the new.
+    lost_definitions, lost_comments, lost_docstrings: in the old code and not in the new; functions
+    and classes by name, the others word for word.
     """
-    names, comments, docstrings = parts(example.old_code)
-    new_names, new_comments, new_docstrings = parts(code)
+    names, old = parts(example.old_code)
+    new_names, new = parts(code)
     kept = (names & new_names) - {example.dependency.lower()}
     noted = dict.fromkeys(re.findall(r"[^\W\d][\w.]*\w\w", example.update_info))  # each once
-    return {
-        "still_named": [name for name in noted if name.rpartition(".")[2] in kept],
-        "lost_comments": list((comments - new_comments).elements()),
-        "lost_docstrings": list((docstrings - new_docstrings).elements()),
-    }
+    still_named = [name for name in noted if name.rpartition(".")[2] in kept]
+    lost = {f"lost_{kind}": list((old[kind] - new[kind]).elements()) for kind in old}
+    return {"still_named": still_named} | lost
 
 
 def parse_migration(argv):
@@ -195,11 +193,7 @@ def parse_migration(argv):
     if args.model is None:
         text = "note: without --model a toy answers, which knows made-up libraries only"
         print(text, file=sys.stderr)
-        args.model = os.path.relpath(Path(__file__).parent / "tiny")
-    model = Path(args.model)
-    local = model.parts[:1] == ("runs",) or model.parent.is_dir()  # hub ids look like paths too
-    if local and not model.is_dir():
-        raise BadInput(f"--model: no directory {args.model!r}; give a run, checkpoint or hub id")
+        args.model = TINY
     return args
 
 
@@ -223,10 +217,7 @@ def report(found):
     colours = {"+": "32", "-": "31", "@": "36"}
     lines = found["diff"].split("\n")
     diff = "\n".join(style(x, colours[x[0]]) if x[:1] in colours else x for x in lines)
-    try:
-        print(json.dumps(found) + "\n" if found["json"] else diff, end="", flush=True)
-    except BrokenPipeError:  # the reader has gone, e.g. head; flushing at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(json.dumps(found) + "\n" if found["json"] else diff, end="")
     if found["code"] is None:
         counts = "{without_code} without code, {not_parsed} that do not parse, {cut} cut"
         way_out = "raise --max-new-tokens" if found["cut"] else "try another --seed or --model"
@@ -237,10 +228,14 @@ def report(found):
     if found["still_named"]:
         names = ", ".join(found["still_named"]) + " (fine if meant to stay)"
         print(f"warning: named in the note and still in the code: {names}", file=sys.stderr)
-    kinds = {"comment": len(found["lost_comments"]), "docstring": len(found["lost_docstrings"])}
-    lost = [f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in kinds.items() if n]
+    lost = []
+    for kind in ("definition", "comment", "docstring"):
+        items = found[f"lost_{kind}s"]
+        names = f" ({', '.join(items)})" if kind == "definition" else ""
+        if items:
+            lost.append(f"{len(items)} {kind}{'s' if len(items) > 1 else ''}{names}")
     if lost:
-        print(f"warning: the new code lacks {' and '.join(lost)} of the old code", file=sys.stderr)
+        print(f"warning: the new code lacks {', '.join(lost)} of the old code", file=sys.stderr)
     if not found["changed"]:
         print("the answer equals the file: nothing to change", file=sys.stderr)
     return int(found["changed"])

@@ -2,19 +2,17 @@
 
     total = format + correctness, between -3 and 3                                        (eq. 1)
 
-    format   +1   "<think>" + completion is one think block, then one answer block
-             -1   anything else
+    format   +1 if "<think>" + completion is one think block, then one answer block, else -1
     ES       1 - Levenshtein(a, b) / max(|a|, |b|)      edit similarity, in [0, 1]        (eq. 2)
-    EM       1 if a == b else 0                         exact match
-    ES*      -2.0 if there is no code or it does not parse, else 3.5 ES - 1.5             (eq. 3)
-    EM*      -2.0 likewise, +2.0 if a == b, else -1.5                                     (eq. 4)
+    EM       1 if a == b, else 0                        exact match
+    ES*      3.5 ES - 1.5, or -2 without code that parses                                 (eq. 3)
+    EM*      3.5 EM - 1.5, or -2 without code that parses                                 (eq. 4)
 
 a and b are the answer's code and the reference, both without comments and blank lines. ES* is the
-paper's reward; the others are its ablation. A completion is what the model wrote after the prompt's
-open "<think>", so it starts inside the think block.
+paper's correctness; the others are its ablation. A completion is what the model wrote after the
+prompt's open "<think>", so it starts inside the think block.
 
-grade() looks at an answer once: one extraction, one parse, one edit distance. A reward of your own
-is a function of that grade and of the whole example, added to CORRECTNESS:
+A reward of your own is a function of an answer's Grade and of the whole example:
 
     CORRECTNESS["fresh"] = lambda grade, example: -2.0 if grade.stale else grade.es_star
 
@@ -24,8 +22,7 @@ Deviations from the released code, each with a test in tests/test_reward.py:
   3. The blanks before a removed comment are removed too.
   4. Two empty programs are equal (no division by zero). NUL bytes, deep nesting and huge literals
      count as code that does not parse; they do not end the run.
-  5. Only the answer's code counts (the last fence of several, see extract_code), so code in the
-     think block earns nothing.
+  5. Only the answer's code counts, so code in the think block earns nothing.
   6. The total is a number, not two lists added up.
   7. A second answer block is a format error.
 """
@@ -37,28 +34,68 @@ import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-# A string literal (kept) or a comment with the blanks before it (dropped). The scan runs from left
-# to right, so a quote in a comment and a "#" in a string are recognised for what they are. Every
-# repetition is possessive (*+), and an unclosed string runs to the end of its line or file, so the
-# time is linear whatever a model writes.
-TOKEN = re.compile(
-    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"""|\Z)|'''
-    r"""'''(?:[^'\\]|\\.|'(?!''))*+(?:'''|\Z)"""
-    r"""|"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|(?P<comment>[ \t]*+\#[^\n]*+)|[ \t]++""",
-    re.DOTALL,
+# A model writes any text, so every search takes linear time: *+ and ++ never backtrack.
+FORM = re.compile(
+    r"(?:[^<]++|<(?!/?think>))*+</think>\s*<answer>(?:[^<]++|<(?!/?answer>))*+</answer>\s*"
 )
 FENCE = "```python\n"
 FENCE_END = "\n```"
 FENCED = re.compile(f"{FENCE}(.*?){FENCE_END}", re.DOTALL)
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
+# Strings, comments with the blanks before them, other blanks. The scan runs from left to right, so
+# a quote in a comment and a "#" in a string are recognised for what they are. An unclosed string
+# runs to the end of its line or file.
+TOKEN = re.compile(
+    r"""
+      "{3} (?:[^"\\]|\\.|"(?!""))*+ (?:"{3}|\Z)
+    | '{3} (?:[^'\\]|\\.|'(?!''))*+ (?:'{3}|\Z)
+    | " (?:[^"\\\n]|\\.)*+ "?
+    | ' (?:[^'\\\n]|\\.)*+ '?
+    | (?P<comment> [ \t]*+ \#[^\n]*+)
+    | [ \t]++
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def format_reward(completion):
+    """+1.0 if "<think>" + completion is one think block and then one answer block, else -1.0."""
+    return 1.0 if FORM.fullmatch(completion) else -1.0
+
+
+def extract_code(completion):
+    """The last python fence of the answer, stripped; None if there is none or it exceeds MAX_CODE.
+
+    The answer is what follows <answer>; without that tag (a format error), what follows </think>.
+    An unclosed think block has no answer, unless there is an <answer> tag inside it.
+    """
+    answer = completion.split("</think>", 1)[-1]
+    if "<answer>" in answer:
+        answer = answer.split("<answer>", 1)[1]
+    elif "</think>" not in completion:
+        return None
+    answer = answer.split("</answer>", 1)[0]
+    # Fences that begin after this are not closed; without them the search takes linear time.
+    end = answer.rfind(FENCE_END) + len(FENCE_END)
+    codes = FENCED.findall(answer[:end])
+    if not codes or len(codes[-1]) > MAX_CODE:
+        return None
+    return codes[-1].strip()
+
+
+def parses(code):
+    """Whether Python's own parser accepts `code`: True or False for any string."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # odd escapes in the model's strings
+            ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # broken; NUL; too deep
+        return False
+    return True
 
 
 def strip_comments(code):
-    """`code` without comments, blank lines and outer whitespace. Strings stay, docstrings too.
-
-    Accepts any string, also what is not Python; never raises. Linear in len(code).
-    """
-    code = TOKEN.sub(lambda match: "" if match["comment"] is not None else match[0], code)
+    """`code`, any string, without comments, blank lines and outer whitespace; docstrings stay."""
+    code = TOKEN.sub(lambda match: "" if match["comment"] else match[0], code)
     return "\n".join(line for line in code.split("\n") if line.strip()).strip()
 
 
@@ -73,10 +110,7 @@ def levenshtein(a, b):
     a, b = a[start:], b[start:]
     end = len(os.path.commonprefix([a[::-1], b[::-1]]))
     a, b = a[: len(a) - end], b[: len(b) - end]
-    if not a or not b:
-        return len(a) + len(b)
-    if len(a) > len(b):
-        a, b = b, a  # the shorter one spans the integers
+    a, b = sorted([a, b], key=len)  # the shorter one spans the integers
     positions = {}  # character -> bit mask of its positions in a
     for i, char in enumerate(a):
         positions[char] = positions.get(char, 0) | 1 << i
@@ -94,45 +128,6 @@ def levenshtein(a, b):
     return len(b) + up.bit_count() - down.bit_count()  # the top row, then the last column
 
 
-def extract_code(completion):
-    """The last python fence of the answer, stripped; None if there is none or it exceeds MAX_CODE.
-
-    The answer is what follows <answer>; without that tag (a format error), what follows </think>.
-    An unclosed think block has no answer, unless there is an <answer> tag inside it.
-    """
-    think, closed, tail = completion.partition("</think>")
-    before, opened, answer = (tail if closed else think).partition("<answer>")
-    if not opened:
-        answer = before if closed else ""
-    answer = answer.partition("</answer>")[0]
-    last = answer.rfind(FENCE_END)  # every fence before it is closed, so the search is linear
-    fences = FENCED.findall(answer[: last + len(FENCE_END)]) if last >= 0 else []
-    if not fences or len(fences[-1]) > MAX_CODE:
-        return None
-    return fences[-1].strip()
-
-
-def parses(code):
-    """Whether Python's own parser accepts `code`: True or False for any string."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in the model's strings
-            ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # broken; NUL; too deep
-        return False
-    return True
-
-
-def format_reward(completion):
-    """+1.0 if "<think>" + completion is one think block and then one answer block, else -1.0."""
-    think, closed, rest = completion.partition("</think>")
-    _, opened, answer = rest.strip().partition("<answer>")
-    answer, ended, after = answer.partition("</answer>")
-    if not (closed and opened and ended) or not rest.lstrip().startswith("<answer>") or after:
-        return -1.0
-    return -1.0 if "<think>" in think or "<answer>" in answer else 1.0
-
-
 def similarity(a, b):
     """Edit similarity of two strings, in [0, 1]; two empty ones are equal."""
     return 1.0 - levenshtein(a, b) / max(len(a), len(b), 1)  # eq. 2
@@ -143,15 +138,15 @@ def similarity(a, b):
 
 @dataclass(frozen=True)
 class Grade:
-    """What there is to know about one answer."""
+    """What there is to know about one answer. Comments and blank lines do not count."""
 
     completion: str
     format: float  # +1.0 or -1.0
-    code: str | None  # the answer's code
-    parses: bool  # False without code
-    es: float  # edit similarity to the reference, in [0, 1]; 0.0 without code
-    em: float  # 1.0 if the code equals the reference, comments and blank lines aside, else 0.0
-    stale: float  # 1.0 if it repeats the old code although the update asks for a change, else 0.0
+    code: str | None = None  # the answer's code
+    parses: bool = False
+    es: float = 0.0  # edit similarity to the reference, in [0, 1]
+    em: float = 0.0  # 1.0 if the code equals the reference
+    stale: float = 0.0  # 1.0 if it repeats the old code although the update asks for a change
 
     @property
     def es_star(self):
@@ -167,7 +162,7 @@ def grade(completion, example):
     form = format_reward(completion)
     code = extract_code(completion)
     if code is None:
-        return Grade(completion, form, None, parses=False, es=0.0, em=0.0, stale=0.0)
+        return Grade(completion, form)
     answer = strip_comments(code)
     old = strip_comments(example.old_code)
     reference = strip_comments(example.new_code)
@@ -194,37 +189,37 @@ def total(grade, example, correctness="es_star"):
 # ------------------------------------------------------------------------- without an example
 
 
-def grade_against(completion, target, old_code=""):
-    """grade() against a reference string, `target`."""
-    return grade(completion, SimpleNamespace(old_code=old_code, new_code=target))
+def bare(target, old_code=""):
+    """An example that has nothing but its code."""
+    return SimpleNamespace(old_code=old_code, new_code=target)
 
 
 def es(completion, target):
     """Edit similarity of the answer's code and `target`, in [0, 1]; 0.0 without code."""
-    return grade_against(completion, target).es
+    return grade(completion, bare(target)).es
 
 
 def em(completion, target):
     """1.0 if the answer's code equals `target`, comments and blank lines aside, else 0.0."""
-    return grade_against(completion, target).em
+    return grade(completion, bare(target)).em
 
 
 def es_star(completion, target):
     """The paper's correctness, in [-2, 2]: similarity, but only for code that parses."""
-    return grade_against(completion, target).es_star
+    return grade(completion, bare(target)).es_star
 
 
 def em_star(completion, target):
     """Exact match with the same penalty for code that does not parse: -2.0, -1.5 or 2.0."""
-    return grade_against(completion, target).em_star
+    return grade(completion, bare(target)).em_star
 
 
 def stale(completion, old_code, target):
     """1.0 if the answer repeats the old code although the update asks for a change, else 0.0."""
-    return grade_against(completion, target, old_code).stale
+    return grade(completion, bare(target, old_code)).stale
 
 
 def score(completion, target, correctness="es_star"):
     """total() against a reference string; the example that `correctness` sees has nothing else."""
-    example = SimpleNamespace(old_code="", new_code=target)
+    example = bare(target)
     return total(grade(completion, example), example, correctness)

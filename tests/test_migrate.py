@@ -361,16 +361,16 @@ def test_bad_files(program, tmp_path, monkeypatch):
 def test_a_misspelt_model(program, tmp_path, monkeypatch, model):
     """Stops minutes of retries at the hub for a run directory whose name is misspelt."""
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(loading, "open_policy", lambda name: pytest.fail("looked for it too late"))
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(BadInput) as error:
         program(OLD.encode(), NEW, "--model", model)
-    assert f"--model: no directory '{model}'" in str(error.value) and "\n" not in str(error.value)
+    assert f"model: no directory '{model}'" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_hub_id_is_no_path(program, monkeypatch):
     """Stops hub ids, which have a / too, from being refused as missing directories."""
     asked = []
-    monkeypatch.setattr(loading, "open_policy", lambda name: asked.append(name) or 1 / 0)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         program(OLD.encode(), NEW, "--model", "acme/model")
     assert asked == ["acme/model"]
@@ -397,6 +397,7 @@ def test_json(program, capsys):
         assert found["library"] == "np" and found["usable"] == (0 if status == 3 else 2)
         assert found["still_named"] == ([] if status == 1 else ["in1d"])
         assert found["lost_comments"] == found["lost_docstrings"] == []
+        assert found["lost_definitions"] == []
 
 
 NOTE = "np.alltrue was removed in numpy 2.0, e.g. use np.all"
@@ -451,7 +452,7 @@ def test_lost_comments_and_docstrings(program, capsys):
     new = FULL.replace("  # one", "").replace("  # two\n", "\n").replace("two lines", "a line")
     assert program(FULL.encode(), new) == 1
     err = capsys.readouterr().err
-    assert "warning: the new code lacks 2 comments and 1 docstring of the old code" in err
+    assert "warning: the new code lacks 2 comments, 1 docstring of the old code" in err
     program(None, new, "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["lost_comments"] == ["# one", "# two"]
@@ -459,12 +460,51 @@ def test_lost_comments_and_docstrings(program, capsys):
     assert program(None, FULL.replace("#!/usr/bin/env python\n", "")) == 1
     assert "warning: the new code lacks 1 comment of the old code" in capsys.readouterr().err
     assert program(None, FULL.replace("    def h(self):\n        pass\n", "    z = 1\n")) == 1
-    assert "lacks" not in capsys.readouterr().err
+    assert "lacks 1 definition (h) of the old code" in capsys.readouterr().err
     assert program(None, FULL + "\ny = 1  # more") == 1
     assert "lacks" not in capsys.readouterr().err
     bare = 'class A:\n    def f(self):  # one\n        return "# no comment"'
     assert program(None, bare) == 1
-    assert "lacks 3 comments and 4 docstrings of" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "lacks 2 definitions (g, h), 3 comments, 4 docstrings of the old code" in err
+
+
+DEFINED = """def load(path):
+    return np.load(path)
+async def fetch(url):
+    return load(url)
+class Table:
+    def __init__(self):
+        self.rows = load('rows')
+class Row:
+    def __init__(self):
+        self.cells = ()"""
+LOST = {  # what the new code has in its place, lost_definitions
+    "function": (("def load(path):\n    return np.load(path)\n", ""), ["load"]),
+    "renamed": (("def load(", "def read("), ["load"]),
+    "async function": (("async def fetch(url):\n    return", "value ="), ["fetch"]),
+    "no longer async": (("async def", "def"), []),
+    "class": (("class Row:\n    def", "def"), ["Row"]),
+    "one of two of a name": (("class Row:\n    def __init__(self):", "for self in a:"), ["Row", "__init__"]),
+    "a name, no definition": (("class Row:\n    def __init__(self):", "class Row:\n    if __init__:"), ["__init__"]),
+    "elsewhere": (("class Row:\n    def", "class Row:\n    pass\nclass More:\n    def"), []),
+    "other arguments": (("(path)", "(path, mode='r')"), []),
+    "more": (("class Row", "class New: pass\nclass Row"), []),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_lost_definitions(program, capsys, case):
+    """Stops an answer that leaves out a function of the file, though its users may need it."""
+    (old, new), lost = LOST[case]
+    assert DEFINED.replace(old, new) != DEFINED
+    assert program(DEFINED.encode(), DEFINED.replace(old, new)) == 1
+    kind = "definition" if len(lost) == 1 else "definitions"
+    warning = f"warning: the new code lacks {len(lost)} {kind} ({', '.join(lost)}) of the old code\n"
+    err = capsys.readouterr().err
+    assert warning in err if lost else "warning" not in err
+    program(None, DEFINED.replace(old, new), "--json")
+    assert json.loads(capsys.readouterr().out)["lost_definitions"] == lost
 
 
 @pytest.mark.filterwarnings("error")

@@ -256,10 +256,10 @@ def test_hostile_completions(code):
     """A completion that raises, hangs or eats the memory ends a training run; a model writes any text."""
     target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
     for text in (answer(code), code, "so</think><answer>" + code, answer(target) + code):
-        started = time.perf_counter()
+        started = time.process_time()
         total, stale = reward.score(text, target), reward.stale(text, "old()", target)
         stripped = reward.strip_comments(text)
-        assert time.perf_counter() - started < 1.0
+        assert time.process_time() - started < 1.0
         assert -3.0 <= total <= 3.0 and stale == 0.0 and isinstance(stripped, str)
     tracemalloc.start()
     reward.score(answer(code), target)
