@@ -46,6 +46,7 @@ class Run:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # memory and speed
+    dtype: str = "auto"  # of frozen weights: fp32, bf16, or auto, the faster one here
     micro_tokens: int = 8192  # tokens per forward and backward pass, padding included
     keep_activations: bool = False  # no gradient checkpointing: faster, much more memory
     offload: bool = False  # with --adapter none: fp32 weights and AdamW in CPU memory
@@ -178,6 +179,10 @@ def check(config):
         (
             config.adapter not in ("dora", "lora", "none"),
             f"--adapter {config.adapter!r}: give dora, lora or none",
+        ),
+        (
+            config.dtype not in ("auto", "fp32", "bf16"),
+            f"--dtype {config.dtype!r}: give auto, fp32 or bf16",
         ),
         (full and config.beta, "--adapter none: has no reference policy; give --beta 0"),
         (config.offload and not full, "--offload: only with --adapter none"),

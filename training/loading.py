@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -66,23 +66,38 @@ def load_tokenizer(model):
     return tokenizer
 
 
-def load_model(model):
-    """The causal language model of a directory or hub id, in eval mode: fp32, bf16 on a GPU.
+LARGE = 100_000_000  # parameters of a model that bf16 makes faster on a CPU
+SMALL = 2_000_000  # parameters of a model that more threads make slower on a busy CPU
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-    A model below two million parameters gets one thread: more threads gain little on idle cores,
-    and on a shared machine waiting for each other costs ten times the work.
+
+def native_bf16():
+    """Whether this CPU multiplies in bf16; where it does not, bf16 is slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def load_model(model, dtype="auto"):
+    """The causal language model of a directory or hub id, in eval mode, on the GPU if there is one.
+
+    dtype: fp32, bf16 or auto: bf16 on a GPU, and for a large model on a CPU with native bf16.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformers.utils.logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):  # shapes only
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+        if dtype == "auto":
+            fast = device == "cuda" or (size > LARGE and native_bf16())
+            dtype = "bf16" if fast else "fp32"
+        settings = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa"}
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            model, config=config, output_loading_info=True, **settings
         )
     except LOAD_ERRORS as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     check_weights(loaded, info, model)
-    if device == "cpu" and loaded.num_parameters() < 2_000_000:
+    if device == "cpu" and size < SMALL:
         torch.set_num_threads(1)
     return loaded.to(device).eval()
 
@@ -128,9 +143,9 @@ def open_policy(name):
     return base, str(path / "adapter"), settings
 
 
-def load_policy(base, adapter):
+def load_policy(base, adapter, dtype="auto"):
     """The model in eval mode, with its adapter if there is one; BadInput if they do not fit."""
-    model = load_model(base)
+    model = load_model(base, dtype)
     if not adapter:
         return model
     try:
@@ -156,13 +171,13 @@ and <answer>.
 def write_model(model, tokenizer, directory, what):
     """Save an ordinary checkpoint directory: config, tokenizer, model card, weights.
 
-    Sharded weights are gathered one by one on rank 0, in bf16 if they were used in it.
+    Sharded weights are gathered one by one on rank 0, in the dtype that they were loaded in.
     """
     state = {}
     for name, p in model.named_parameters():
         full = parallel.full_tensor(p.detach())
-        if isinstance(p, DTensor) and full.is_cuda:
-            full = full.bfloat16()
+        if isinstance(p, DTensor):
+            full = full.to(model.config.dtype)
         state[name] = full.cpu() if parallel.RANK == 0 else None
     if parallel.RANK > 0:
         return

@@ -10,7 +10,7 @@ WORLD-th group, and gradients are summed over ranks: loss and gradient are those
     --adapter dora    Every rank holds the full model; one all-reduce sums the gradients.
     --adapter none    FSDP2 (fully_shard) splits fp32 weights, gradient and AdamW's moments into
                       WORLD shards, in CPU memory with --offload. gather_weights() all-gathers the
-                      full weights (bf16 on a GPU) once for a rollout and its update.
+                      full weights (in --dtype) once for a rollout and its update.
 
 FSDP2 frees and gathers weights in hooks around forward(), and recode.py's passes bypass these hooks
 (a pass in two parts, the output layer called on its own, unequal numbers of micro-batches). So the
@@ -161,10 +161,9 @@ def shard(model, offload):
     """Split all weights of `model` into fp32 shards, layer by layer to keep the peak low."""
     if not dist.is_initialized():  # one process has one shard: everything
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
-    precision = fsdp.MixedPrecisionPolicy()
-    if CUDA:  # fp32 shards: bf16 alone would round an update of 1e-6 away
-        types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        precision = fsdp.MixedPrecisionPolicy(**types)
+    # fp32 shards under bf16 weights: bf16 alone would round an update of 1e-6 away
+    types = {"param_dtype": model.dtype, "reduce_dtype": torch.float32}
+    precision = fsdp.MixedPrecisionPolicy(**types)
     offloading = fsdp.CPUOffloadPolicy(pin_memory=CUDA) if offload else fsdp.OffloadPolicy()
     layers = getattr(model.base_model, "layers", None)
     if layers is None:

@@ -81,7 +81,7 @@ def set_up(config):
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
     print(f"model     {config.model}", flush=True)
-    model = load_model(config.model)
+    model = load_model(config.model, config.dtype)
     recode.check_policy(model, tokenizer, config.model)
     check_context(model, train + heldout, config)
     make_trainable(model, config)
