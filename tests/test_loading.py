@@ -160,3 +160,37 @@ def test_resume_in_bf16(train, tmp_path, adapter, monkeypatch, capsys):
         model = loading.load_model(str(tmp_path / "once" / "model"), "fp32")
         for name, p in model.named_parameters():
             assert torch.equal(p, saved["trained"][name].bfloat16().float()), name
+
+
+# ------------------------------------------------------------------------- memory
+
+
+def test_only_large_models_keep_freed_memory(monkeypatch):
+    """Stops the toy from growing, and a large model from giving memory back at every step."""
+    called = []
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: called.append(1))
+    size = loading.load_model(TINY).num_parameters()
+    assert called == []
+    monkeypatch.setattr(loading, "LARGE", size)
+    loading.load_model(TINY, "fp32")
+    assert called == []
+    monkeypatch.setattr(loading, "LARGE", size - 1)
+    loading.load_model(TINY, "fp32")
+    assert called == [1]
+
+
+@pytest.mark.parametrize("libc, expected", [("glibc", [-3, -1, -2]), ("musl", []), ("", [])])
+def test_memory_is_kept_by_glibc_only(monkeypatch, libc, expected):
+    """Stops an AttributeError, or a call of something else, where the C library is not glibc."""
+    asked = []
+
+    class Library:
+        def mallopt(self, option, value):
+            assert 0 < value < 2**31  # an int in C
+            asked.append(option)
+            return 1
+
+    monkeypatch.setattr(loading.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(loading.platform, "libc_ver", lambda: (libc, ""))
+    loading.keep_freed_memory()
+    assert asked == expected
