@@ -118,7 +118,7 @@ def base(tmp_path_factory, checkpoints):
             processes.append(multiprocessing.get_context("spawn").Process(target=job, args=(base,)))
             processes[-1].start()
     for process in processes:
-        process.join(150)
+        process.join(600)
         process.kill()  # where one waits for the other for ever
     assert [process.exitcode for process in processes] == [0, 0]
     return base
