@@ -71,8 +71,8 @@ def damage(run, how):
         ("no adapter", "no adapter there"),
         ("no base", "no directory .*gone"),
         ("no settings", "config.json"),
-        ("another base", "cannot export"),
-        ("damaged", "cannot export"),
+        ("another base", "does not fit"),
+        ("damaged", "damaged"),
     ],
 )
 def test_what_cannot_be_exported(run, tmp_path, how, word):

@@ -1,15 +1,18 @@
 """training/loading.py: in which dtype a model is loaded, and that all of a run works in bf16 too."""
 
 import json
+import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, SCRIPTS
 
 import grpo
+import migrate
 import recode
 import reward
-from training import config, dora, loading
+from training import config, dora, loading, parallel
 from training.config import BadInput
 
 TINY = str(ROOT / "tiny")
@@ -194,3 +197,92 @@ def test_memory_is_kept_by_glibc_only(monkeypatch, libc, expected):
     monkeypatch.setattr(loading.platform, "libc_ver", lambda: (libc, ""))
     loading.keep_freed_memory()
     assert asked == expected
+
+
+# ------------------------------------------------------------------------- adapters of strangers
+
+
+@pytest.fixture
+def adapter(half, tmp_path):
+    """An adapter directory, and a function that changes what its two files hold."""
+    dora.save_adapter(half, grpo.Config(r=4, alpha=8.0, targets=ALL), tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+
+    def change(changes, rename=None, without=None):
+        if isinstance(changes, dict):
+            changes = json.loads(settings.read_text()) | changes
+        settings.write_text(json.dumps(changes))
+        tensors = safetensors.torch.load_file(weights)
+        if without:
+            tensors = {name: x for name, x in tensors.items() if without not in name}
+        if rename:
+            tensors = {name.replace(*rename): x for name, x in tensors.items()}
+        safetensors.torch.save_file(tensors, weights)
+        return tmp_path / "adapter"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ".*_proj", ["model.layers.0.self_attn.q_proj"], None],
+    ids=["all-linear", "pattern", "full names", "absent"],
+)
+def test_target_modules_in_every_form(adapter, half, targets):
+    """Stops an adapter of PEFT from being refused, or half loaded, for how it names its layers."""
+    path = adapter({"target_modules": targets})
+    loaded = loading.load_policy(TINY, path, "bf16")
+    assert torch.equal(loaded(IDS).logits, half(IDS).logits)
+
+
+def test_an_adapter_for_all_linear_layers_of_peft(tmp_path):
+    """Stops an adapter that PEFT has made with all-linear from being refused or half loaded."""
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "lora_alpha": 8, "use_dora": True, "init_lora_weights": False}
+    asked = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    theirs = peft.get_peft_model(loading.load_model(TINY, "fp32"), asked)
+    theirs.save_pretrained(tmp_path)
+    ours = loading.load_policy(TINY, tmp_path, "fp32")
+    layers = dora.dora_layers(ours)
+    assert len(layers) == 7 * ours.config.num_hidden_layers
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+GATE = "model.layers.1.mlp.gate_proj"
+BAD_ADAPTERS = {
+    "alpha": ({"lora_alpha": "x"}, None, None, "lora_alpha 'x': must be numbers above 0"),
+    "alpha 0": ({"lora_alpha": 0}, None, None, "lora_alpha 0: must be numbers above 0"),
+    "r 0": ({"r": 0}, None, None, "r 0, lora_alpha 8.0: must be numbers above 0"),
+    "no r": ({"r": None}, None, None, "r None"),
+    "r 1.5": ({"r": 1.5}, None, None, "r 1.5"),
+    "another r": ({"r": 8}, None, None, "does not fit the model: .*lora_A.weight is .4,.*must be .8,"),
+    "list": ([1, 2], None, None, "adapter_config.json: cannot be read as a JSON object"),
+    "pairs": ([["r", 4]], None, None, "adapter_config.json: cannot be read as a JSON object"),
+    "empty": ([], None, None, "adapter_config.json: cannot be read as a JSON object"),
+    "kind": ({"peft_type": "IA3"}, None, None, "not a plain DoRA or LoRA adapter"),
+    "rslora": ({"use_rslora": True}, None, None, "not a plain DoRA or LoRA adapter .*use_rslora"),
+    "other names": ({}, ("gate_proj", "w1"), None, "no linear layer 'model.layers.0.mlp.w1'"),
+    "other prefix": ({}, ("base_model.", "transformer."), None, "no linear layer 'transformer."),
+    "missing": ({}, None, GATE + ".lora_B", f"does not fit the model: .*{GATE}.lora_B.weight is None"),
+    "left over": ({"use_dora": False}, None, None, "lora_magnitude_vector is .*must be None"),
+    "not adapted": ({}, ("lora_A", "lora_embedding_A"), None, "does not fit the model: "),
+}
+
+
+@pytest.mark.parametrize("changes, rename, without, message", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_adapters_that_do_not_fit(
+    adapter, changes, rename, without, message, tmp_path, monkeypatch, capsys
+):
+    """Stops a traceback, or an adapter that is loaded in part, for files that others have made."""
+    path = adapter(changes, rename, without)
+    with pytest.raises(BadInput, match=message) as error:
+        loading.load_policy(TINY, str(path))
+    (tmp_path / "config.json").write_text(json.dumps({"model": TINY}))
+    (tmp_path / "old.py").write_text("x = 1\n")
+    argv = [str(tmp_path / "old.py"), "--update", "x", "--library", "y", "--version", "1"]
+    monkeypatch.setattr(sys, "argv", ["migrate.py", *argv, "--model", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        parallel.run_main(migrate.main)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said[-1] == f"error: {error.value}"

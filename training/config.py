@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 def read_settings(path):
     """The JSON object in a file, as a dict."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}  # a list is a TypeError
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
 

@@ -135,6 +135,11 @@ def eos_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *listed})
 
 
+def began_in(run, settings):
+    """The directory that the paths in a run's settings are relative to."""
+    return run.resolve() / settings.get("began_in", "")
+
+
 def open_policy(name):
     """What --model names, as (base model, adapter directory or "", the settings that it brings).
 
@@ -148,9 +153,7 @@ def open_policy(name):
         return name, "", read_settings(beside) if beside.is_file() else {}
     settings = read_settings(path / "config.json")
     base = str(settings.get("model", ""))
-    output = str(Path(settings.get("output", "")))
-    began = Path(str(path.resolve()).removesuffix(output))  # its paths are relative to this
-    for place in (began, Path(), Path(__file__).parent.parent):
+    for place in (began_in(path, settings), Path(), Path(__file__).parent.parent):
         if base and (place / base).is_dir():
             base = str(place / base)
             break
@@ -158,15 +161,9 @@ def open_policy(name):
 
 
 def load_policy(base, adapter, dtype="auto"):
-    """The model in eval mode, with its adapter if there is one; BadInput if they do not fit."""
+    """The model in eval mode, with its adapter if there is one."""
     model = load_model(base, dtype)
-    if not adapter:
-        return model
-    try:
-        return dora.load_adapter(model, adapter)
-    except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        why = first_line(error)
-        raise BadInput(f"--model: {adapter} does not fit {base}, or is damaged: {why}")
+    return dora.load_adapter(model, adapter) if adapter else model
 
 
 SHARD = "5GB"  # weights per file

@@ -37,7 +37,7 @@ from training import dora, parallel
 from training.config import BadInput, read_settings
 from training.curve import curve
 from training.files import lock, unlock, write
-from training.loading import load_model, load_tokenizer, write_model
+from training.loading import began_in, load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
@@ -309,9 +309,10 @@ class RunDirectory:
         if not (self.path / "config.json").is_file():
             raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
         before = read_settings(self.path / "config.json")
+        began = began_in(self.path, before)
         for name, now in vars(self.config).items():
-            was = before.get(name)
-            if name not in MAY_CHANGE and was != now and not same_path(was, now):
+            was = before.get(name, now)  # an older run lacks a new setting
+            if name not in MAY_CHANGE and was != now and not same_path(began, was, now):
                 raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
 
     def create(self):
@@ -324,8 +325,9 @@ class RunDirectory:
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
         lock(self.path)
-        settings = json.dumps(dataclasses.asdict(self.config), indent=2)
-        write(self.path / "config.json", settings.encode())
+        began = os.path.relpath(".", self.path.resolve())
+        settings = dataclasses.asdict(self.config) | {"began_in": began}
+        write(self.path / "config.json", json.dumps(settings, indent=2).encode())
         for name in LOGS:
             (self.path / name).touch()
 
@@ -502,9 +504,11 @@ class RunDirectory:
         return 0
 
 
-def same_path(a, b):
-    """Whether two settings are paths of the same file, e.g. through a link."""
-    return isinstance(a, str) and isinstance(b, str) and os.path.realpath(a) == os.path.realpath(b)
+def same_path(began, was, now):
+    """Whether two settings are paths of one file; `was` is relative to the directory `began`."""
+    if not isinstance(was, str) or not isinstance(now, str):
+        return False
+    return os.path.realpath(began / was) == os.path.realpath(now)
 
 
 def nothing_learned(rows):
