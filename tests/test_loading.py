@@ -80,7 +80,7 @@ def test_a_dtype_that_was_asked_for(dtype, tmp_path, half):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dtype_that_is_none(script):
     """Stops a KeyError after the data has been read."""
-    with pytest.raises(BadInput, match="--dtype 'fp16': give auto, fp32 or bf16"):
+    with pytest.raises(BadInput, match="--dtype 'fp16': give one of auto, fp32, bf16"):
         config.parse_config(script.Config, ["--dtype", "fp16"], "")
 
 

@@ -117,15 +117,13 @@ def add_dora(model, r, alpha, dropout, targets, magnitude=True):
     linear = modules_of(model, nn.Linear)
     missing = set(targets.split(","))
     for name, module in linear.items():
-        parent, _, leaf = name.rpartition(".")
         matches = [target for target in targets.split(",") if f".{name}".endswith(f".{target}")]
         if matches:
-            adapted = DoRALinear(module, r, alpha, dropout, magnitude)
-            setattr(model.get_submodule(parent), leaf, adapted)
+            model.set_submodule(name, DoRALinear(module, r, alpha, dropout, magnitude))
             missing.difference_update(matches)
     if missing:
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        missing, known = ", ".join(sorted(missing)), ", ".join(known)
+        missing = ", ".join(sorted(missing))
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise BadInput(f"--targets: no linear layer {missing}; there are {known}")
     return model
 

@@ -1,7 +1,6 @@
 """Loading and saving through transformers: a checkpoint directory, a hub id or a run directory."""
 
 import ctypes
-import math
 import platform
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from training.config import BadInput, read_settings
 from training.files import write
 
 
-
 def fused_rms_norm(self, x):
     """RMSNorm as one kernel; the model's own takes six, and rounds more in bf16."""
     return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
@@ -32,10 +30,6 @@ for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
     norm.forward = fused_rms_norm
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
-LOAD_ERRORS = (  # what transformers raises for a checkpoint that it cannot load
-    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
-    safetensors.SafetensorError,
-)  # fmt: skip
 
 
 def first_line(error):
@@ -60,7 +54,7 @@ def load_tokenizer(model):
     huggingface_hub.logging.set_verbosity_error()  # silences retries; the error is reported below
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # transformers raises all kinds for what it cannot load
         why = first_line(error)
         raise BadInput(f"model: no tokenizer for {model!r}: {why}; give a checkpoint directory")
     if tokenizer.eos_token_id is None:
@@ -79,7 +73,7 @@ def native_bf16():
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed: page faults are a quarter of a large model's step otherwise."""
+    """Have glibc keep what is freed: without, page faults are a quarter of a large model's step."""
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
@@ -106,7 +100,7 @@ def load_model(model, dtype="auto"):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model, config=config, output_loading_info=True, **settings
         )
-    except LOAD_ERRORS as error:
+    except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     check_weights(loaded, info, model)
     if device == "cpu" and size < SMALL:
@@ -199,28 +193,3 @@ def write_model(model, tokenizer, directory, what):
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then --resume")
     write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())
-
-
-@torch.no_grad()
-def export(model, adapter, output):
-    """Merge an adapter into its model and save an ordinary checkpoint directory, in W's dtype.
-
-    Prints how much of the update is lost by rounding to that dtype. vLLM and others load it.
-    """
-    tokenizer = load_tokenizer(model)
-    merged = dora.load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
-    update = 0.0  # sums of squares
-    lost = 0.0
-    for name, layer in dora.dora_layers(merged).items():
-        W = layer.base.weight.float()
-        exact = W + layer.scale * layer.lora_B @ layer.lora_A
-        if layer.magnitude is not None:
-            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of training/dora.py
-        layer.base.weight.copy_(exact)
-        update += (exact - W).square().sum().item()
-        lost += (exact - layer.base.weight.float()).square().sum().item()
-        parent, _, leaf = name.rpartition(".")
-        setattr(merged.get_submodule(parent), leaf, layer.base)
-    write_model(merged, tokenizer, output, f"{model} with the adapter {adapter} merged into it.")
-    share = math.sqrt(lost / max(update, 1e-30))
-    print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
