@@ -271,7 +271,7 @@ def ends(base):
         command += [settings["MASTER_PORT"], __file__, how, str(base)]
         jobs[how] = subprocess.Popen(command, env=os.environ | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        return {how: (job.communicate(timeout=60)[1], job.returncode)[::-1] for how, job in jobs.items()}
+        return {how: (job.communicate(timeout=300)[1], job.returncode)[::-1] for how, job in jobs.items()}
     finally:
         for job in jobs.values():
             job.kill()
