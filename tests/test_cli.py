@@ -210,7 +210,7 @@ def test_run_directory(script, family, checkpoints, settings, write_rows, rows, 
     assert all(word in out for word in [*kept, "4 tasks kept, 4 rows dropped", "2 tasks", "before", "exact match"])
     config = {name: str(value) for name, value in json.loads((path / "config.json").read_text()).items()}
     assert config.items() >= {name: str(value) for name, value in settings.items()}.items()
-    assert config.keys() == {field.name for field in dataclasses.fields(script.Config)}
+    assert config.keys() == {field.name for field in dataclasses.fields(script.Config)} | {"began_in"}
     table = metrics(path)
     columns = COLUMNS if script is sft else COLUMNS + SAMPLED
     assert [row["step"] for row in table] == [1, 2] and all(row.keys() >= set(columns) for row in table)

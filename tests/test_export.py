@@ -41,7 +41,7 @@ def test_nothing_is_overwritten(run, tmp_path, checkpoints, monkeypatch, place):
     """Stops an export over its own base, its run or a file, and seconds of loading before that."""
     (tmp_path / "file").write_text("mine")
     output = {"base": checkpoints["qwen2"], "run": str(run), "file": str(tmp_path / "file")}[place]
-    monkeypatch.setattr(loading, "export", None)
+    monkeypatch.setattr(export, "merge", None)
     monkeypatch.setattr(loading, "open_policy", None)
     with pytest.raises(BadInput, match=f"--output {output}: exists"):
         export.main([str(run), "--output", output])
@@ -71,8 +71,8 @@ def damage(run, how):
         ("no adapter", "no adapter there"),
         ("no base", "no directory .*gone"),
         ("no settings", "config.json"),
-        ("another base", "cannot export"),
-        ("damaged", "cannot export"),
+        ("another base", "does not fit"),
+        ("damaged", "damaged"),
     ],
 )
 def test_what_cannot_be_exported(run, tmp_path, how, word):

@@ -124,7 +124,7 @@ def base(tmp_path_factory, checkpoints):
             processes.append(multiprocessing.get_context("spawn").Process(target=job, args=(base,)))
             processes[-1].start()
     for process in processes:
-        process.join(150)
+        process.join(600)
         process.kill()  # if one still waits for the other
     assert [process.exitcode for process in processes] == [0, 0]
     return base
@@ -209,10 +209,8 @@ def test_the_number_of_ranks_may_change(name, base):
     assert_same_run(base / f"{name}-2to1", base / f"{name}-1")
 
 
-def test_small_steps_are_not_rounded_away(monkeypatch):
+def test_small_steps_are_not_rounded_away():
     """Stops training bf16 weights: a step of 1e-4 is smaller than the last bit of 1.0."""
-    halves = parallel.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    monkeypatch.setattr(parallel.fsdp, "MixedPrecisionPolicy", lambda **_: halves)  # as on a GPU
     model = random_model("qwen2").bfloat16()
     parallel.shard(model, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
@@ -281,7 +279,7 @@ def ends(base):
         command += [settings["MASTER_PORT"], __file__, how, str(base)]
         jobs[how] = subprocess.Popen(command, env=os.environ | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        return {how: (job.communicate(timeout=60)[1], job.returncode)[::-1] for how, job in jobs.items()}
+        return {how: (job.communicate(timeout=300)[1], job.returncode)[::-1] for how, job in jobs.items()}
     finally:
         for job in jobs.values():
             job.kill()

@@ -16,7 +16,7 @@ import grpo
 from training import dora
 import recode
 from conftest import FAMILIES
-from training import loading
+from tools import export
 
 FEW = "q_proj,v_proj"
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -129,7 +129,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     for family, path in checkpoints.items():
         adapted = adapt(AutoModelForCausalLM.from_pretrained(path), targets=ALL)
         dora.save_adapter(adapted, config(targets=ALL), tmp_path / family)
-        loading.export(path, tmp_path / family, tmp_path / f"{family}-merged")
+        export.merge(path, tmp_path / family, tmp_path / f"{family}-merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-merged")
         torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
         assert "loses 0.00%" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "half")
     adapted = adapt(half.float(), targets=ALL)
     dora.save_adapter(adapted, config(targets=ALL), tmp_path / "adapter")
-    loading.export(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
+    export.merge(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
     printed = float(re.search(r"loses ([\d.]+)%", capsys.readouterr().out)[1])
     lost = wanted = 0.0
     for layer in dora.dora_layers(adapted).values():

@@ -131,7 +131,7 @@ def test_a_log_that_cannot_be(train, tmp_path, monkeypatch, script):
     for name in ("tensorboard", "wandb"):
         with pytest.raises(BadInput, match=f"--log-to {name}: it is not installed; pip install {name}"):
             train("--steps", "1", "--log-to", name, script=script)
-    with pytest.raises(BadInput, match="--log-to 'mlflow': give tensorboard or wandb"):
+    with pytest.raises(BadInput, match="--log-to 'mlflow': give one of tensorboard, wandb"):
         train("--steps", "1", "--log-to", "mlflow", script=script)
     assert not (tmp_path / "run").exists()
 

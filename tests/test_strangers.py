@@ -1,12 +1,14 @@
 """What strangers ran into: odd models, lost or mixed runs, dead ends. One clear line each."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -208,6 +210,30 @@ def test_resume_through_a_link(train, tmp_path, checkpoints):
     assert train("--steps", "1") == 0
     (tmp_path / "link").symlink_to(checkpoints["qwen2"])
     assert train("--steps", "2", "--resume", "--model", str(tmp_path / "link")) == 0
+
+
+@pytest.mark.parametrize("output", ["runs/one", "../out", "absolute"])
+def test_resume_from_another_directory(train, tmp_path, monkeypatch, checkpoints, output):
+    """Stops a run from being refused because its paths are relative and it goes on elsewhere."""
+    for place in ("project", "out", "tree/deep"):
+        (tmp_path / place).mkdir(parents=True)
+    shutil.copytree(checkpoints["qwen2"], tmp_path / "project" / "toy")
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "project")
+    output = str(tmp_path / "out") if output == "absolute" else output
+    monkeypatch.chdir(tmp_path / "project")
+    paths = ["--data", "data.jsonl", "--heldout", "0.34", "--output", output]
+    assert train("--steps", "1", "--model", "toy", *paths) == 0
+    output = os.path.realpath(output)
+    assert train("--steps", "2", "--model", "./toy/", *paths, "--resume") == 0
+    monkeypatch.chdir(tmp_path / "tree" / "deep")
+    paths = ["--data", "../../project/data.jsonl", "--heldout", "0.34", "--output", output]
+    assert train("--steps", "3", "--model", "../../project/toy", *paths, "--resume") == 0
+    assert steps(Path(output)) == [1, 2, 3]
+    base, adapter, _ = loading.open_policy(output)
+    assert os.path.samefile(base, tmp_path / "project" / "toy") and loading.load_policy(base, adapter)
+    shutil.copytree(checkpoints["qwen2"], tmp_path / "tree" / "deep" / "another")
+    with pytest.raises(BadInput, match="--resume: model was '../../project/toy' in .*now 'another'"):
+        train("--steps", "4", "--model", "another", *paths, "--resume")
 
 
 @pytest.mark.parametrize(

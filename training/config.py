@@ -6,6 +6,7 @@ The comment behind a field is the help of its flag; the comment above some field
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -46,6 +47,7 @@ class Run:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # memory and speed
+    dtype: str = "auto"  # of frozen weights: fp32, bf16, or auto, the faster one here
     micro_tokens: int = 8192  # tokens per forward and backward pass, padding included
     keep_activations: bool = False  # no gradient checkpointing: faster, much more memory
     offload: bool = False  # with --adapter none: fp32 weights and AdamW in CPU memory
@@ -62,6 +64,12 @@ POSITIVE = (  # settings that must be above 0; the others may be 0
     "max_new_tokens", "temperature", "r", "alpha", "lr", "max_grad_norm", "micro_tokens",
     "save_every", "show_every",
 )  # fmt: skip
+CHOICES = {
+    "adapter": ("dora", "lora", "none"),
+    "correctness": reward.CORRECTNESS,
+    "dtype": ("auto", "fp32", "bf16"),
+    "log_to": ("", "tensorboard", "wandb"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,13 +77,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, add_help=True):
         columns = min(100, shutil.get_terminal_size((100, 24)).columns)
-
-        def form(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=columns)
-
-        super().__init__(
-            description=description, formatter_class=form, allow_abbrev=False, add_help=add_help
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        form = functools.partial(raw, max_help_position=28, width=columns)
+        settings = {"formatter_class": form, "allow_abbrev": False, "add_help": add_help}
+        super().__init__(description=description, **settings)
 
     def error(self, message):
         raise BadInput(f"{message}; see --help")
@@ -84,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 def read_settings(path):
     """The JSON object in a file, as a dict."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}  # a list is a TypeError
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{path}: cannot be read as a JSON object ({error})")
 
@@ -161,11 +166,13 @@ def check(config):
                 raise BadInput(f"{flag} {value}: must be at least 0, and finite")
         if name in ("dropout", "warmup", "clip_low") and value >= 1:
             raise BadInput(f"{flag} {value}: is a share, must be below 1")
+        if name in CHOICES and value not in CHOICES[name]:
+            choices = ", ".join(filter(None, CHOICES[name]))
+            raise BadInput(f"{flag} {value!r}: give one of {choices}")
     prompts, updates = config.prompts_per_step, config.updates
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     cache = getattr(config, "overlong_cache", 0)
     full = config.adapter == "none"
-    rewards = ", ".join(reward.CORRECTNESS)
     rules = (
         (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
         (
@@ -175,16 +182,8 @@ def check(config):
         (prompts % updates, f"--updates {updates}: must divide --prompts-per-step {prompts}"),
         (prompts < ranks, f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks"),
         (cache > config.max_new_tokens, f"--overlong-cache {cache}: over --max-new-tokens"),
-        (
-            config.adapter not in ("dora", "lora", "none"),
-            f"--adapter {config.adapter!r}: give dora, lora or none",
-        ),
         (full and config.beta, "--adapter none: has no reference policy; give --beta 0"),
         (config.offload and not full, "--offload: only with --adapter none"),
-        (
-            config.correctness not in reward.CORRECTNESS,
-            f"--correctness {config.correctness!r}: give one of {rewards}",
-        ),
     )
     for broken, message in rules:
         if broken:

@@ -95,32 +95,37 @@ class DoRALinear(nn.Module):
         return torch.addcmul(y, direction, gain)  # eq. 1
 
 
-def add_dora(model, r, alpha, dropout, targets, magnitude=True):
-    """Freeze `model` and wrap each linear layer named in `targets`, e.g. "q_proj,v_proj".
-
-    Without `magnitude` the adapter is LoRA. Raises BadInput for a target that the model lacks.
-    """
-    model.requires_grad_(False)
-    targets = targets.split(",")
+def modules_of(model, kind):
+    """{name: module} of a type, in the model's order, without the output layer."""
+    head = model.get_output_embeddings()
     modules = model.named_modules()
-    linear = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-    linear = {n: m for n, m in linear.items() if m is not model.get_output_embeddings()}
-    known = {name.rpartition(".")[2] for name in linear}
-    if missing := set(targets) - known:
-        missing, known = ", ".join(sorted(missing)), ", ".join(sorted(known))
-        raise BadInput(f"--targets: no linear layer {missing}; there are {known}")
-    for name, module in linear.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf in targets:
-            adapted = DoRALinear(module, r, alpha, dropout, magnitude)
-            setattr(model.get_submodule(parent), leaf, adapted)
-    return model
+    return {name: m for name, m in modules if isinstance(m, kind) and m is not head}
 
 
 def dora_layers(model):
     """{name: DoRALinear}, in the model's order."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, DoRALinear)}
+    return modules_of(model, DoRALinear)
+
+
+def add_dora(model, r, alpha, dropout, targets, magnitude=True):
+    """Freeze `model` and wrap each linear layer whose name ends with one in `targets`.
+
+    targets: e.g. "q_proj,v_proj". Without `magnitude` the adapter is LoRA. Raises BadInput for a
+    target that the model lacks.
+    """
+    model.requires_grad_(False)
+    linear = modules_of(model, nn.Linear)
+    missing = set(targets.split(","))
+    for name, module in linear.items():
+        matches = [target for target in targets.split(",") if f".{name}".endswith(f".{target}")]
+        if matches:
+            model.set_submodule(name, DoRALinear(module, r, alpha, dropout, magnitude))
+            missing.difference_update(matches)
+    if missing:
+        missing = ", ".join(sorted(missing))
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise BadInput(f"--targets: no linear layer {missing}; there are {known}")
+    return model
 
 
 @contextlib.contextmanager
@@ -136,12 +141,17 @@ def reference(model):
             layer.enabled = True
 
 
-def peft_names(name, layer):
-    """{key in PEFT's file: parameter} of one layer."""
-    prefix = f"base_model.model.{name}.lora_"
-    found = {prefix + "A.weight": layer.lora_A, prefix + "B.weight": layer.lora_B}
-    if layer.magnitude is not None:
-        found[prefix + "magnitude_vector"] = layer.magnitude
+PREFIX = "base_model.model."  # of the names in PEFT's files
+
+
+def peft_parameters(model):
+    """{name in PEFT's file: parameter} of all adapted layers."""
+    found = {}
+    for name, layer in dora_layers(model).items():
+        found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.magnitude is not None:
+            found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
     return found
 
 
@@ -149,10 +159,8 @@ def save_adapter(model, config, directory):
     """Write the adapter as PEFT does: PeftModel.from_pretrained(base, directory) loads it."""
     if parallel.RANK > 0:
         return
-    tensors = {}
-    for name, layer in dora_layers(model).items():
-        for key, parameter in peft_names(name, layer).items():
-            tensors[key] = parameter.detach().cpu().contiguous()
+    parameters = peft_parameters(model).items()
+    tensors = {name: p.detach().cpu().contiguous() for name, p in parameters}
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
         "use_dora": config.adapter == "dora", "r": config.r, "lora_alpha": config.alpha,
@@ -167,20 +175,35 @@ UNSUPPORTED = ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def load_adapter(model, directory):
-    """Load the DoRA or LoRA adapter in `directory` (ours or PEFT's) into `model`, dropout off."""
+    """Load the DoRA or LoRA adapter in `directory` (ours or PEFT's) into `model`, dropout off.
+
+    The names in its file say which layers it adapts, whatever form target_modules has. Raises
+    BadInput for an adapter that is of another kind, is damaged, or does not fit the model.
+    """
+    place = f"adapter {str(directory)!r}"
     settings = read_settings(Path(directory) / "adapter_config.json")
-    try:
-        tensors = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
-    except OSError as error:
-        raise BadInput(f"adapter: no weights in {directory!r} ({error})")
     unknown = [key for key in UNSUPPORTED if settings.get(key)]
     if settings.get("peft_type") != "LORA" or unknown:
-        raise BadInput(f"adapter: {directory!r} is not a plain DoRA or LoRA adapter {unknown}")
-    targets = ",".join(settings["target_modules"])
-    magnitude = bool(settings.get("use_dora"))
-    add_dora(model, settings["r"], settings["lora_alpha"], 0.0, targets, magnitude)
+        raise BadInput(f"{place} is not a plain DoRA or LoRA adapter {unknown}")
+    r, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not isinstance(r, int) or not isinstance(alpha, int | float) or not min(r, alpha) > 0:
+        raise BadInput(f"{place}: r {r!r}, lora_alpha {alpha!r}: must be numbers above 0")
+    try:
+        tensors = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{place}: weights missing or damaged ({error})")
+    names = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
+    if lost := sorted(names - modules_of(model, nn.Linear).keys()):
+        raise BadInput(f"{place} does not fit the model, which has no linear layer {lost[0]!r}")
+    add_dora(model, r, alpha, 0.0, ",".join(names), bool(settings.get("use_dora")))
+    parameters = peft_parameters(model)
+    wanted = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted | found):
+        shape, must = found.get(name), wanted.get(name)
+        if shape != must:
+            raise BadInput(f"{place} does not fit the model: {name} is {shape}, must be {must}")
     with torch.no_grad():
-        for name, layer in dora_layers(model).items():
-            for key, parameter in peft_names(name, layer).items():
-                parameter.copy_(tensors[key])
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
     return model

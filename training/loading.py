@@ -1,6 +1,7 @@
 """Loading and saving through transformers: a checkpoint directory, a hub id or a run directory."""
 
-import math
+import ctypes
+import platform
 from pathlib import Path
 
 import huggingface_hub
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -18,7 +19,6 @@ import data
 from training import dora, parallel
 from training.config import BadInput, read_settings
 from training.files import write
-
 
 
 def fused_rms_norm(self, x):
@@ -30,10 +30,6 @@ for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
     norm.forward = fused_rms_norm
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
-LOAD_ERRORS = (  # what transformers raises for a checkpoint that it cannot load
-    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
-    safetensors.SafetensorError,
-)  # fmt: skip
 
 
 def first_line(error):
@@ -58,7 +54,7 @@ def load_tokenizer(model):
     huggingface_hub.logging.set_verbosity_error()  # silences retries; the error is reported below
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # transformers raises all kinds for what it cannot load
         why = first_line(error)
         raise BadInput(f"model: no tokenizer for {model!r}: {why}; give a checkpoint directory")
     if tokenizer.eos_token_id is None:
@@ -66,24 +62,51 @@ def load_tokenizer(model):
     return tokenizer
 
 
-def load_model(model):
-    """The causal language model of a directory or hub id, in eval mode: fp32, bf16 on a GPU.
+LARGE = 100_000_000  # parameters of a model whose speed on a CPU is worth memory and rounding
+SMALL = 2_000_000  # parameters of a model that more threads make slower on a busy CPU
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-    A model below two million parameters gets one thread: more threads gain little on idle cores,
-    and on a shared machine waiting for each other costs ten times the work.
+
+def native_bf16():
+    """Whether this CPU multiplies in bf16; where it does not, bf16 is slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed: without, page faults are a quarter of a large model's step."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: below 1 GiB no mapping of its own, unmapped when freed
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give back only what exceeds 2 GiB at the top
+    mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MiB
+
+
+def load_model(model, dtype="auto"):
+    """The causal language model of a directory or hub id, in eval mode, on the GPU if there is one.
+
+    dtype: fp32, bf16 or auto: bf16 on a GPU, and for a large model on a CPU with native bf16.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformers.utils.logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):  # shapes only
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+        if dtype == "auto":
+            fast = device == "cuda" or (size > LARGE and native_bf16())
+            dtype = "bf16" if fast else "fp32"
+        settings = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa"}
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            model, config=config, output_loading_info=True, **settings
         )
-    except LOAD_ERRORS as error:
+    except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     check_weights(loaded, info, model)
-    if device == "cpu" and loaded.num_parameters() < 2_000_000:
+    if device == "cpu" and size < SMALL:
         torch.set_num_threads(1)
+    if device == "cpu" and size > LARGE:
+        keep_freed_memory()
     return loaded.to(device).eval()
 
 
@@ -106,6 +129,11 @@ def eos_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *listed})
 
 
+def began_in(run, settings):
+    """The directory that the paths in a run's settings are relative to."""
+    return run.resolve() / settings.get("began_in", "")
+
+
 def open_policy(name):
     """What --model names, as (base model, adapter directory or "", the settings that it brings).
 
@@ -119,25 +147,17 @@ def open_policy(name):
         return name, "", read_settings(beside) if beside.is_file() else {}
     settings = read_settings(path / "config.json")
     base = str(settings.get("model", ""))
-    output = str(Path(settings.get("output", "")))
-    began = Path(str(path.resolve()).removesuffix(output))  # its paths are relative to this
-    for place in (began, Path(), Path(__file__).parent.parent):
+    for place in (began_in(path, settings), Path(), Path(__file__).parent.parent):
         if base and (place / base).is_dir():
             base = str(place / base)
             break
     return base, str(path / "adapter"), settings
 
 
-def load_policy(base, adapter):
-    """The model in eval mode, with its adapter if there is one; BadInput if they do not fit."""
-    model = load_model(base)
-    if not adapter:
-        return model
-    try:
-        return dora.load_adapter(model, adapter)
-    except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        why = first_line(error)
-        raise BadInput(f"--model: {adapter} does not fit {base}, or is damaged: {why}")
+def load_policy(base, adapter, dtype="auto"):
+    """The model in eval mode, with its adapter if there is one."""
+    model = load_model(base, dtype)
+    return dora.load_adapter(model, adapter) if adapter else model
 
 
 SHARD = "5GB"  # weights per file
@@ -156,13 +176,13 @@ and <answer>.
 def write_model(model, tokenizer, directory, what):
     """Save an ordinary checkpoint directory: config, tokenizer, model card, weights.
 
-    Sharded weights are gathered one by one on rank 0, in bf16 if they were used in it.
+    Sharded weights are gathered one by one on rank 0, in the dtype that they were loaded in.
     """
     state = {}
     for name, p in model.named_parameters():
         full = parallel.full_tensor(p.detach())
-        if isinstance(p, DTensor) and full.is_cuda:
-            full = full.bfloat16()
+        if isinstance(p, DTensor):
+            full = full.to(model.config.dtype)
         state[name] = full.cpu() if parallel.RANK == 0 else None
     if parallel.RANK > 0:
         return
@@ -173,28 +193,3 @@ def write_model(model, tokenizer, directory, what):
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then --resume")
     write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())
-
-
-@torch.no_grad()
-def export(model, adapter, output):
-    """Merge an adapter into its model and save an ordinary checkpoint directory, in W's dtype.
-
-    Prints how much of the update is lost by rounding to that dtype. vLLM and others load it.
-    """
-    tokenizer = load_tokenizer(model)
-    merged = dora.load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
-    update = 0.0  # sums of squares
-    lost = 0.0
-    for name, layer in dora.dora_layers(merged).items():
-        W = layer.base.weight.float()
-        exact = W + layer.scale * layer.lora_B @ layer.lora_A
-        if layer.magnitude is not None:
-            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of training/dora.py
-        layer.base.weight.copy_(exact)
-        update += (exact - W).square().sum().item()
-        lost += (exact - layer.base.weight.float()).square().sum().item()
-        parent, _, leaf = name.rpartition(".")
-        setattr(merged.get_submodule(parent), leaf, layer.base)
-    write_model(merged, tokenizer, output, f"{model} with the adapter {adapter} merged into it.")
-    share = math.sqrt(lost / max(update, 1e-30))
-    print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")

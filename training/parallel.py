@@ -10,7 +10,7 @@ WORLD-th group, and gradients are summed over ranks: loss and gradient are those
     --adapter dora    Every rank holds the full model; one all-reduce sums the gradients.
     --adapter none    FSDP2 (fully_shard) splits fp32 weights, gradient and AdamW's moments into
                       WORLD shards, in CPU memory with --offload. gather_weights() all-gathers the
-                      full weights (bf16 on a GPU) once for a rollout and its update.
+                      full weights (in --dtype) once for a rollout and its update.
 
 FSDP2 frees and gathers weights in hooks around forward(), and recode.py's passes bypass these hooks
 (a pass in two parts, the output layer called on its own, unequal numbers of micro-batches). So the
@@ -161,17 +161,16 @@ def shard(model, offload):
     """Split all weights of `model` into fp32 shards, layer by layer to keep the peak low."""
     if not dist.is_initialized():  # one process has one shard: everything
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
-    precision = fsdp.MixedPrecisionPolicy()
-    if CUDA:  # fp32 shards: bf16 alone would round an update of 1e-6 away
-        types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        precision = fsdp.MixedPrecisionPolicy(**types)
-    offloading = fsdp.CPUOffloadPolicy(pin_memory=CUDA) if offload else fsdp.OffloadPolicy()
+    # fp32 shards under bf16 weights: bf16 alone would round an update of 1e-6 away
+    types = {"param_dtype": model.dtype, "reduce_dtype": torch.float32}
+    settings = {"mp_policy": fsdp.MixedPrecisionPolicy(**types), "reshard_after_forward": False}
+    if offload:
+        settings["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=CUDA)
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
         raise BadInput(f"--adapter none: {model.config.model_type} has no list of layers to shard")
     for module in (*layers, model):
-        policies = {"mp_policy": precision, "offload_policy": offloading}
-        fsdp.fully_shard(module.float(), reshard_after_forward=False, **policies)
+        fsdp.fully_shard(module.float(), **settings)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     model.set_requires_gradient_sync(False)
@@ -204,16 +203,13 @@ def unhooked(model):
 
     The hooks make other streams wait, which a CUDA graph cannot capture.
     """
-    saved = [(m, m._forward_pre_hooks, m._forward_hooks) for m in sharded_modules(model)]
-    for module, before, after in saved:
-        module._forward_pre_hooks = type(before)()
-        module._forward_hooks = type(after)()
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in sharded_modules(model):
+            for name in ("_forward_pre_hooks", "_forward_hooks"):
+                hooks = getattr(module, name)
+                setattr(module, name, type(hooks)())
+                stack.callback(setattr, module, name, hooks)
         yield
-    finally:
-        for module, before, after in saved:
-            module._forward_pre_hooks = before
-            module._forward_hooks = after
 
 
 # ------------------------------------------------------------------------- one update
@@ -235,10 +231,9 @@ def all_reduce(model, sums):
         for p in parameters:
             if p.grad is None:  # a rank without rows
                 p.grad = torch.zeros_like(p)
-        flat = sum_ranks(torch.cat([p.grad.flatten() for p in parameters]))
-        sizes = [p.numel() for p in parameters]
-        for p, grad in zip(parameters, flat.split(sizes), strict=True):
-            p.grad = grad.view_as(p)
+        grads = [p.grad for p in parameters]
+        flat = sum_ranks(nn.utils.parameters_to_vector(grads))  # one message for all
+        nn.utils.vector_to_parameters(flat, grads)
     total = Counter()
     for each in gather([sums]):
         total.update(each)

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pickle
-import re
 import resource
 import secrets
 import shlex
@@ -37,7 +36,7 @@ from training import dora, parallel
 from training.config import BadInput, read_settings
 from training.curve import curve
 from training.files import lock, unlock, write
-from training.loading import load_model, load_tokenizer, write_model
+from training.loading import began_in, load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
@@ -46,12 +45,12 @@ MAY_CHANGE = (  # between a run and its --resume
     "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
-COLUMNS = (  # metric, heading, format of a step's row on the screen
-    ("step", "step", "5d"), ("reward", "reward", "7.3f"), ("reward_std", "std", "6.3f"),
-    ("format", "format", "7.2f"), ("es", "ES", "6.3f"), ("em", "exact", "6.2f"),
-    ("stale", "stale", "6.2f"), ("loss", "loss", "8.4f"), ("kl", "kl", "8.5f"),
-    ("clip_fraction", "clip", "6.3f"), ("grad_norm", "grad", "6.2f"), ("lr", "lr", "9.1e"),
-    ("completion_length", "tokens", "7.1f"), ("tokens_per_second", "tok/s", "6.0f"),
+COLUMNS = (  # metric, heading, width and format of a step's row on the screen
+    ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
+    ("format", "format", 7, ".2f"), ("es", "ES", 6, ".3f"), ("em", "exact", 6, ".2f"),
+    ("stale", "stale", 6, ".2f"), ("loss", "loss", 8, ".4f"), ("kl", "kl", 8, ".5f"),
+    ("clip_fraction", "clip", 6, ".3f"), ("grad_norm", "grad", 6, ".2f"), ("lr", "lr", 9, ".1e"),
+    ("completion_length", "tokens", 7, ".1f"), ("tokens_per_second", "tok/s", 6, ".0f"),
 )  # fmt: skip
 
 # ------------------------------------------------------------------------- set-up
@@ -81,7 +80,7 @@ def set_up(config):
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
     print(f"model     {config.model}", flush=True)
-    model = load_model(config.model)
+    model = load_model(config.model, config.dtype)
     recode.check_policy(model, tokenizer, config.model)
     check_context(model, train + heldout, config)
     make_trainable(model, config)
@@ -210,9 +209,7 @@ def show(step, group):
 
 
 def check_log(name):
-    """Raise BadInput if --log-to names an unknown program or one that is not installed."""
-    if name not in ("", "tensorboard", "wandb"):
-        raise BadInput(f"--log-to {name!r}: give tensorboard or wandb")
+    """Raise BadInput if the program of --log-to is not installed."""
     try:
         if name == "tensorboard":
             import torch.utils.tensorboard  # noqa: F401
@@ -222,64 +219,52 @@ def check_log(name):
         raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
 
 
-class NoLog:
-    """Where --log-to sends nothing."""
+def start_wandb(config):
+    """A run on wandb's server; after --resume the same one."""
+    import wandb
+
+    path = Path(config.output)
+    name = path / "wandb" / "id"  # of the run on the server
+    if not name.is_file():
+        write(name, secrets.token_hex(4).encode())
+    settings = {"project": "recode", "dir": path, "config": dataclasses.asdict(config)}
+    again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
+    try:
+        return wandb.init(**settings, **again)
+    except wandb.Error as error:
+        why = " ".join(str(error).split())
+        raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
+
+
+class OtherLog:
+    """Sends the metrics to the program of --log-to, if there is one. Resumed runs repeat steps."""
 
     def __init__(self, config, step):
-        pass
+        self.writer = None
+        self.run = None
+        if config.log_to == "tensorboard" and parallel.RANK == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = Path(config.output) / "tensorboard"
+            self.writer = SummaryWriter(path, purge_step=step)  # forgets rows of later steps
+        elif config.log_to == "wandb" and parallel.RANK == 0:
+            self.run = start_wandb(config)
 
     def add(self, row):
-        pass
-
-    def close(self):
-        pass
-
-
-class TensorBoardLog:
-    """Metrics for TensorBoard; it forgets rows of later steps that a killed run had sent."""
-
-    def __init__(self, config, step):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(Path(config.output) / "tensorboard", purge_step=step)
-
-    def add(self, row):
-        for name, value in row.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
-
-    def close(self):
-        self.writer.close()
-
-
-class WandbLog:
-    """Metrics for wandb; it keeps the first row of a step, and ignores a repeated one."""
-
-    def __init__(self, config, step):
-        import wandb
-
-        path = Path(config.output)
-        name = path / "wandb" / "id"  # the run's name on the server, also after --resume
-        if not name.is_file():
-            write(name, secrets.token_hex(4).encode())
-        settings = {"project": "recode", "dir": path, "config": dataclasses.asdict(config)}
-        again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
-        try:
-            self.run = wandb.init(**settings, **again)
-        except wandb.Error as error:
-            why = " ".join(str(error).split())
-            raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
-
-    def add(self, row):
-        if row["step"] >= self.run.step:
+        if self.writer:
+            for name, value in row.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, row["step"])
+            self.writer.flush()
+        if self.run and row["step"] >= self.run.step:  # wandb keeps the first row of a step
             self.run.log(row, step=row["step"])
 
     def close(self):
-        self.run.finish()
+        if self.writer:
+            self.writer.close()
+        if self.run:
+            self.run.finish()
 
-
-OTHER_LOGS = {"": NoLog, "tensorboard": TensorBoardLog, "wandb": WandbLog}
 
 # ------------------------------------------------------------------------- the run directory
 
@@ -309,9 +294,10 @@ class RunDirectory:
         if not (self.path / "config.json").is_file():
             raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
         before = read_settings(self.path / "config.json")
+        began = began_in(self.path, before)
         for name, now in vars(self.config).items():
-            was = before.get(name)
-            if name not in MAY_CHANGE and was != now and not same_path(was, now):
+            was = before.get(name, now)  # an older run lacks a new setting
+            if name not in MAY_CHANGE and was != now and not same_path(began, was, now):
                 raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
 
     def create(self):
@@ -324,8 +310,9 @@ class RunDirectory:
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
         lock(self.path)
-        settings = json.dumps(dataclasses.asdict(self.config), indent=2)
-        write(self.path / "config.json", settings.encode())
+        began = os.path.relpath(".", self.path.resolve())
+        settings = dataclasses.asdict(self.config) | {"began_in": began}
+        write(self.path / "config.json", json.dumps(settings, indent=2).encode())
         for name in LOGS:
             (self.path / name).touch()
 
@@ -355,8 +342,7 @@ class RunDirectory:
     def progress(self, step):
         """Around the training loop: the bar, the log of --log-to, and the Stop that Ctrl-C sets."""
         hidden = self.config.quiet or parallel.RANK > 0
-        log = OTHER_LOGS[self.config.log_to if parallel.RANK == 0 else ""]
-        self.other_log = log(self.config, step + 1)
+        self.other_log = OtherLog(self.config, step + 1)
         stop = Stop()
         handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
@@ -377,19 +363,18 @@ class RunDirectory:
         self.mark = now
 
     def append(self, name, row):
-        """Append a JSON object to a .jsonl file; values that are not finite become null."""
+        """Append a JSON object to a .jsonl file; its values that are not finite become None."""
         if parallel.RANK > 0:
-            return row
+            return
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[key] = None
+        path = self.path / name
         try:
-            with open(self.path / name, "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            path = self.path / name
             raise BadInput(f"cannot write {path}: {error.strerror}; make room, then --resume")
-        return row
 
     def append_samples(self, step, group, **more):
         """Append the completions of a group to samples.jsonl."""
@@ -409,21 +394,22 @@ class RunDirectory:
         seconds = sum(self.laps.values())
         tokens = sum(len(ids) for group in groups for ids in group.completions)
         row = {"step": step, **metrics, **self.laps, "tokens_per_second": tokens / seconds}
-        row = self.append("metrics.jsonl", row)
+        self.append("metrics.jsonl", row)
         self.rows.append(row)
         self.other_log.add(row)
-        columns = [column for column in COLUMNS if column[0] in row or "reward" in row]
+        heads = ""
+        cells = ""
+        for name, heading, width, form in COLUMNS:
+            if name in row or "reward" in row:  # sft.py samples nothing
+                value = row.get(name)  # None where nothing finite is known
+                heads += f"{heading:>{width}}"
+                cells += f"{math.nan if value is None else value:{width}{form}}"
         if self.first:
             left = (self.config.steps - step) * seconds
             self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
-            widths = [int(re.match("[0-9]+", form)[0]) for _, _, form in columns]
-            heads = [f"{column[1]:>{width}}" for column, width in zip(columns, widths)]
-            self.say(style("".join(heads), "1"))
+            self.say(style(heads, "1"))
             self.first = False
-        values = [row.get(name) for name, _, _ in columns]  # None where nothing finite is known
-        values = [math.nan if value is None else value for value in values]
-        cells = [f"{value:{form}}" for value, (_, _, form) in zip(values, columns)]
-        self.say("".join(cells))
+        self.say(cells)
         self.bar.update()
         if step % self.config.show_every == 0 or step in (1, self.config.steps):
             write(self.path / "curve.svg", curve(self.rows).encode())
@@ -502,9 +488,11 @@ class RunDirectory:
         return 0
 
 
-def same_path(a, b):
-    """Whether two settings are paths of the same file, e.g. through a link."""
-    return isinstance(a, str) and isinstance(b, str) and os.path.realpath(a) == os.path.realpath(b)
+def same_path(began, was, now):
+    """Whether two settings are paths of one file; `was` is relative to the directory `began`."""
+    if not isinstance(was, str) or not isinstance(now, str):
+        return False
+    return os.path.realpath(began / was) == os.path.realpath(now)
 
 
 def nothing_learned(rows):
