@@ -35,7 +35,7 @@ import recode
 import tasks
 from tasks import table
 from training import loading, parallel
-from training.config import TINY, BadInput, Parser, read_settings
+from training.config import CHOICES, TINY, BadInput, Parser, read_settings
 from training.files import write
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
@@ -165,7 +165,7 @@ def evaluate(problems, directory, box, args):
             rows = []
             if not keys <= log.keys():
                 if model is None:
-                    model = loading.load_policy(args.model, args.adapter)
+                    model = loading.load_policy(args.model, args.adapter, args.dtype)
                     recode.check_policy(model, tokenizer, args.model)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
@@ -246,6 +246,7 @@ def parse(argv):
     add("--max-new-tokens", type=int, metavar="X", help="cut longer ones [the model's, else 1024]")
     add("--batch", default=8, type=int, metavar="X", help="prompts sampled at once [8]")
     add("--seed", default=42, type=int, metavar="X", help="of the samples [42]")
+    add("--dtype", default="auto", choices=CHOICES["dtype"], help="of frozen weights [auto]")
     add("--unsafe", action="store_true", help="run answers even without a sandbox [off]")
     add = parser.add_argument_group("instead").add_argument
     add("--references", action="store_true", help="judge the reference solutions [off]")

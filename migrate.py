@@ -29,7 +29,7 @@ import data
 import recode
 import reward
 from training import loading, parallel
-from training.config import TINY, BadInput, Parser
+from training.config import CHOICES, TINY, BadInput, Parser
 from training.run import style
 
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -177,6 +177,7 @@ def parse_migration(argv):
     text = "longer answers are cut [as in training, or twice the file if that is more]"
     add("--max-new-tokens", type=int, metavar="X", help=text)
     add("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
+    add("--dtype", default="auto", choices=CHOICES["dtype"], help="of frozen weights [auto]")
     add("--json", action="store_true", help="print one JSON object instead of the diff [off]")
     args = parser.parse_args(argv)
     if min(args.num_samples, args.max_new_tokens or 1, args.max_prompt_tokens or 1) < 1:
@@ -250,7 +251,7 @@ def main(argv=None):
     example = data.Example(args.library, version, "", args.update.strip(), code, "")
     base, adapter, settings = loading.open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
-    model = loading.load_policy(base, adapter)
+    model = loading.load_policy(base, adapter, args.dtype)
     recode.check_policy(model, tokenizer, base)
     limit = answer_limit(model, tokenizer, example, settings, args)
     sampling = args.num_samples, limit, args.temperature, args.seed

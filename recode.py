@@ -36,7 +36,6 @@ import data
 import reward
 from training import parallel
 from training.config import BadInput
-from training.loading import eos_ids
 
 # ------------------------------------------------------------------------- 1. prompts
 
@@ -66,6 +65,12 @@ def forward(model, ids, positions, attend):
     settings["attention_mask"] = ids[None, None]  # any 4-D tensor: the model builds no mask itself
     out = model.base_model(ids, **settings, attend=attend)
     return out.last_hidden_state
+
+
+def logit_scale(model):
+    """What forward() multiplies the output layer's logits by; Granite divides by logits_scaling."""
+    scale = getattr(model.config, "logit_scale", None)  # Cohere
+    return (1 if scale is None else scale) / getattr(model.config, "logits_scaling", 1)
 
 
 def prefill(model, prompt):
@@ -195,7 +200,7 @@ class Decoder:
         self.bias.index_fill_(3, self.column, 0.0)
         positions = (self.lengths + self.t)[:, None]  # (B, 1)
         last = forward(self.model, self.tokens[:, None], positions, self.attend)[:, 0]  # (B, d)
-        return self.model.get_output_embeddings()(last)  # (B, V)
+        return self.model.get_output_embeddings()(last)  # (B, V), before logit_scale()
 
     def attend(self, layer, query, key, value, scaling):
         keys, values = self.cache[layer]
@@ -225,14 +230,15 @@ class Decoder:
             print(f"warning   {problem}; {effect}", file=sys.stderr)
 
 
-def pick(logits, temperature, noise, top_p=1.0):
+def pick(logits, temperature, noise, top_p=1.0, scale=1.0):
     """One token per row, (B,), and its log-probability, (B,); argmax at temperature 0.
 
     noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulative probabilities.
     With top_p < 1 only the likeliest tokens, whose probabilities sum to top_p, can be picked; the
-    log-probability is still that of the full distribution.
+    log-probability is still that of the full distribution. scale: logit_scale().
     """
-    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    divisor = (temperature or 1.0) / scale
+    logps = F.log_softmax(logits.float() / divisor, dim=-1)  # (B, V)
     if temperature == 0:
         tokens = logps.argmax(-1, keepdim=True)
     else:
@@ -282,10 +288,12 @@ def sample(
     mask = logps.bool()
     eos = torch.tensor(eos, device=model.device)
     worth = 0.5 if on_gpu(model) else 0.8  # dropping costs a new graph, or a copy of the cache
+    scale = logit_scale(model)
     alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
     for t in range(max_new_tokens):
         rows = decoder.rows
-        new, new_logps = pick(decoder.logits_at(t), temperature, noise[rows, t, None], top_p)
+        logits = decoder.logits_at(t)
+        new, new_logps = pick(logits, temperature, noise[rows, t, None], top_p, scale)
         tokens[rows, t] = new
         logps[rows, t] = new_logps
         mask[rows, t] = alive
@@ -339,6 +347,7 @@ def completion_logps(model, cache, last, tokens, mask, temperature):
     positions = torch.arange(L, L + T, device=ids.device).expand(len(ids), -1)  # (B, T)
     hidden = forward(model, ids, positions, attend)[mask_T]  # (N, d)
     head = model.get_output_embeddings()
+    temperature = temperature / logit_scale(model)
     budget = MAX_LOGITS_GPU if on_gpu(model) else MAX_LOGITS
     parts = max(1, len(hidden) * head.weight.shape[0] // budget)
     chunks = []
@@ -477,6 +486,14 @@ class Answer(NamedTuple):
     text: str  # without the EOS
     cut: bool  # whether it was cut at max_new_tokens
     logp: float  # log-probability of the completion
+
+
+def eos_ids(model, tokenizer):
+    """The ids that end a completion, list[int]: generate's and the tokenizer's own."""
+    listed = model.generation_config.eos_token_id  # an int, a list of ints, or None
+    if not isinstance(listed, list):
+        listed = [] if listed is None else [listed]
+    return sorted({tokenizer.eos_token_id, *listed})
 
 
 def sample_answers(

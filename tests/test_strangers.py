@@ -14,7 +14,15 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, random_model
-from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    NanoChatConfig,
+    GPT2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    MistralConfig,
+)
 
 import grpo
 import recode
@@ -61,17 +69,40 @@ def words(count):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (GraniteConfig(**SIZES, logits_scaling=8.0), "granite computes other logits"),
+        (NanoChatConfig(**SIZES, final_logit_softcapping=0.5), "nanochat computes other logits"),
+        (HyperCLOVAXConfig(**SIZES, logits_scaling=8.0), "hyperclovax computes other logits"),
         (MistralConfig(**SIZES, sliding_window=16), "mistral with a sliding window"),
     ],
-    ids=["logit scaling", "window"],
+    ids=["soft cap", "unknown scaling", "window"],
 )
 def test_models_whose_logits_differ(config, message):
-    """Stops a model with logit scaling or an attention window from being trained on wrong numbers."""
+    """Stops a model with capped logits or an attention window from being trained on wrong numbers."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with pytest.raises(BadInput, match=message):
         recode.check_policy(model, words(97), "some/model")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GraniteConfig(**SIZES, logits_scaling=8.0), CohereConfig(**SIZES, logit_scale=0.25)],
+    ids=["granite", "cohere"],
+)
+def test_models_whose_logits_are_scaled(config):
+    """Stops logits without Granite's or Cohere's factor, in the sampler or in the trainer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    recode.check_policy(model, words(97), "some/model")
+    prompt = [5, 6, 7, 8, 9]
+    tokens, mask, sampled = recode.sample(model, [prompt], 3, 12, [3], 0.7)
+    logps = recode.token_logps(model, [prompt] * 3, tokens, mask, 0.7).detach()
+    for row, kept, ours, drawn in zip(tokens, mask, logps, sampled):
+        completion = row[kept]
+        with torch.no_grad():
+            logits = model(torch.cat([torch.tensor(prompt), completion])[None]).logits[0, 4:-1]
+        theirs = (logits / 0.7).log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+        torch.testing.assert_close(ours[kept], theirs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(drawn[kept], theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

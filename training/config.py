@@ -33,7 +33,7 @@ class Run:
     # model and data
     model: str = TINY  # checkpoint directory or hub id
     data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
-    heldout: str = ""  # JSONL file, or share of the rows, measured before and after; "" for none
+    heldout: str = ""  # JSONL file, or share of the update notes, measured before and after
     resume: bool = False  # continue from the last checkpoint in --output
     seed: int = 42  # of the data order, the adapter and the samples
     # adapter

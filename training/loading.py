@@ -50,7 +50,7 @@ def load_tokenizer(model):
         if not any((path / name).is_file() for name in TOKENIZERS):
             raise BadInput(f"model: no tokenizer in {model!r}; save one: tokenizer.save_pretrained")
     elif path.exists() or not data.HUB_ID.fullmatch(model) or looks_local(path):
-        raise BadInput(f"model: no directory {model!r}; give a checkpoint directory or a hub id")
+        raise BadInput(f"model: no directory {model!r}; give a run, a checkpoint or a hub id")
     huggingface_hub.logging.set_verbosity_error()  # silences retries; the error is reported below
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -77,9 +77,10 @@ def keep_freed_memory():
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: below 1 GiB no mapping of its own, unmapped when freed
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give back only what exceeds 2 GiB at the top
-    mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MiB
+    # M_MMAP_THRESHOLD: only blocks over 1 GiB are mapped, and unmapped when freed
+    if mallopt(-3, 1 << 30):  # old versions of glibc refuse
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give back what exceeds 2 GiB at the top
+        mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MiB
 
 
 def load_model(model, dtype="auto"):
@@ -119,14 +120,6 @@ def check_weights(loaded, info, model):
     for name, p in loaded.named_parameters():
         if not p.isfinite().all():
             raise BadInput(f"model: {model!r}: weights that are not finite, in {name}")
-
-
-def eos_ids(model, tokenizer):
-    """The ids that end a completion, list[int]: generate's and the tokenizer's own."""
-    listed = model.generation_config.eos_token_id  # an int, a list of ints, or None
-    if not isinstance(listed, list):
-        listed = [] if listed is None else [listed]
-    return sorted({tokenizer.eos_token_id, *listed})
 
 
 def began_in(run, settings):

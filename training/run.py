@@ -509,7 +509,7 @@ def resume_command(config):
     """The command line that continues this run."""
     start = ["python"]
     if parallel.WORLD > 1:
-        start = ["torchrun", "--nproc-per-node", str(parallel.LOCAL_WORLD)]
+        start = ["torchrun", "--nproc-per-node", str(parallel.LOCAL_WORLD), "--"]  # else --r is torchrun's
     more = [] if config.resume else ["--resume"]
     return shlex.join([*start, *sys.argv, *more])
 
