@@ -200,7 +200,9 @@ class Decoder:
         self.bias.index_fill_(3, self.column, 0.0)
         positions = (self.lengths + self.t)[:, None]  # (B, 1)
         last = forward(self.model, self.tokens[:, None], positions, self.attend)[:, 0]  # (B, d)
-        return self.model.get_output_embeddings()(last)  # (B, V), before logit_scale()
+        logits = self.model.get_output_embeddings()(last)  # (B, V)
+        scale = logit_scale(self.model)
+        return logits if scale == 1 else logits * scale
 
     def attend(self, layer, query, key, value, scaling):
         keys, values = self.cache[layer]
@@ -230,15 +232,14 @@ class Decoder:
             print(f"warning   {problem}; {effect}", file=sys.stderr)
 
 
-def pick(logits, temperature, noise, top_p=1.0, scale=1.0):
+def pick(logits, temperature, noise, top_p=1.0):
     """One token per row, (B,), and its log-probability, (B,); argmax at temperature 0.
 
     noise (B, 1) is uniform in [0, 1): the token is where it falls on the cumulative probabilities.
     With top_p < 1 only the likeliest tokens, whose probabilities sum to top_p, can be picked; the
-    log-probability is still that of the full distribution. scale: logit_scale().
+    log-probability is still that of the full distribution.
     """
-    divisor = (temperature or 1.0) / scale
-    logps = F.log_softmax(logits.float() / divisor, dim=-1)  # (B, V)
+    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
         tokens = logps.argmax(-1, keepdim=True)
     else:
@@ -288,12 +289,10 @@ def sample(
     mask = logps.bool()
     eos = torch.tensor(eos, device=model.device)
     worth = 0.5 if on_gpu(model) else 0.8  # dropping costs a new graph, or a copy of the cache
-    scale = logit_scale(model)
     alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
     for t in range(max_new_tokens):
         rows = decoder.rows
-        logits = decoder.logits_at(t)
-        new, new_logps = pick(logits, temperature, noise[rows, t, None], top_p, scale)
+        new, new_logps = pick(decoder.logits_at(t), temperature, noise[rows, t, None], top_p)
         tokens[rows, t] = new
         logps[rows, t] = new_logps
         mask[rows, t] = alive

@@ -1,12 +1,13 @@
 """tools/experiments.py: the control, going on after every kind of stop, the table."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from conftest import ROOT
 
 import reward
@@ -21,12 +22,8 @@ COLUMNS = [column for _, columns in experiments.SPLITS for column in columns.val
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """Undo what a worker and run_all() change in their process."""
-    monkeypatch.setattr(reward, "CORRECTNESS", dict(reward.CORRECTNESS))
-    monkeypatch.setattr(experiments, "end_with_parent", lambda: None)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
+    """Undo the reward that a run adds."""
+    monkeypatch.setitem(reward.CORRECTNESS, "random", None)
 
 
 @pytest.fixture
@@ -53,7 +50,7 @@ def rows(path):
 def test_control_is_rewarded_at_random_and_measured_truly(tmp_path, evaluated):
     """Stops a control that sees the real reward, or whose metrics are as random as its rewards."""
     path = tmp_path / "grpo-random-reward-1"
-    assert experiments.work(path, 1) == 0
+    assert experiments.run(path, 1) == 0
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     assert all(-3 <= sample["reward"] <= 3 for sample in samples)
     [row] = rows(path)
@@ -67,7 +64,7 @@ def test_a_run_goes_on(tmp_path, evaluated):
     path = tmp_path / "sft-1"
     assert experiments.train(path, 1) == 0
     first = rows(path)
-    assert experiments.work(path, 2) == 0
+    assert experiments.run(path, 2) == 0
     assert rows(path)[0] == first[0] and [row["step"] for row in rows(path)] == [1, 2]
     got = json.loads((path / "result.json").read_text())
     seconds = [row[name] for row in rows(path) for name in row if name.startswith("seconds")]
@@ -78,7 +75,7 @@ def test_a_run_goes_on(tmp_path, evaluated):
 
 
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
-    """Stops a suite that fails for ever once a run was killed before its first checkpoint."""
+    """Stops a suite that fails forever once a run was killed before its first checkpoint."""
     path = tmp_path / "sft-lr-3e-3-1"
     seen = []
     real = sft.main
@@ -97,7 +94,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
 def test_a_stopped_run_has_no_result(tmp_path, monkeypatch, evaluated):
     """Stops half-trained runs from being measured and taken for finished ones."""
     monkeypatch.setattr(sft, "main", lambda argv: 130)
-    assert experiments.work(tmp_path / "sft-1", 1) == 130
+    assert experiments.run(tmp_path / "sft-1", 1) == 130
     assert evaluated == [] and not (tmp_path / "sft-1" / "result.json").exists()
 
 
@@ -116,7 +113,7 @@ def finish(output):
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch, capsys):
     """Stops finished runs from being trained again, seeds that share a directory, mixed-up rows."""
     finish(tmp_path / "x")
-    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(experiments, "run", None)
     assert experiments.main(["--output", str(tmp_path / "x")]) == 0
     text = (tmp_path / "x" / "table.md").read_text()
     assert text in capsys.readouterr().out
@@ -129,12 +126,12 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch, capsys):
 
 def test_other_steps(tmp_path, monkeypatch):
     """Stops a table that mixes runs of one step, made to try it out, with real ones."""
-    monkeypatch.setattr(experiments, "run_all", lambda waiting, jobs, steps: finish(tmp_path / "x"))
+    finish(tmp_path / "x")
     output = ["--output", str(tmp_path / "x")]
     assert experiments.main(["--steps", "1", *output]) == 0
     with pytest.raises(BadInput, match="other --steps"):
         experiments.main(output)
-    monkeypatch.setattr(experiments, "run_all", lambda waiting, jobs, steps: None)
+    monkeypatch.setattr(experiments, "run", None)
     assert experiments.main(["--steps", "1", *output]) == 0
 
 
@@ -158,111 +155,40 @@ def test_table_by_hand():
     assert grpo.endswith("| 0.633 ± 0.231 | 0.500 ± 0.000 | 20 ± 10 |")
 
 
-@pytest.mark.parametrize("flags", ["--steps 0", "--steps -3", "--jobs 0", "--jobs -1"])
+@pytest.mark.parametrize("flags", ["--steps 0", "--steps -3"])
 def test_counts_below_one(tmp_path, monkeypatch, flags):
-    """Stops a mistyped number from starting everything, or from waiting for ever."""
-    monkeypatch.setattr(subprocess, "Popen", None)
+    """Stops a mistyped number from starting everything, or from waiting forever."""
+    monkeypatch.setattr(experiments, "run", None)
     with pytest.raises(BadInput, match=f"{flags}.*at least 1"):
         experiments.main([*flags.split(), "--output", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
 
 
-# ------------------------------------------------------------------------- workers
-
-SAVES = """
-trap 'echo saved; exit 130' TERM
-echo started
-while :; do sleep 0.05; done
-"""
-
-
-@pytest.fixture
-def workers(tmp_path, monkeypatch):
-    """workers(script): every worker is this shell script from now on; returns those that start."""
-    started = []
-    real = subprocess.Popen
-
-    def use(script):
-        (tmp_path / "worker").write_text(f"#!/bin/sh\n{script}")
-        (tmp_path / "worker").chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "worker"))
-        return started
-
-    def popen(*args, **kwargs):
-        started.append(real(*args, **kwargs))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    return use
-
-
-def when(monkeypatch, log, act):
-    """Have run_all() call act() as soon as the worker of this log has started."""
-    real = experiments.time.sleep
-
-    def sleep(seconds):
-        real(seconds)
-        if log.exists() and "started" in log.read_text():
-            act()
-
-    monkeypatch.setattr(experiments.time, "sleep", sleep)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_a_stop(number, workers, tmp_path, monkeypatch):
-    """Stops workers that live on after Ctrl-C or SIGTERM, do not save, or start after it."""
-    started = workers(SAVES)
-    when(monkeypatch, tmp_path / "one.log", lambda: signal.raise_signal(number))
-    with pytest.raises(KeyboardInterrupt):
-        experiments.run_all([tmp_path / "one", tmp_path / "two"], 1, 1)
-    assert [worker.returncode for worker in started] == [130]
-    assert (tmp_path / "one.log").read_text().split() == ["started", "saved"]
-    assert not (tmp_path / "two.log").exists()
-
-
-def test_a_failure_stops_the_others(workers, tmp_path):
-    """Stops errors that are lost in a worker, and runs that go on after their parent has failed."""
-    started = workers('case "$*" in *bad*) exit 3;; esac' + SAVES)
-    with pytest.raises(BadInput, match="bad failed; see .*bad.log"):
-        experiments.run_all([tmp_path / "good", tmp_path / "bad", tmp_path / "more"], 2, 1)
-    assert started[1].returncode == 3 and started[0].returncode not in (0, None)
-    assert len(started) == 2
-
-
-def test_jobs_at_a_time(workers, tmp_path, capsys):
-    """Stops more workers at a time than --jobs, a lost run, or settings that do not reach it."""
-    started = workers('echo "$@"; sleep 0.1')
-    paths = [tmp_path / str(i) for i in range(5)]
-    experiments.run_all(list(paths), 2, 7)
-    assert [worker.returncode for worker in started] == [0] * 5
-    assert sorted(capsys.readouterr().out.split()[1::2]) == [str(path) for path in paths]
-    for path in paths:
-        words = (tmp_path / f"{path.name}.log").read_text().split()
-        assert words == f"-m tools.experiments --steps 7 --worker {path}".split()
-
-
-def test_a_worker_is_held_by_its_parent(workers, tmp_path, monkeypatch):
-    """Stops a worker whose standard input outlives the parent, or that Ctrl-C reaches too."""
-    started = workers("echo started; cat")
-    sessions = []
-
-    def close():
-        sessions.append(os.getsid(started[0].pid))
-        started[0].stdin.close()
-
-    when(monkeypatch, tmp_path / "one.log", close)
-    experiments.run_all([tmp_path / "one"], 1, 1)  # returns: cat saw the end of its input
-    assert started[0].returncode == 0
-    assert sessions[0] == started[0].pid != os.getsid(0)
-
-
-def test_a_worker_ends_with_its_parent(tmp_path):
-    """Stops workers that live on after kill -9, so that a restart gives a run two writers."""
+def test_a_stop_is_a_stop(number, tmp_path):
+    """Stops an experiment that goes on to the next run, or does not save, when it is told to stop."""
     command = [sys.executable, "-m", "tools.experiments", "--steps", "5000"]
-    command += ["--worker", str(tmp_path / "sft-1")]
-    worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
-    worker.stdin.close()  # as the kernel does when the parent is killed
-    assert worker.wait(timeout=300) == 1
+    output = tmp_path / "x"
+    (output / "base-0").mkdir(parents=True)
+    (output / "base-0" / "result.json").write_text(json.dumps(result()))
+    process = subprocess.Popen([*command, "--output", str(output)], cwd=ROOT)
+    log = output / "sft-42" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=600) == 130
+    steps = len(rows(output / "sft-42"))
+    checkpoint = output / "sft-42" / "checkpoint" / "state.pt"
+    assert torch.load(checkpoint, weights_only=True)["state"]["step"] == steps > 0
+    assert sorted(path.name for path in output.iterdir()) == ["base-0", "config.json", "sft-42"]
+
+
+def test_a_lost_run_ends_the_suite(tmp_path, monkeypatch, evaluated):
+    """Stops a run whose loss is not finite from being measured, and a status that hides it."""
+    monkeypatch.setattr(sft, "main", lambda argv: 1)
+    assert experiments.main(["--output", str(tmp_path / "x")]) == 1
+    assert len(evaluated) == 3  # the base model, on three files
+    assert not list(tmp_path.glob("x/sft*/result.json")) and not (tmp_path / "x" / "table.md").exists()
 
 
 def test_readme_shows_the_table_as_it_came_out():

@@ -1,6 +1,6 @@
 """The paper's tables in miniature: every algorithm and reward on the toy model, three seeds each.
 
-    python -m tools.experiments --jobs 4      four runs at a time, one thread each
+    python -m tools.experiments      27 runs, about an hour on one core
 
 A run is grpo.py, dapo.py or sft.py at its defaults, measured on three files of unseen tasks:
 
@@ -8,18 +8,11 @@ A run is grpo.py, dapo.py or sft.py at its defaults, measured on three files of 
     retention    one note about what it does not use    exact match: leave the code alone
     two_updates  two notes, two calls to change         exact match: training had one note a task
 
-The control is GRPO with a random reward. Ctrl-C and SIGTERM save what is running and stop. The same
-command goes on, also after kill -9.
+The control is GRPO with a random reward. After Ctrl-C or kill -9 the same command continues.
 """
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -68,30 +61,24 @@ def measure(model):
 
 
 def train(path, steps):
-    """Train the run of a directory NAME-SEED, or go on with it. Returns the exit status."""
+    """Train the run of a directory NAME-SEED, or resume it. Returns the exit status."""
     name, _, seed = path.name.rpartition("-")
     _, script, flags = RUNS[name]
-    chance = random.Random(int(seed))
+    rng = random.Random(int(seed))
 
     def at_random(grade, example):
-        return chance.uniform(-3, 3) - grade.format
+        return rng.uniform(-3, 3) - grade.format
 
     reward.CORRECTNESS["random"] = at_random
-    argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--steps", str(steps)]
+    argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--quiet"]
+    argv += ["--steps", str(steps)]
     if (path / "config.json").is_file():
         argv.append("--resume")
     return script.main(argv + flags.split())
 
 
-def end_with_parent():
-    """End this process with its parent, however that ends: a run must not get two writers."""
-    os.read(0, 1)  # nothing is written to this pipe; it closes with the parent
-    os._exit(1)
-
-
-def work(path, steps):
-    """A worker: train a run, measure it, write its result.json. Returns the exit status."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def run(path, steps):
+    """Train the run of a directory, measure it, write its result.json. Returns the exit status."""
     model = loading.load_model(TINY)
     rows = []
     if path.name != "base-0":
@@ -104,32 +91,6 @@ def work(path, steps):
     result = measure(model) | {"seconds": seconds}
     write(path / "result.json", json.dumps(result, indent=2).encode())
     return 0
-
-
-def run_all(waiting, jobs, steps):
-    """Do the runs of a list of directories, `jobs` at a time. Leaves no worker, however it ends."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    running = {}
-    try:
-        while waiting or running:
-            if waiting and len(running) < jobs:
-                path = waiting.pop(0)
-                command = [sys.executable, "-m", "tools.experiments", "--steps", str(steps)]
-                command += ["--worker", str(path)]
-                with open(f"{path}.log", "a") as log:
-                    streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-                    running[path] = subprocess.Popen(command, start_new_session=True, **streams)
-            time.sleep(0.1)
-            for path in [path for path in running if running[path].poll() is not None]:
-                if running.pop(path).returncode:
-                    raise BadInput(f"{path} failed; see {path}.log, then start again")
-                print(f"done: {path}", flush=True)
-    finally:
-        for path, worker in running.items():
-            worker.terminate()  # a training loop saves first
-            print(f"stopping: {path}", flush=True)
-        for worker in running.values():
-            worker.wait()
 
 
 def table(results):
@@ -148,32 +109,29 @@ def table(results):
 
 
 def main(argv=None):
-    """Do the runs that are missing, then write and print the table. The exit status is 0."""
+    """Do the runs that are missing, then write and print the table. Returns the exit status."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
-    add("--jobs", default=os.cpu_count(), type=int, metavar="X", help="at a time [%(default)s]")
     steps = read_settings(Path(TINY, "defaults.json"))["steps"]
     add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
-    add("--worker", metavar="X", help="do the run of this directory, until stdin closes [none]")
     args = parser.parse_args(argv)
-    if args.jobs < 1 or args.steps < 1:
-        parser.error(f"--jobs {args.jobs}, --steps {args.steps}: must be at least 1")
-    if args.worker:
-        return work(Path(args.worker), args.steps)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be at least 1")
     output = Path(args.output)
-    paths = [output / "base-0"]
-    paths += [output / f"{name}-{seed}" for name in RUNS if name != "base" for seed in SEEDS]
-    waiting = [path for path in paths if not (path / "result.json").is_file()]
     settings = output / "config.json"
     if settings.is_file() and read_settings(settings) != {"steps": args.steps}:
         raise BadInput(f"--output {output}: has runs of other --steps; give another directory")
     write(settings, json.dumps({"steps": args.steps}).encode())
-    run_all(waiting, args.jobs, args.steps)
     results = {}
-    for path in paths:
-        row = RUNS[path.name.rpartition("-")[0]][0]
-        results.setdefault(row, []).append(read_settings(path / "result.json"))
+    for name, (row, *_) in RUNS.items():
+        for seed in [0] if name == "base" else SEEDS:
+            path = output / f"{name}-{seed}"
+            if not (path / "result.json").is_file():
+                status = run(path, args.steps)
+                if status:
+                    return status
+            results.setdefault(row, []).append(read_settings(path / "result.json"))
     text = table(results)
     write(output / "table.md", text.encode())
     print(f"{text}\ndone: {output}/ holds the runs and table.md")
