@@ -17,11 +17,12 @@ from conftest import ROOT, random_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
-    NanoChatConfig,
     GPT2Config,
     GraniteConfig,
     HyperCLOVAXConfig,
     MistralConfig,
+    NanoChatConfig,
+    StableLmConfig,
 )
 
 import grpo
@@ -72,8 +73,9 @@ def words(count):
         (NanoChatConfig(**SIZES, final_logit_softcapping=0.5), "nanochat computes other logits"),
         (HyperCLOVAXConfig(**SIZES, logits_scaling=8.0), "hyperclovax computes other logits"),
         (MistralConfig(**SIZES, sliding_window=16), "mistral with a sliding window"),
+        (StableLmConfig(**SIZES), "stablelm has an attention that cannot be replaced"),
     ],
-    ids=["soft cap", "unknown scaling", "window"],
+    ids=["soft cap", "unknown scaling", "window", "attention"],
 )
 def test_models_whose_logits_differ(config, message):
     """Stops a model with capped logits or an attention window from being trained on wrong numbers."""

@@ -509,7 +509,8 @@ def resume_command(config):
     """The command line that continues this run."""
     start = ["python"]
     if parallel.WORLD > 1:
-        start = ["torchrun", "--nproc-per-node", str(parallel.LOCAL_WORLD), "--"]  # else --r is torchrun's
+        start = ["torchrun", "--nproc-per-node", str(parallel.LOCAL_WORLD)]
+        start.append("--")  # without it, torchrun takes --r for a flag of its own
     more = [] if config.resume else ["--resume"]
     return shlex.join([*start, *sys.argv, *more])
 
