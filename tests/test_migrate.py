@@ -70,7 +70,7 @@ def test_the_answer_that_the_others_agree_with(say, tokenizer):
     assert code == "ab" and details["agreement"] == 0.5
 
 
-def test_of_equals_the_likeliest(say, tokenizer):
+def test_ties_go_to_the_likeliest(say, tokenizer):
     """Stops ties that the order decides, and comments that count as disagreement."""
     texts = ["no code", answer(NEW + "  # one"), answer(NEW + "  # two"), answer(NEW)]
     code, details = answer_with(tokenizer, say(texts, [-1.5, -3.0, -1.0, -2.0]))
@@ -509,7 +509,7 @@ def test_lost_definitions(program, capsys, case):
 
 @pytest.mark.filterwarnings("error")
 def test_odd_escapes(program, capsys):
-    """Stops Python's warnings about the strings of a file from standing among our own."""
+    """Stops Python's warnings about the strings of a file from being printed among our own."""
     assert program(b"x = '\\d'", "x = '\\e'") == 1
     assert capsys.readouterr().err == "2 of 8 answers are usable, agreement 1.00\n"
 

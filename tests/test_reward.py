@@ -1,8 +1,8 @@
-"""The reward, against the defects of the released one, figures worked out by hand and independent oracles.
+"""The reward, against the defects of the released one, values worked out by hand and independent oracles.
 
 golden_rewards.json holds what the released code itself gives. It was made once, by calling its es_star,
 em_star and format_reward (with rapidfuzz) on completion(kind, i, row) for every sixth row i of the real
-data set that has old code and for every kind in KINDS; a case in which it raises is null. The figures
+data set that has old code and for every kind in KINDS; a case in which it raises is null. The values
 are rounded to 11 digits and stand as {"row": [[es_star, em_star, format] of each kind]}.
 """
 
@@ -93,23 +93,23 @@ def brute_force(a, b):
 
 def test_levenshtein_brute_force():
     """A wrong carry or a lost bit gives wrong rewards on some pair: empty, repeated, unicode or long."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     alphabets = ["a", "ab", "abc \n", "äß中\U0001f600\U0001f601x", "\0\ud800e\u0301é", "def foo(x): return"]
     lengths = [[0, 1, 2, 3, 8, 15, 16, 17, 31, 33]] * 3000 + [[0, 60, 63, 64, 65]] * 150 + [[290, 300, 310]] * 20
     for choice in lengths:
-        letters = chance.choice(alphabets)
-        a, b = ("".join(chance.choices(letters, k=chance.choice(choice))) for _ in "ab")
+        letters = rng.choice(alphabets)
+        a, b = ("".join(rng.choices(letters, k=rng.choice(choice))) for _ in "ab")
         assert reward.levenshtein(a, b) == reward.levenshtein(b, a) == brute_force(a, b), (a, b)
 
 
 def test_levenshtein_rapidfuzz():
     """An error that shows only beyond the lengths which brute force can check."""
     oracle = pytest.importorskip("rapidfuzz.distance.Levenshtein").distance
-    chance = random.Random(1)
+    rng = random.Random(1)
     for _ in range(60):
-        a = "".join(chance.choices("abcdefgh_ =()\n中\U0001f600", k=chance.randrange(1400, 1600)))
-        letters = [chance.choice(["", char, char, char, char + "z", "y"]) for char in a]
-        b = "".join(letters[chance.randrange(40) :])
+        a = "".join(rng.choices("abcdefgh_ =()\n中\U0001f600", k=rng.randrange(1400, 1600)))
+        letters = [rng.choice(["", char, char, char, char + "z", "y"]) for char in a]
+        b = "".join(letters[rng.randrange(40) :])
         assert reward.levenshtein(a, b) == oracle(a, b)
 
 
@@ -123,8 +123,8 @@ def test_format_reward():
         "a</think><answer><answer>b</answer>", "a</think><answer>b</answer></answer>", "a</think></answer><answer>",
         "a</think><answer>b</answer><answer>c</answer>",
     ]  # fmt: skip
-    figures = {text: reward.format_reward(text) for text in good + bad}
-    assert figures == dict.fromkeys(good, 1.0) | dict.fromkeys(bad, -1.0)
+    rewards = {text: reward.format_reward(text) for text in good + bad}
+    assert rewards == dict.fromkeys(good, 1.0) | dict.fromkeys(bad, -1.0)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_format_reward():
         (answer("x = 12\n" + "#" * reward.MAX_CODE), 0, 0, -2, -2, 1),  # too long to be an answer
     ],
 )
-def test_figures_by_hand(completion, es, em, es_star, em_star, form):
+def test_values_by_hand(completion, es, em, es_star, em_star, form):
     """A slip in eq. 1 to 4, or a rate that pays for code that does not parse."""
     correctness = {"es": es, "em": em, "es_star": es_star, "em_star": em_star, "none": 0}
     assert correctness.keys() == reward.CORRECTNESS.keys()
@@ -193,15 +193,15 @@ def completion(kind, i, row):
 
 
 @needs_data
-def test_agreement_with_released_figures():
+def test_agreement_with_released_rewards():
     """A reward that differs from the paper's elsewhere than in its defects is another method."""
     golden = json.loads(Path(__file__).with_name("golden_rewards.json").read_text())
     rows, pairs = real_rows(), []
     for i, cases in golden.items():
-        for kind, figures in zip(KINDS, cases, strict=True):
+        for kind, expected in zip(KINDS, cases, strict=True):
             text, target = completion(kind, int(i), rows[int(i)]), rows[int(i)]["new_code"]
             ours = reward.es_star(text, target), reward.em_star(text, target), reward.format_reward(text)
-            pairs += [(ours, figures)] if figures else []
+            pairs += [(ours, expected)] if expected else []
     agree = [sum(abs(a[k] - b[k]) < 1e-9 for a, b in pairs) / len(pairs) for k in range(3)]
     assert len(pairs) > 2000 and agree[0] >= 0.985 and agree[1] >= 0.985 and agree[2] == 1.0, agree
 

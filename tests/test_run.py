@@ -55,7 +55,7 @@ def kill(monkeypatch, step):
 
 
 def test_tensorboard(train, tmp_path, monkeypatch):
-    """Stops figures that differ from metrics.jsonl, and steps that are there twice after a killed run went on."""
+    """Stops metrics that differ from metrics.jsonl, and repeated steps after a killed run was resumed."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with monkeypatch.context() as patch:
         kill(patch, 3)  # one step behind the last checkpoint

@@ -160,7 +160,7 @@ def test_chat_templates(train, checkpoints, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["runs/none", "./none/model", "tests/none"])
-def test_a_mistyped_path_is_told_at_once(name, monkeypatch):
+def test_a_mistyped_path_is_reported_at_once(name, monkeypatch):
     """Stops 46 seconds of silence and a hub error for a directory that is not there."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub"))
