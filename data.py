@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 
 import reward
-from training.config import BadInput
+from training.config import BadInput, first_line
 
 SYSTEM = (
     "You migrate code to a new version of a library. Follow the update notes you are given, "
@@ -69,11 +69,8 @@ def fetch(hub_id, name):
     try:
         return Path(hf_hub_download(hub_id, name, repo_type="dataset"))
     except (OSError, HfHubHTTPError) as error:  # no network, no such data set, no such file in it
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(
-            f"data: cannot fetch {name} of {hub_id!r} from the hub ({reason}); "
-            "give a local JSONL file"
-        )
+        why = f"cannot fetch {name} of {hub_id!r} from the hub ({first_line(error)})"
+        raise BadInput(f"data: {why}; give a local JSONL file")
 
 
 def locate(source):
@@ -194,7 +191,7 @@ def encode_messages(system, user, tokenizer):
         try:
             text = tokenizer.apply_chat_template(messages, **settings)
         except TemplateError as error:
-            problem = "does not work: " + str(error).strip().split("\n")[0]
+            problem = f"does not work: {first_line(error)}"
             continue
         if text:
             return tokenizer.encode(text + OPENING, add_special_tokens=False)

@@ -36,7 +36,7 @@ import tasks
 from tasks import table
 from training import loading, parallel
 from training.config import CHOICES, TINY, BadInput, Parser, read_settings
-from training.files import write
+from training.files import append, write
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
 
@@ -114,16 +114,6 @@ def read_log(directory):
     return rows
 
 
-def append(path, rows):
-    """Add rows to a log."""
-    try:
-        with open(path, "ab") as file:
-            file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-    except OSError as error:
-        way_out = "make room, then give the same command again"
-        raise BadInput(f"cannot write {path}: {error.strerror}; {way_out}")
-
-
 def complete(model, tokenizer, batch, args):
     """Sample a batch of (problem, prompt, seed): a row (dict) for each completion."""
     problems, prompts, seeds = zip(*batch)
@@ -169,7 +159,7 @@ def evaluate(problems, directory, box, args):
                     recode.check_policy(model, tokenizer, args.model)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
-            append(path, done)
+            append(path, done, "give the same command again")
             passed += [row["passed"] for row in done]
             bar.set_postfix_str(f"{sum(passed)} of {len(passed)} right", refresh=False)
             missing = [row for row in rows if (row["problem"], row["sample"]) not in log]

@@ -35,7 +35,7 @@ from transformers.masking_utils import sdpa_mask
 import data
 import reward
 from training import parallel
-from training.config import BadInput
+from training.config import BadInput, first_line
 
 # ------------------------------------------------------------------------- 1. prompts
 
@@ -224,7 +224,7 @@ class Decoder:
             same = (found - expected).norm() <= 0.05 * expected.norm()  # bf16 kernels: 0.02
             problem = None if same else "a CUDA graph gave other logits"
         except RuntimeError as error:
-            problem = f"no CUDA graph: {str(error).splitlines()[0]}"
+            problem = f"no CUDA graph: {first_line(error)}"
         if problem:
             Decoder.graphs = False
             self.replay = None

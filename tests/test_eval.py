@@ -903,9 +903,9 @@ def test_a_run_directory_is_a_model(command, checkpoints, tmp_path, monkeypatch)
     settings = {"model": checkpoints["qwen2"], "heldout": heldout, "max_new_tokens": 5}
     (run / "config.json").write_text(json.dumps(settings))
 
-    def load_policy(base, adapter):
+    def load_policy(base, adapter, dtype):
         asked.append((base, adapter))
-        return load(base, "")
+        return load(base, "", dtype)
 
     monkeypatch.setattr(loading, "load_policy", load_policy)
     fixed = ["--num-samples", "1", "--output", str(tmp_path / "run")]

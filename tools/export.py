@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training import dora, loading, parallel
-from training.config import BadInput, Parser
+from training.config import BadInput, Parser, first_line
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def main(argv=None):
     try:
         merge(base, adapter, args.output)
     except (OSError, RuntimeError) as error:
-        raise BadInput(f"cannot export {args.run}: {loading.first_line(error)}")
+        raise BadInput(f"cannot export {args.run}: {first_line(error)}")
     return 0
 
 

@@ -23,6 +23,12 @@ class BadInput(ValueError):
     """An error the user must fix. Its text is one line: what, where, the way out."""
 
 
+def first_line(error):
+    """The first line of an exception's text, or its type where it has none."""
+    text = str(error).strip()
+    return text.split("\n")[0] if text else type(error).__name__
+
+
 TINY = os.path.relpath(Path(__file__).parent.parent / "tiny")  # the embedded toy
 
 

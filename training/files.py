@@ -1,6 +1,7 @@
-"""Files that hold either all of their new content or what they held before."""
+"""Files that are replaced atomically or appended to line by line, and the lock of a directory."""
 
 import contextlib
+import json
 import os
 
 from training.config import BadInput
@@ -28,6 +29,15 @@ def write(path, content):
         reason = getattr(error, "strerror", None)
         reason = reason if reason else "torch.save failed, as it does on a full disk"
         raise BadInput(f"cannot write {path}: {reason}; what was there is unharmed")
+
+
+def append(path, rows, way_out):
+    """Append JSON objects to a .jsonl file. Raises BadInput, which ends with the `way_out`."""
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; make room, then {way_out}")
 
 
 LOCKS = {}  # real path -> open lock file; the kernel releases it when the process ends

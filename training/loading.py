@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import data
 from training import dora, parallel
-from training.config import BadInput, read_settings
+from training.config import BadInput, first_line, read_settings
 from training.files import write
 
 
@@ -30,12 +30,6 @@ for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
     norm.forward = fused_rms_norm
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
-
-
-def first_line(error):
-    """The first line of an exception's text, or its type where it has none."""
-    text = str(error).strip()
-    return text.split("\n")[0] if text else type(error).__name__
 
 
 def looks_local(path):

@@ -36,7 +36,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.config import BadInput
+from training.config import BadInput, first_line
 
 RANK = int(os.environ.get("RANK", "0"))  # torchrun sets these four
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,7 +98,7 @@ def run_main(main):
         report(error)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        first = str(error).strip().split("\n")[0]
+        first = first_line(error)
         memory = (torch.OutOfMemoryError, MemoryError)
         if isinstance(error, memory) or "can't allocate memory" in first:
             report(f"{first} {OUT_OF_MEMORY}")

@@ -35,7 +35,7 @@ import recode
 from training import dora, parallel
 from training.config import BadInput, read_settings
 from training.curve import curve
-from training.files import lock, unlock, write
+from training.files import append, lock, unlock, write
 from training.loading import began_in, load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
@@ -369,12 +369,7 @@ class RunDirectory:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[key] = None
-        path = self.path / name
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise BadInput(f"cannot write {path}: {error.strerror}; make room, then --resume")
+        append(self.path / name, [row], "--resume")
 
     def append_samples(self, step, group, **more):
         """Append the completions of a group to samples.jsonl."""
