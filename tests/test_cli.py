@@ -21,11 +21,10 @@ import torch
 
 import dapo
 import reward
-from training import run
 import sft
 from conftest import FAMILIES, ROOT, ROWS, SCRIPTS
 from training.config import BadInput
-from training import parallel
+from training import files, parallel, run
 import training.config
 
 SMALL = {"steps": 2, "prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 8, "r": 4}
@@ -263,7 +262,7 @@ def test_full_disk(script, settings, monkeypatch, when):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         if when == "while logging":
-            patch.setattr(run, "open", half_a_row, raising=False)
+            patch.setattr(files, "open", half_a_row, raising=False)
         with pytest.raises(BadInput, match="cannot write .*: No space left"):
             script.main(flags(settings | {"resume": True}))
     assert before.keys() == contents(settings["output"]).keys()

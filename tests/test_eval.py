@@ -27,7 +27,7 @@ import tasks
 import tasks.migration
 import tasks.problem
 import tasks.table
-from training import loading, parallel
+from training import files, loading, parallel
 from training.config import BadInput
 
 UPDATE = {  # of our own making: a function of the standard library gets a second argument
@@ -977,9 +977,11 @@ def test_full_disk(command, tmp_path, monkeypatch):
     """Stops a traceback when the disk is full, and a log that cannot be continued after it."""
 
     def full(path, mode):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, mode)
 
-    monkeypatch.setattr(eval, "open", full, raising=False)
+    monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(BadInput, match="cannot write .*jsonl: No space left.*same command again"):
         eval.main(command())
     monkeypatch.undo()
