@@ -396,7 +396,7 @@ def main():
     parser.add_argument("--growth", action="store_true", help="how time and memory grow with the work [off]")
     parser.add_argument("--gpu", action="store_true", help="7B shapes on a GPU: bench_gpu.py [off]")
     parser.add_argument("--checkpoint", metavar="DIR", help="a step of this model against TRL, on an idle machine [none]")
-    parser.add_argument("--data", metavar="FILE", help="its tasks, a JSONL file or hub id")
+    parser.add_argument("--data", metavar="FILE", help="its tasks, JSONL file or hub id [none]")
     parser.add_argument("--shrink", action="store_true", help=argparse.SUPPRESS)  # --gpu's code, small, on the CPU
     parser.add_argument("--memory", choices=("ours", "naive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -113,7 +113,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
-    steps = read_settings(Path(TINY, "defaults.json"))["steps"]
+    defaults = Path(__file__).parent.parent / "tiny" / "defaults.json"
+    steps = read_settings(defaults)["steps"]
     add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
     args = parser.parse_args(argv)
     if args.steps < 1:
