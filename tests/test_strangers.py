@@ -146,6 +146,13 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
     assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
 
 
+def test_training_from_a_run_names_the_way_out(train, tmp_path):
+    """Stops a talk of missing tokenizers where the model is the directory of an earlier run."""
+    assert train("--steps", "1") == 0
+    with pytest.raises(BadInput, match="is a run; merge it first with tools.export"):
+        train("--model", str(tmp_path / "run"), "--steps", "1", "--output", str(tmp_path / "next"))
+
+
 def test_chat_templates(train, checkpoints, tmp_path, tokenizer):
     """Stops a traceback where a template refuses the system role, is malformed or empty."""
     path = shutil.copytree(checkpoints["qwen2"], tmp_path / "model")
