@@ -48,7 +48,7 @@ def open_sandbox(problems, unsafe):
     code = "\n".join(text for p in problems for text in (p.setup, p.reference, *p.tests))
     libraries = sorted(set(re.findall(r"^\s*(?:import|from) +([\w.]+)", code, re.MULTILINE)))
     settings = {}
-    if problems[0].update:  # CodeUpdateArena has large arrays, and values that no wire carries
+    if problems[0].update:  # CodeUpdateArena has large arrays, and values that cannot be sent
         settings = {"memory": 4 << 30, "judge": "auto"}
     try:
         box = sandbox.Sandbox(libraries, workers=JUDGES, unsafe=unsafe, **settings)

@@ -5,7 +5,7 @@
     git show HEAD:old.py | python migrate.py - --library numpy --version 2.0 --update-file notes.txt
 
 The model answers several times. Answers without code, or whose code does not parse, are dropped;
-of the others, the one that they agree with most is taken. Nothing is run and no file is changed:
+of the others, the one most similar to the rest is taken. Nothing is run and no file is changed:
 read the diff and the warnings, then apply it with `git apply` or `patch -p1` at the root of the
 git work tree, or here if there is none; a note on stderr names the directory if it is another.
 
@@ -96,7 +96,7 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
     """(new code or None, how it was found); `example.new_code` is not used.
 
     Of the usable answers, the one with the highest mean edit similarity to the others is taken,
-    comments aside; of equals, the likeliest.
+    comments aside; ties go to the most likely one.
     """
     prompts = [data.encode_prompt(example, tokenizer)]
     settings = num_samples, max_new_tokens, temperature, seed

@@ -140,6 +140,10 @@ def make_tasks(spec, vocab):
     return tasks
 
 
+def leave_glibc_alone():
+    """In place of loading.keep_freed_memory: TRL as its users run it."""
+
+
 def workload(spec):
     """(model, tokenizer, tasks) of a step: random ones, or those of spec.checkpoint and spec.data.
 
@@ -150,8 +154,8 @@ def workload(spec):
         vocab = model.config.vocab_size
         return model, make_tokenizer(vocab), make_tasks(spec, vocab)
     torch.set_num_threads(os.cpu_count())
-    if not spec.keep_memory:  # TRL as its users run it
-        loading.keep_freed_memory = bool
+    if not spec.keep_memory:
+        loading.keep_freed_memory = leave_glibc_alone
     tokenizer = loading.load_tokenizer(spec.checkpoint)
     examples = data.load_examples(spec.data)[:64]
     tasks = data.encode_tasks(examples, tokenizer, spec.longest, Counter())

@@ -69,7 +69,7 @@ def native_bf16():
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed: without, page faults are a quarter of a large model's step."""
+    """Make glibc keep freed memory; page faults would be a quarter of a large model's step."""
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt

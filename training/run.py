@@ -124,7 +124,7 @@ def make_trainable(model, config):
     print(f"          {trained:,} trained: {what}")
     if config.adapter == "none":
         parallel.shard(model, config.offload)
-    if not config.keep_activations:  # transformers 5.17 has the second name only
+    if not config.keep_activations:  # transformers 5.17 has the old name only
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
