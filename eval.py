@@ -35,7 +35,7 @@ import recode
 import tasks
 from tasks import table
 from training import loading, parallel
-from training.config import CHOICES, TINY, BadInput, Parser, read_settings
+from training.config import CHOICES, TINY, BadInput, Parser, open_policy, read_settings
 from training.files import append, write
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
@@ -252,7 +252,7 @@ def parse(argv):
 
 def resolve(args):
     """Replace a run directory by its model and adapter; set what was not given."""
-    args.model, adapter, settings = loading.open_policy(args.model)
+    args.model, adapter, settings = open_policy(args.model)
     if not args.adapter:
         args.adapter = adapter
     if args.max_new_tokens is None:

@@ -29,7 +29,7 @@ import data
 import recode
 import reward
 from training import loading, parallel
-from training.config import CHOICES, TINY, BadInput, Parser
+from training.config import CHOICES, TINY, BadInput, Parser, open_policy
 from training.run import style
 
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -249,7 +249,7 @@ def main(argv=None):
     path = locate(args.file)
     version = args.version.removeprefix("==")
     example = data.Example(args.library, version, "", args.update.strip(), code, "")
-    base, adapter, settings = loading.open_policy(args.model)
+    base, adapter, settings = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
     model = loading.load_policy(base, adapter, args.dtype)
     recode.check_policy(model, tokenizer, base)

@@ -42,7 +42,7 @@ def test_nothing_is_overwritten(run, tmp_path, checkpoints, monkeypatch, place):
     (tmp_path / "file").write_text("mine")
     output = {"base": checkpoints["qwen2"], "run": str(run), "file": str(tmp_path / "file")}[place]
     monkeypatch.setattr(export, "merge", None)
-    monkeypatch.setattr(loading, "open_policy", None)
+    monkeypatch.setattr(export, "open_policy", None)
     with pytest.raises(BadInput, match=f"--output {output}: exists"):
         export.main([str(run), "--output", output])
     assert (tmp_path / "file").read_text() == "mine"

@@ -21,7 +21,7 @@ import grpo
 import migrate
 import recode
 from training import dora, loading, parallel
-from training.config import BadInput
+from training.config import BadInput, open_policy
 
 EXAMPLE = data.Example(**ROWS[0])
 MODEL = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
@@ -614,7 +614,7 @@ def test_run_directory(trained, tmp_path, monkeypatch, place):
     path, model = trained
     monkeypatch.chdir(tmp_path / place)
     (tmp_path / "base").mkdir()  # another project's
-    base, adapter, settings = loading.open_policy(os.path.relpath(path))
+    base, adapter, settings = open_policy(os.path.relpath(path))
     assert settings["max_new_tokens"] == 7
     ids = torch.arange(5, 15)[None]
     logits = model.eval()(ids).logits
@@ -627,10 +627,10 @@ def test_full_model_of_a_run(trained):
     path, _ = trained
     shutil.rmtree(path / "adapter")
     shutil.move(path.parent.parent / "base", path / "model")
-    base, adapter, _ = loading.open_policy(str(path))
+    base, adapter, _ = open_policy(str(path))
     assert (base, adapter) == (str(path / "model"), "") and loading.load_tokenizer(base)
-    assert loading.open_policy("acme/model") == ("acme/model", "", {})
-    assert loading.open_policy(str(ROOT / "tiny"))[2]["max_new_tokens"] == 64
+    assert open_policy("acme/model") == ("acme/model", "", {})
+    assert open_policy(str(ROOT / "tiny"))[2]["max_new_tokens"] == 64
 
 
 def test_an_adapter_of_another_model(trained, checkpoints):

@@ -29,7 +29,7 @@ import grpo
 import recode
 import reward
 from training import loading, parallel, run
-from training.config import BadInput
+from training.config import BadInput, open_policy
 
 SMALL = "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --r 4 --save-every 2 --quiet".split()
 
@@ -269,7 +269,7 @@ def test_resume_from_another_directory(train, tmp_path, monkeypatch, checkpoints
     paths = ["--data", "../../project/data.jsonl", "--heldout", "0.34", "--output", output]
     assert train("--steps", "3", "--model", "../../project/toy", *paths, "--resume") == 0
     assert steps(Path(output)) == [1, 2, 3]
-    base, adapter, _ = loading.open_policy(output)
+    base, adapter, _ = open_policy(output)
     assert os.path.samefile(base, tmp_path / "project" / "toy") and loading.load_policy(base, adapter)
     shutil.copytree(checkpoints["qwen2"], tmp_path / "tree" / "deep" / "another")
     with pytest.raises(BadInput, match="--resume: model was '../../project/toy' in .*now 'another'"):

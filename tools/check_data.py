@@ -15,7 +15,7 @@ from pathlib import Path
 from data import encode_prompt, encode_target, locate, sift, split_heldout
 from reward import strip_comments
 from training import loading, parallel
-from training.config import TINY, BadInput, Parser, Run
+from training.config import TINY, BadInput, Parser, Run, open_policy
 from training.files import write
 
 
@@ -81,7 +81,7 @@ def main(argv=None):
     words = ("SHARE", "DIRECTORY")
     add("--split", nargs=2, metavar=words, help="write train.jsonl and heldout.jsonl there [off]")
     args = parser.parse_args(argv)
-    base, _, settings = loading.open_policy(args.model)
+    base, _, settings = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
     examples = usable(args.data)
     if args.split:

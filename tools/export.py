@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training import dora, loading, parallel
-from training.config import BadInput, Parser, first_line
+from training.config import BadInput, Parser, first_line, open_policy
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def main(argv=None):
     output = Path(args.output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise BadInput(f"--output {output}: exists and is not empty; give a new directory")
-    base, adapter, _ = loading.open_policy(args.run)
+    base, adapter, _ = open_policy(args.run)
     if not adapter:
         raise BadInput(f"{args.run}: no adapter there; give a run directory, e.g. runs/grpo")
     try:

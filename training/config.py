@@ -29,7 +29,8 @@ def first_line(error):
     return text.split("\n")[0] if text else type(error).__name__
 
 
-TINY = os.path.relpath(Path(__file__).parent.parent / "tiny")  # the embedded toy
+ROOT = Path(__file__).parent.parent  # of the project
+TINY = os.path.relpath(ROOT / "tiny")  # the embedded toy
 
 
 @dataclass
@@ -115,6 +116,31 @@ def described(Config):
     if missing:
         names = ", ".join(sorted(missing))
         raise TypeError(f"{Config.__module__}.Config: {names}: a field needs a comment, its help")
+
+
+def began_in(run, settings):
+    """The directory that the paths in a run's settings are relative to."""
+    return run.resolve() / settings.get("began_in", "")
+
+
+def open_policy(name):
+    """What --model names, as (base model, adapter directory or "", the settings that it brings).
+
+    A run directory stands for its adapter over the model it began with, or for its model/.
+    """
+    path = Path(name)
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model"), "", read_settings(path / "config.json")
+    if not (path / "adapter" / "adapter_config.json").is_file():
+        beside = path / "defaults.json"
+        return name, "", read_settings(beside) if beside.is_file() else {}
+    settings = read_settings(path / "config.json")
+    base = str(settings.get("model", ""))
+    for place in (began_in(path, settings), Path(), ROOT):
+        if base and (place / base).is_dir():
+            base = str(place / base)
+            break
+    return base, str(path / "adapter"), settings
 
 
 def checkpoint_defaults(model, fields):

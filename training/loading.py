@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import data
 from training import dora, parallel
-from training.config import BadInput, first_line, read_settings
+from training.config import BadInput, first_line
 from training.files import write
 
 
@@ -116,31 +116,6 @@ def check_weights(loaded, info, model):
     for name, p in loaded.named_parameters():
         if not p.isfinite().all():
             raise BadInput(f"model: {model!r}: weights that are not finite, in {name}")
-
-
-def began_in(run, settings):
-    """The directory that the paths in a run's settings are relative to."""
-    return run.resolve() / settings.get("began_in", "")
-
-
-def open_policy(name):
-    """What --model names, as (base model, adapter directory or "", the settings that it brings).
-
-    A run directory stands for its adapter over the model it began with, or for its model/.
-    """
-    path = Path(name)
-    if (path / "model" / "config.json").is_file():
-        return str(path / "model"), "", read_settings(path / "config.json")
-    if not (path / "adapter" / "adapter_config.json").is_file():
-        beside = path / "defaults.json"
-        return name, "", read_settings(beside) if beside.is_file() else {}
-    settings = read_settings(path / "config.json")
-    base = str(settings.get("model", ""))
-    for place in (began_in(path, settings), Path(), Path(__file__).parent.parent):
-        if base and (place / base).is_dir():
-            base = str(place / base)
-            break
-    return base, str(path / "adapter"), settings
 
 
 def load_policy(base, adapter, dtype="auto"):

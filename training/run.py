@@ -33,10 +33,10 @@ from tqdm import tqdm
 import data
 import recode
 from training import dora, parallel
-from training.config import BadInput, read_settings
+from training.config import BadInput, began_in, read_settings
 from training.curve import curve
 from training.files import append, lock, unlock, write
-from training.loading import began_in, load_model, load_tokenizer, write_model
+from training.loading import load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
