@@ -19,7 +19,6 @@ completion that SFT copies: the reference after an empty thought.
 import json
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -113,43 +112,41 @@ def read_example(where, row):
     return Example(**texts)
 
 
-def sift(path):
-    """Yield ("PATH, line N", Example or None, why it is dropped or "") for every row of a file."""
-    seen = set()
-    for where, row in json_rows(path, path.read_bytes()):
-        example = read_example(where, row)
-        task = (example.dependency, example.update_info, example.old_code, example.new_code)
-        if not all(task):
-            yield where, None, "no update note or no code"
-        elif re.search("[\ud800-\udfff]", "".join(vars(example).values())):
-            yield where, None, "not valid Unicode"
-        elif not reward.parses(example.new_code):
-            yield where, None, "the reference does not parse"  # an exact copy would earn -2.0
-        elif task in seen:
-            yield where, None, "repeat of an earlier row"
-        else:
-            seen.add(task)
-            yield where, example, ""
+def fault(example):
+    """Why a row would teach nothing or the wrong thing; "" for a usable row."""
+    if not all((example.dependency, example.update_info, example.old_code, example.new_code)):
+        return "no update note or no code"
+    if re.search("[\ud800-\udfff]", "".join(vars(example).values())):
+        return "not valid Unicode"
+    if not reward.parses(example.new_code):  # an exact copy would earn -2.0
+        return "the reference does not parse"
+    return ""
 
 
 def load_examples(source, dropped=None):
     """The usable examples of `source`, a path or a hub id, in file order: list[Example].
 
-    Rows that would teach nothing or the wrong thing are dropped; a Counter passed as `dropped`
-    receives reason -> rows. BadInput if a line is not a record, or no row is usable.
+    A dict passed as `dropped` receives reason -> list of "PATH, line N". BadInput if a line is not
+    a record, or no row is usable.
     """
-    dropped = Counter() if dropped is None else dropped
-    examples = []
-    for _, example, reason in sift(locate(source)):
-        if example:
-            examples.append(example)
+    dropped = {} if dropped is None else dropped
+    path = locate(source)
+    examples = {}  # what makes a row a repeat -> the example
+    for where, row in json_rows(path, path.read_bytes()):
+        example = read_example(where, row)
+        task = (example.dependency, example.update_info, example.old_code, example.new_code)
+        reason = fault(example)
+        if task in examples and not reason:
+            reason = "repeat of an earlier row"
+        if reason:
+            dropped.setdefault(reason, []).append(where)
         else:
-            dropped[reason] += 1
+            examples[task] = example
     if not examples:
-        reasons = [f"{count} {reason}" for reason, count in dropped.items()]
-        why = ", ".join(reasons) if reasons else "the file is empty"
+        reasons = [f"{len(where)} {reason}, e.g. {where[0]}" for reason, where in dropped.items()]
+        why = "; ".join(reasons) if reasons else "the file is empty"
         raise BadInput(f"data: no usable row in {source!r}: {why}")
-    return examples
+    return list(examples.values())
 
 
 def split_heldout(heldout, examples, seed):
@@ -215,11 +212,12 @@ def encode_target(example, tokenizer):
 
 
 def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
-    """[(prompt ids, Example)] of the examples whose prompt fits; `dropped` counts the others."""
+    """[(prompt ids, Example)] of the examples whose prompt fits; `dropped` gets the others."""
     tasks = [(encode_prompt(example, tokenizer), example) for example in examples]
     kept = [task for task in tasks if len(task[0]) <= max_prompt_tokens]
     if len(kept) < len(tasks):
-        dropped[f"prompt over {max_prompt_tokens} tokens"] += len(tasks) - len(kept)
+        long = [task for task in tasks if len(task[0]) > max_prompt_tokens]
+        dropped[f"prompt over {max_prompt_tokens} tokens"] = long
     if not kept:
         shortest = min(len(prompt) for prompt, _ in tasks)
         raise BadInput(

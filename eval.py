@@ -16,7 +16,7 @@ tasks/table.py has their 95 % intervals. --compare pairs the runs by problem.
     pass_if_formed   the share that is right of the answers with the right form
     reward, es_star, em_star, stale         of migrations, see reward.py; reward = format + es_star
 
-A problem that has no value, such as stale where no change is asked for, is left out of the mean.
+A problem without a value, such as pass_if_formed where no answer has the form, is left out.
 """
 
 import contextlib
@@ -185,7 +185,7 @@ def metrics(rows, ks):
     values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
     for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
         if name in rows[0]:
-            values[name] = [row[name] for row in rows if row[name] is not None]
+            values[name] = [row[name] for row in rows]
     for name, known in values.items():
         result[name] = mean(known) if known else None
     return result
@@ -257,11 +257,9 @@ def resolve(args):
         args.adapter = adapter
     if args.max_new_tokens is None:
         args.max_new_tokens = settings.get("max_new_tokens", 1024)
-    heldout = Path(args.model) / settings.get("heldout", "")  # beside a checkpoint
-    if not heldout.is_file():
-        heldout = Path(settings.get("heldout", ""))  # in the settings of a run
-    if args.task == "migration" and not args.data and heldout.is_file():
-        args.data = str(heldout)
+    heldout = settings.get("heldout", "")  # may be a share
+    if args.task == "migration" and not args.data and Path(heldout).is_file():
+        args.data = heldout
     if not args.data:
         args.data = tasks.SOURCES.get(args.task, "")
 

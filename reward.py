@@ -189,9 +189,9 @@ def total(grade, example, correctness="es_star"):
 # ------------------------------------------------------------------------- without an example
 
 
-def bare(target, old_code=""):
-    """An example that has nothing but its code."""
-    return SimpleNamespace(old_code=old_code, new_code=target)
+def bare(target):
+    """An example that has nothing but its reference."""
+    return SimpleNamespace(old_code="", new_code=target)
 
 
 def es(completion, target):
@@ -212,11 +212,6 @@ def es_star(completion, target):
 def em_star(completion, target):
     """Exact match with the same penalty for code that does not parse: -2.0, -1.5 or 2.0."""
     return grade(completion, bare(target)).em_star
-
-
-def stale(completion, old_code, target):
-    """1.0 if the answer repeats the old code although the update asks for a change, else 0.0."""
-    return grade(completion, bare(target, old_code)).stale
 
 
 def score(completion, target, correctness="es_star"):

@@ -158,7 +158,7 @@ def workload(spec):
         loading.keep_freed_memory = leave_glibc_alone
     tokenizer = loading.load_tokenizer(spec.checkpoint)
     examples = data.load_examples(spec.data)[:64]
-    tasks = data.encode_tasks(examples, tokenizer, spec.longest, Counter())
+    tasks = data.encode_tasks(examples, tokenizer, spec.longest, {})
     return loading.load_model(spec.checkpoint), tokenizer, tasks
 
 

@@ -2,7 +2,7 @@
 
 An answer is right when it equals the reference, comments and blank lines aside. Nothing is run.
 Rows whose reference equals the old code, comments aside, ask for no change: a group of their own,
-where no answer can be stale.
+where no answer is stale.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Migration:
             "reward": reward.total(grade, self.example),  # format + es_star
             "es_star": grade.es_star,
             "em_star": grade.em_star,
-            "stale": grade.stale if self.update_type == "change" else None,
+            "stale": grade.stale,
             "format": grade.format > 0,
             "no_code": grade.code is None,
         }

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import urllib.parse
-from collections import Counter
 
 import pytest
 
@@ -32,7 +31,7 @@ def test_good_rows(rows, write_rows):
     """Rows in another order, or a version with its "==", would make another prompt of the same data."""
     rows[1]["new_version"], rows[2]["new_version"], rows[3]["new_version"] = "2.0.1", None, "== 1.0rc1"
     rows[4] |= {"description": None, "extra": 1}
-    examples = data.load_examples(write_rows([*rows[:3], "", "  ", *rows[3:]]), dropped := Counter())
+    examples = data.load_examples(write_rows([*rows[:3], "", "  ", *rows[3:]]), dropped := {})
     assert [vars(example).keys() for example in examples] == [ROWS[0].keys()] * 6 and not dropped
     assert [example.new_version for example in examples] == ["2.0", "2.0.1", "", "1.0rc1", "2.0", "2.0"]
     for example, row in zip(examples, rows):
@@ -52,8 +51,10 @@ DROPPED = {
 def test_dropped_rows(rows, write_rows, reason):
     """A row that teaches nothing or the wrong thing stays, or goes without being counted."""
     for change in DROPPED[reason]:
-        examples = data.load_examples(write_rows([rows[0], rows[1], rows[0] | change]), dropped := Counter())
-        assert examples == data.load_examples(write_rows(rows[:2])) and dropped == {reason: 1}
+        source = write_rows([rows[0], rows[1], rows[0] | change])
+        examples = data.load_examples(source, dropped := {})
+        assert dropped == {reason: [f"{source}, line 3"]}
+        assert examples == data.load_examples(write_rows(rows[:2]))
 
 
 def refusal(call, *args):
@@ -99,10 +100,11 @@ def test_unusable_file(tmp_path, rows, write_rows):
 @pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
 def test_real_data():
     """A check that became too strict or too lax shows in what is left of the paper's own data."""
-    examples = data.load_examples(str(REAL), dropped := Counter())
-    assert len(examples) == 1646 and sum(dropped.values()) == 1781 - 1646
-    assert dropped["no update note or no code"] == 21 and dropped["the reference does not parse"] == 50
-    assert dropped["repeat of an earlier row"] == 64
+    examples = data.load_examples(str(REAL), dropped := {})
+    counts = {reason: len(places) for reason, places in dropped.items()}
+    assert len(examples) == 1646 and sum(counts.values()) == 1781 - 1646
+    assert counts["no update note or no code"] == 21 and counts["the reference does not parse"] == 50
+    assert counts["repeat of an earlier row"] == 64
     assert not any(example.new_version.startswith("=") for example in examples)
 
 
@@ -185,12 +187,13 @@ def test_long_prompts(tokenizer):
     examples = [Example(**ROWS[i] | {"old_code": "x = 1\n" * (1 + 40 * (i == 1))}) for i in range(3)]
     prompts = [data.encode_prompt(example, tokenizer) for example in examples]
     limit = max(len(prompts[0]), len(prompts[2]))
-    kept = data.encode_tasks(examples, tokenizer, limit, dropped := Counter())
+    kept = data.encode_tasks(examples, tokenizer, limit, dropped := {})
     assert kept == [(prompts[0], examples[0]), (prompts[2], examples[2])]
-    assert dropped == {f"prompt over {limit} tokens": 1}
-    assert len(data.encode_tasks(examples, tokenizer, len(prompts[1]), dropped)) == 3 and sum(dropped.values()) == 1
+    long = {f"prompt over {limit} tokens": [(prompts[1], examples[1])]}
+    assert dropped == long
+    assert len(data.encode_tasks(examples, tokenizer, len(prompts[1]), dropped)) == 3 and dropped == long
     shortest = min(map(len, prompts))
-    message = refusal(data.encode_tasks, examples, tokenizer, shortest - 1, Counter())
+    message = refusal(data.encode_tasks, examples, tokenizer, shortest - 1, {})
     assert f"max-prompt-tokens {shortest - 1}" in message and f"{shortest} tokens" in message
 
 
@@ -347,8 +350,9 @@ def test_own_data_set_shows_prompts(rows, write_rows, capsys):
 def test_own_data_set_as_a_program(write_rows, rows):
     """Stops an exit status or a traceback that hides that nothing is usable."""
     done = python(os.environ, "-m", "tools.check_data", write_rows([rows[0] | {"old_code": ""}]))
-    assert done.returncode == 2 and "1 dropped: no update note or no code (line 1)" in done.stdout
+    assert done.returncode == 2 and "1 no update note or no code, e.g. " in done.stderr
     assert done.stderr.startswith("error: data: no usable row") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("data.jsonl, line 1\n")
     done = python(os.environ, "-m", "tools.check_data", write_rows(["{"]))
     assert done.returncode == 2 and "line 1: not JSON" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -197,12 +197,11 @@ def test_metrics_of_a_problem_by_hand():
 
 
 def test_metrics_without_a_value():
-    """Stops ill-formed answers counting as wrong ones in pass_if_formed, and None counting as 0."""
-    right, wrong = {"passed": True, "stale": None}, {"passed": False, "stale": None}
+    """Stops ill-formed answers counting as wrong ones in pass_if_formed."""
+    right, wrong = {"passed": True}, {"passed": False}
     rows = [right | {"format": False}, right | {"format": True}, wrong | {"format": True}]
     got = eval.metrics(rows, [1])
     assert got["pass@1"] == pytest.approx(2 / 3) and got["pass_if_formed"] == 0.5
-    assert got["stale"] is None
     got = eval.metrics(rows[:1], [1])
     assert got["pass@1"] == 1 and got["format"] == 0 and got["pass_if_formed"] is None
 
@@ -593,7 +592,7 @@ def test_verdict_on_a_migration(write_rows, rows):
     same = rows[1] | {"new_code": rows[1]["old_code"] + "  # as before"}
     (problem,) = tasks.load("migration", write_rows([same]))
     got = problem.judge(answer(same["old_code"]), None)
-    assert got["passed"] and got["stale"] is None and problem.update_type == "no change"
+    assert got["passed"] and got["stale"] == 0 and problem.update_type == "no change"
 
 
 def test_references_by_hand(arena, capsys):
@@ -696,7 +695,7 @@ def test_migrations_from_end_to_end(command, write_rows, rows, monkeypatch, tmp_
     result = json.loads((tmp_path / "run/migration/table.json").read_text())
     counted = {  # group: by row, None for what does not count
         "pass@1": [1, 1, 0, 0, 1, 0], "pass_if_formed": [1, None, 0, None, 1, 0],
-        "stale": [0, 0, 1, 0, None, None], "format": [1, 0, 1, 0, 1, 1],
+        "stale": [0, 0, 1, 0, 0, 0], "format": [1, 0, 1, 0, 1, 1],
         "no_code": [0, 0, 0, 1, 0, 0],
     }  # fmt: skip
     counted["es_star"] = [reward.es_star(text, code) for text, code in zip(texts, new)]
@@ -717,7 +716,7 @@ def test_migrations_from_end_to_end(command, write_rows, rows, monkeypatch, tmp_
     shown = (tmp_path / "run/migration/table.md").read_text().splitlines()
     assert cells_of(shown[0])[1:] == ["all (6)", "change (4)", "no change (2)"]
     table = {cells_of(line)[0]: cells_of(line)[1:] for line in shown if line.startswith("|")}
-    assert table["stale"][0].startswith("25.0 ") and table["stale"][2] == "-"
+    assert [cell.split()[0] for cell in table["stale"]] == ["16.7", "25.0", "0.0"]
     half = "50.0 [9.5, 90.5]"  # one of two
     assert table["pass_if_formed"] == ["50.0 [15.0, 85.0]", half, half]
 

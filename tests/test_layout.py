@@ -27,7 +27,7 @@ LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
 MAX_FILES = 8  # at the top level
 MAX_TOP_LINES = 2300  # in total at the top level; the goal is 1950
-MAX_LINES = 6000  # of all Python but EXCLUDED; the goal is 4300
+MAX_LINES = 6020  # of all Python but EXCLUDED; the goal is 4300
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100
 

@@ -14,6 +14,7 @@ import time
 import tokenize
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,9 +157,11 @@ def test_values_by_hand(completion, es, em, es_star, em_star, form):
 
 def test_stale():
     """An unchanged task would count as stale although its old code is the right answer."""
-    assert reward.stale(answer("old()  # as ever"), "old()", "new()") == 1.0
-    assert reward.stale(answer("new()"), "old()", "new()") == reward.stale("old()", "old()", "new()") == 0.0
-    assert reward.stale(answer("same()"), "same()", "same()  # still") == 0.0
+    update = SimpleNamespace(old_code="old()", new_code="new()")
+    assert reward.grade(answer("old()  # as ever"), update).stale == 1.0
+    assert reward.grade(answer("new()"), update).stale == reward.grade("old()", update).stale == 0.0
+    same = SimpleNamespace(old_code="same()", new_code="same()  # still")
+    assert reward.grade(answer("same()"), same).stale == 0.0
 
 
 def test_strip_comments_keeps_strings():
@@ -257,10 +260,10 @@ def test_hostile_completions(code):
     target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
     for text in (answer(code), code, "so</think><answer>" + code, answer(target) + code):
         started = time.process_time()
-        total, stale = reward.score(text, target), reward.stale(text, "old()", target)
+        total = reward.score(text, target)
         stripped = reward.strip_comments(text)
         assert time.process_time() - started < 1.0
-        assert -3.0 <= total <= 3.0 and stale == 0.0 and isinstance(stripped, str)
+        assert -3.0 <= total <= 3.0 and isinstance(stripped, str)
     tracemalloc.start()
     reward.score(answer(code), target)
     peak = tracemalloc.get_traced_memory()[1]

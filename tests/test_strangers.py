@@ -146,11 +146,53 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
     assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
 
 
-def test_training_from_a_run_names_the_way_out(train, tmp_path):
-    """Stops a talk of missing tokenizers where the model is the directory of an earlier run."""
-    assert train("--steps", "1") == 0
-    with pytest.raises(BadInput, match="is a run; merge it first with tools.export"):
-        train("--model", str(tmp_path / "run"), "--steps", "1", "--output", str(tmp_path / "next"))
+@pytest.mark.parametrize("adapter", ["dora", "lora", "none"])
+def test_training_goes_on_from_a_run(train, tmp_path, monkeypatch, adapter):
+    """Stops a run that starts again from the base model, or that others cannot load afterwards.
+
+    Oracle: with a learning rate too small for fp32, the second run ends as the first one did.
+    """
+    full = ["--adapter", adapter, "--beta", "0", "--targets", "q_proj", "--r", "4", "--lr", "0.01"]
+    assert train(*full, "--steps", "2") == 0
+    first, second = str(tmp_path / "run"), str(tmp_path / "next")
+    monkeypatch.chdir(tmp_path)
+    more = ["--model", "run", "--beta", "0", "--lr", "1e-30", "--output", second, "--steps", "1"]
+    more += ["--adapter", "none"] if adapter == "none" else ["--dropout", "0.5"]
+    assert train(*more) == 0
+    monkeypatch.chdir(Path(second) / "checkpoint")  # paths are relative to where a run began
+    ids = torch.arange(5, 25)[None]
+    found = []
+    for run_ in (first, second):
+        base, directory, _ = open_policy(run_)
+        found.append(loading.load_policy(base, directory)(ids).logits)
+    base = loading.load_model(json.loads((tmp_path / "run/config.json").read_text())["model"])
+    assert torch.equal(*found) and not torch.allclose(found[0], base(ids).logits)
+    if adapter != "none":
+        settings = json.loads((tmp_path / "next/adapter/adapter_config.json").read_text())
+        assert settings["r"] == 4 and settings["target_modules"] == ["q_proj"]
+        assert settings["base_model_name_or_path"] == base.config.name_or_path
+
+
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_the_reference_is_where_training_began(train, tmp_path, adapter):
+    """Stops a KL penalty that pulls a run back to what was there before the run it goes on from."""
+    fixed = ["--adapter", adapter, "--r", "4", "--beta", "0.1", "--lr", "0.01", "--steps", "2"]
+    assert train(*fixed) == 0
+    more = ["--model", str(tmp_path / "run"), "--output", str(tmp_path / "next")]
+    assert train(*fixed, *more) == 0
+    for name in ("run", "next"):
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        kl = [json.loads(row)["kl"] for row in rows]
+        assert kl[0] == 0 and 0 < kl[1] < 1
+
+
+def test_a_run_keeps_its_adapter(train, tmp_path):
+    """Stops a rank or a kind of adapter that the run to go on from does not have."""
+    assert train("--steps", "1", "--r", "4") == 0
+    more = ["--model", str(tmp_path / "run"), "--output", str(tmp_path / "next")]
+    for flag, value in (("--r", "8"), ("--adapter", "none")):
+        with pytest.raises(BadInput, match=f"{flag} {value}: the adapter of .*run has"):
+            train(*more, "--beta", "0", flag, value)
 
 
 def test_chat_templates(train, checkpoints, tmp_path, tokenizer):

@@ -12,7 +12,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from data import encode_prompt, encode_target, locate, sift, split_heldout
+from data import encode_prompt, encode_target, load_examples, split_heldout
 from reward import strip_comments
 from training import loading, parallel
 from training.config import TINY, BadInput, Parser, Run, open_policy
@@ -41,19 +41,14 @@ def excerpt(prompt):
 
 def usable(source):
     """The usable examples of a source; prints how many rows are dropped, where and why."""
-    examples, dropped = [], {}
-    for where, example, reason in sift(locate(source)):
-        if example:
-            examples.append(example)
-        else:
-            dropped.setdefault(reason, []).append(where.rpartition(" ")[2])
-    total = sum(len(lines) for lines in dropped.values())
+    dropped = {}
+    examples = load_examples(source, dropped)
+    total = sum(map(len, dropped.values()))
     print(f"data      {source}: {len(examples):,} usable rows, {total:,} dropped")
-    for reason, lines in dropped.items():
-        more = ", ..." if len(lines) > 5 else ""
-        print(f"          {len(lines):,} dropped: {reason} (line {', '.join(lines[:5])}{more})")
-    if not examples:
-        raise BadInput(f"data: no usable row in {source!r}; a row needs a note, old and new code")
+    for reason, places in dropped.items():
+        lines = ", ".join(place.rpartition(" ")[2] for place in places[:5])
+        more = ", ..." if len(places) > 5 else ""
+        print(f"          {len(places):,} dropped: {reason} (line {lines}{more})")
     same = [strip_comments(e.old_code) == strip_comments(e.new_code) for e in examples]
     if any(same):
         print(f"          {sum(same):,} usable rows ask for no change, comments aside")

@@ -1,4 +1,4 @@
-"""The memory and the time that a run needs, by formula: a table for Qwen2.5-Coder on an H100.
+"""The memory that a run needs, by formula: a table for Qwen2.5-Coder on GPUs.
 
     python -m tools.plan
     python grpo.py --model Qwen/Qwen2.5-Coder-7B-Instruct --dry-run
@@ -21,12 +21,6 @@ time, in passes of r completions, c = r T tokens, at most M of them (--micro-tok
     training   b n (d (L + c) + 4 k L) + a + w     layers recomputed                     (eq. 5)
                b n (11 d + 3 f) L + n a + w        --keep-activations
     peak       weights + trained + max(sampling, training + 16 MAX_LOGITS)               (eq. 6)
-
-Time on a GPU that moves B bytes/s and computes C operations/s; 1.5 and 0.4 are goals, not measured:
-
-    sample     1.5 T (b W + 2 b n k p G (L + T / 2)) / B                                 (eq. 7)
-    update     2 W p (L + G T) s / (0.4 C)         s = 2 passes, and one more each for   (eq. 8)
-               the reference, for recomputed layers and for the gradient of W
 """
 
 from types import SimpleNamespace
@@ -38,7 +32,6 @@ from training.config import Parser
 
 HELD_D, HELD_F = 11, 3  # eq. 4, counted in the layers of Qwen2 in bf16, see tests/test_plan.py
 BACK_D, BACK_F = 2, 3
-BANDWIDTH, OPERATIONS = 3.35e12, 989e12  # of an H100 with 80 GB, dense bf16, by its data sheet
 SIZES = {  # Qwen2.5-Coder: d, n, f, q, k, V, whether input and output layer share their weights
     "0.5B": (896, 24, 4864, 896, 128, 151_936, True),
     "1.5B": (1536, 28, 8960, 1536, 256, 151_936, True),
@@ -79,17 +72,8 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
     return parts | {"peak": parts["weights"] + parts["trained"] + larger}  # eq. 6
 
 
-def seconds(x, config, L, p, b=2):
-    """The time of the largest step in seconds: to sample (eq. 7), to update (eq. 8)."""
-    G, T = config.num_samples, config.max_new_tokens
-    cache = 2 * b * x.n * x.k * p * G * (L + T / 2)
-    sample = 1.5 * T * (b * x.W + cache) / BANDWIDTH  # eq. 7
-    s = 2 + (config.beta > 0) + (not config.keep_activations) + (config.adapter == "none")
-    return sample, 2 * x.W * p * (L + G * T) * s / (0.4 * OPERATIONS)  # eq. 8
-
-
 def table():
-    """Peak memory and time of the largest step as Markdown, one prompt per GPU."""
+    """Peak memory per GPU of the largest step as Markdown, one prompt per GPU."""
     lines = ["| | DoRA, any number of GPUs | full, 1 GPU | full, 2 GPUs | full, 8 GPUs |"]
     lines.append("|---|---|---|---|---|")
     full = grpo.Config(adapter="none", beta=0.0)
@@ -99,8 +83,7 @@ def table():
         for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
             L = config.max_prompt_tokens
             peak = memory(x, config, L, 1, N)["peak"]
-            step = sum(seconds(x, config, L, 1))
-            cells.append(f"{peak / 1e9:.0f} GB, {step:.1f} s")
+            cells.append(f"{peak / 1e9:.0f} GB")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -108,7 +91,7 @@ def table():
 def main(argv=None):
     """Print the table. The exit status is 0."""
     Parser(__doc__).parse_args(argv)
-    print("H100 80 GB, prompt of 2,048 tokens, 8 answers of 1,024: peak memory, time of a step\n")
+    print("prompt of 2,048 tokens, 8 answers of 1,024, bf16: peak memory per GPU\n")
     print(table())
     return 0
 

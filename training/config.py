@@ -38,7 +38,7 @@ class Run:
     """Settings that every algorithm shares."""
 
     # model and data
-    model: str = TINY  # checkpoint directory or hub id
+    model: str = TINY  # checkpoint directory or hub id, or a run, whose adapter is trained on
     data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
     heldout: str = ""  # JSONL file, or share of the update notes, measured before and after
     resume: bool = False  # continue from the last checkpoint in --output
@@ -118,47 +118,78 @@ def described(Config):
         raise TypeError(f"{Config.__module__}.Config: {names}: a field needs a comment, its help")
 
 
-def began_in(run, settings):
-    """The directory that the paths in a run's settings are relative to."""
-    return run.resolve() / settings.get("began_in", "")
+def located(settings, place):
+    """`settings` with its paths as seen from here; they are relative to the directory `place`."""
+    found = dict(settings)
+    for name in ("model", "data", "heldout"):
+        for parent in (place, Path(), ROOT):
+            path = parent / str(settings.get(name, ""))
+            if settings.get(name) and path.exists():
+                found[name] = str(path)
+                break
+    return found
+
+
+def read_run(path):
+    """The settings of a run directory, from its config.json."""
+    settings = read_settings(path / "config.json")
+    began = path.resolve() / settings.get("began_in", "")
+    return located(settings, Path(os.path.relpath(began)))
 
 
 def open_policy(name):
     """What --model names, as (base model, adapter directory or "", the settings that it brings).
 
-    A run directory stands for its adapter over the model it began with, or for its model/.
+    A checkpoint brings its defaults.json. A run directory stands for its adapter over the model
+    that it began with, or for its model/, and brings the settings of the run.
     """
     path = Path(name)
     if (path / "model" / "config.json").is_file():
-        return str(path / "model"), "", read_settings(path / "config.json")
-    if not (path / "adapter" / "adapter_config.json").is_file():
-        beside = path / "defaults.json"
-        return name, "", read_settings(beside) if beside.is_file() else {}
-    settings = read_settings(path / "config.json")
-    base = str(settings.get("model", ""))
-    for place in (began_in(path, settings), Path(), ROOT):
-        if base and (place / base).is_dir():
-            base = str(place / base)
-            break
-    return base, str(path / "adapter"), settings
+        return str(path / "model"), "", read_run(path)
+    if (path / "adapter" / "adapter_config.json").is_file():
+        settings = read_run(path)
+        return open_policy(str(settings.get("model", "")))[0], str(path / "adapter"), settings
+    beside = path / "defaults.json"
+    return name, "", located(read_settings(beside), path) if beside.is_file() else {}
 
 
-def checkpoint_defaults(model, fields):
-    """The settings in MODEL/defaults.json, if it exists; its data and heldout may lie beside it."""
-    path = Path(model) / "defaults.json"
-    found = read_settings(path) if path.is_file() else {}
-    for name, value in found.items():
-        wanted = type(fields.get(name))
-        if name not in fields or not isinstance(value, int | float if wanted is float else wanted):
-            raise BadInput(f"{path}: {name!r}: {value!r} is not a setting of this script")
-        beside = path.parent / str(value)
-        if name in ("data", "heldout") and beside.is_file():
-            found[name] = str(beside)
+ADAPTER = ("adapter", "r", "alpha", "targets", "dropout")  # settings of an adapter
+
+
+def model_defaults(model):
+    """The settings that training takes from --model, where no flag is given.
+
+    From a run they are those of the model that it began with, and those of its adapter.
+    """
+    base, adapter, settings = open_policy(model)
+    if base == model:  # not a run
+        return settings
+    found = model_defaults(settings["model"])
+    if adapter:
+        found |= {name: settings[name] for name in ADAPTER}
     return found
 
 
+def add_flags(parser, Config, used):
+    """A flag for every field of a Config; `used` are the defaults, which its help shows."""
+    groups = {}
+    for heading, name, comment in described(Config):
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        add = groups[heading].add_argument
+        flag = "--" + name.replace("_", "-")
+        kind = type(getattr(Config, name))
+        default = used[name]
+        if kind is bool:
+            text = f"{comment} [{'on' if default else 'off'}]"
+            add(flag, action="store_true", default=default, help=text)
+        else:
+            text = f"{comment} [{'none' if default == '' else default}]".replace("%", "%%")
+            add(flag, default=default, type=kind, metavar="X", help=text)
+
+
 def parse_config(Config, argv, doc):
-    """A checked Config: its own defaults, then those of MODEL/defaults.json, then the flags.
+    """A checked Config: its own defaults, then those that --model brings, then the flags.
 
     Raises BadInput for an unknown flag or a value that makes no sense.
     """
@@ -166,24 +197,23 @@ def parse_config(Config, argv, doc):
     finder = Parser(None, add_help=False)
     finder.add_argument("--model", default=defaults["model"])
     model = finder.parse_known_args(argv)[0].model
-    used = defaults | checkpoint_defaults(model, defaults)
+    used = defaults | model_defaults(model)
+    for name, value in used.items():
+        kind = type(defaults.get(name))
+        wanted = int | float if kind is float else kind
+        if name not in defaults or not isinstance(value, wanted):
+            raise BadInput(f"--model {model}: its {name!r}: {value!r} is no setting of this script")
     parser = Parser(doc)
     parser.epilog = f"Defaults in brackets are those used with --model {model}."
-    groups = {}
-    for heading, name, comment in described(Config):
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        flag = "--" + name.replace("_", "-")
-        default = used[name]
-        if defaults[name] is False:
-            text = f"{comment} [{'on' if default else 'off'}]"
-            groups[heading].add_argument(flag, action="store_true", default=default, help=text)
-            continue
-        text = f"{comment} [{'none' if default == '' else default}]".replace("%", "%%")
-        kind = type(defaults[name])
-        groups[heading].add_argument(flag, default=default, type=kind, metavar="X", help=text)
+    add_flags(parser, Config, used)
     config = Config(**vars(parser.parse_args(argv)))
     check(config)
+    if open_policy(model)[1]:
+        for name in ADAPTER[:4]:  # all but dropout
+            was, now = used[name], getattr(config, name)
+            if was != now:
+                way_out = "tools.export makes it a model that takes another adapter"
+                raise BadInput(f"--{name} {now}: the adapter of {model} has {was}; {way_out}")
     return config
 
 

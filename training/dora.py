@@ -4,8 +4,8 @@
 
 m (one magnitude per row), A and B are trained; the norm of every row is a constant for the
 gradient, as in the paper. Without m and norm it is LoRA (--adapter lora). With the adapter
-disabled the model is the reference policy again, so no second model is needed. Adapter files are
-PEFT's, in both directions.
+disabled the model is the reference policy again, so no second model is needed; a run that began
+with an adapter puts that one back instead. Adapter files are PEFT's, in both directions.
 
 Differences from PEFT:
   1. BA is never formed: the rows of
@@ -41,6 +41,7 @@ class DoRALinear(nn.Module):
         self.scale = alpha / r
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
+        self.first = []  # A, B and m at the start of training, if it began with an adapter
         kwargs = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **kwargs))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **kwargs))
@@ -128,17 +129,31 @@ def add_dora(model, r, alpha, dropout, targets, magnitude=True):
     return model
 
 
+def trained(layer):
+    """A, B and m of a layer; without m for LoRA."""
+    return [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None]
+
+
+@torch.no_grad()
+def exchange(model):
+    """Make `model` the policy that training started from; the next call undoes it."""
+    for layer in dora_layers(model).values():
+        if not layer.first:
+            layer.enabled = not layer.enabled
+        for p, first in zip(trained(layer), layer.first):
+            now = p.clone()
+            p.copy_(first)
+            first.copy_(now)
+
+
 @contextlib.contextmanager
 def reference(model):
-    """Disable the adapter inside: `model` is then the policy that training started from."""
-    layers = dora_layers(model).values()
-    for layer in layers:
-        layer.enabled = False
+    """Inside, `model` is the policy that training started from."""
+    exchange(model)
     try:
         yield model
     finally:
-        for layer in layers:
-            layer.enabled = True
+        exchange(model)
 
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
@@ -165,7 +180,7 @@ def save_adapter(model, config, directory):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
         "use_dora": config.adapter == "dora", "r": config.r, "lora_alpha": config.alpha,
         "lora_dropout": config.dropout, "target_modules": config.targets.split(","),
-        "base_model_name_or_path": config.model,
+        "base_model_name_or_path": model.config.name_or_path,
     }  # fmt: skip
     write(Path(directory) / "adapter_model.safetensors", safetensors.torch.save(tensors))
     write(Path(directory) / "adapter_config.json", json.dumps(settings, indent=2).encode())
@@ -174,8 +189,8 @@ def save_adapter(model, config, directory):
 UNSUPPORTED = ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")  # of PEFT
 
 
-def load_adapter(model, directory):
-    """Load the DoRA or LoRA adapter in `directory` (ours or PEFT's) into `model`, dropout off.
+def load_adapter(model, directory, dropout=0.0):
+    """Load the DoRA or LoRA adapter in `directory` (ours or PEFT's) into `model`.
 
     The names in its file say which layers it adapts, whatever form target_modules has. Raises
     BadInput for an adapter that is of another kind, is damaged, or does not fit the model.
@@ -195,7 +210,7 @@ def load_adapter(model, directory):
     names = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
     if lost := sorted(names - modules_of(model, nn.Linear).keys()):
         raise BadInput(f"{place} does not fit the model, which has no linear layer {lost[0]!r}")
-    add_dora(model, r, alpha, 0.0, ",".join(names), bool(settings.get("use_dora")))
+    add_dora(model, r, alpha, dropout, ",".join(names), bool(settings.get("use_dora")))
     parameters = peft_parameters(model)
     wanted = {name: list(parameter.shape) for name, parameter in parameters.items()}
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -41,8 +41,6 @@ def load_tokenizer(model):
     """The tokenizer of a checkpoint directory or hub id; BadInput without one, or without EOS."""
     path = Path(model)
     if path.is_dir():
-        if (path / "adapter").is_dir():
-            raise BadInput(f"model: {model!r} is a run; merge it first with tools.export")
         if not any((path / name).is_file() for name in TOKENIZERS):
             raise BadInput(f"model: no tokenizer in {model!r}; save one: tokenizer.save_pretrained")
     elif path.exists() or not data.HUB_ID.fullmatch(model) or looks_local(path):

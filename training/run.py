@@ -24,7 +24,6 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import data
 import recode
 from training import dora, parallel
-from training.config import BadInput, began_in, read_settings
+from training.config import BadInput, open_policy, read_run, read_settings
 from training.curve import curve
 from training.files import append, lock, unlock, write
 from training.loading import load_model, load_tokenizer, write_model
@@ -64,26 +63,17 @@ def set_up(config):
     """
     parallel.start()
     run = RunDirectory(config)
-    dropped = Counter()
-    tokenizer = load_tokenizer(config.model)
-    examples = data.load_examples(config.data, dropped)
-    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
-    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
-    if heldout:
-        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, Counter())
-    count = sum(dropped.values())
-    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
-    for reason, count in dropped.items():
-        print(f"          {count:,} dropped: {reason}")
-    source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
-    print(f"held out  {len(heldout):,} tasks{source}")
+    base, adapter, _ = open_policy(config.model)
+    tokenizer = load_tokenizer(base)
+    train, heldout = load_tasks(tokenizer, config)
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
-    print(f"model     {config.model}", flush=True)
-    model = load_model(config.model, config.dtype)
-    recode.check_policy(model, tokenizer, config.model)
+    more = f", over {base}" if adapter else ""
+    print(f"model     {config.model}{more}", flush=True)
+    model = load_model(base, config.dtype)
+    recode.check_policy(model, tokenizer, base)
     check_context(model, train + heldout, config)
-    make_trainable(model, config)
+    make_trainable(model, config, adapter)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
     defaults = Path(config.model) / "defaults.json"
@@ -98,6 +88,23 @@ def set_up(config):
     return run, model, tokenizer, train, heldout
 
 
+def load_tasks(tokenizer, config):
+    """(train tasks, held-out tasks). Prints header lines."""
+    dropped = {}  # reason -> rows
+    examples = data.load_examples(config.data, dropped)
+    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
+    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
+    if heldout:
+        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, {})
+    count = sum(map(len, dropped.values()))
+    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
+    for reason, rows in dropped.items():
+        print(f"          {len(rows):,} dropped: {reason}")
+    source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
+    print(f"held out  {len(heldout):,} tasks{source}")
+    return train, heldout
+
+
 def check_context(model, tasks, config):
     """Refuse lengths beyond learned positions; warn where RoPE goes beyond its context."""
     longest = max(len(prompt) for prompt, _ in tasks) + config.max_new_tokens
@@ -109,15 +116,20 @@ def check_context(model, tasks, config):
         print(f"warning   {text}")
 
 
-def make_trainable(model, config):
-    """Add an adapter to `model`, or shard all of its weights. Prints header lines."""
+def make_trainable(model, config, adapter):
+    """Add an adapter to `model`, or load one, or shard all weights. Prints header lines."""
     torch.manual_seed(config.seed)
     what = "all weights, in fp32"
     if config.adapter != "none":
         magnitude = config.adapter == "dora"
-        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
         name = "DoRA" if magnitude else "LoRA"
         what = f"{name}, r {config.r}, on {config.targets}"
+        if adapter:
+            dora.load_adapter(model, adapter, config.dropout)
+            for layer in dora.dora_layers(model).values():
+                layer.first = [p.detach().clone() for p in dora.trained(layer)]
+        else:
+            dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
@@ -293,11 +305,10 @@ class RunDirectory:
         """Raise BadInput unless --output holds a run of the same settings."""
         if not (self.path / "config.json").is_file():
             raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
-        before = read_settings(self.path / "config.json")
-        began = began_in(self.path, before)
+        before = read_run(self.path)
         for name, now in vars(self.config).items():
             was = before.get(name, now)  # an older run lacks a new setting
-            if name not in MAY_CHANGE and was != now and not same_path(began, was, now):
+            if name not in MAY_CHANGE and was != now and not same_path(was, now):
                 raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
 
     def create(self):
@@ -483,11 +494,11 @@ class RunDirectory:
         return 0
 
 
-def same_path(began, was, now):
-    """Whether two settings are paths of one file; `was` is relative to the directory `began`."""
+def same_path(was, now):
+    """Whether two settings are paths of one file."""
     if not isinstance(was, str) or not isinstance(now, str):
         return False
-    return os.path.realpath(began / was) == os.path.realpath(now)
+    return os.path.realpath(was) == os.path.realpath(now)
 
 
 def nothing_learned(rows):
