@@ -317,7 +317,7 @@ def test_a_good_tree_passes(tmp_path):
         (local_imports, "data.py", "def f():\n    import reward\n", "data.py:2: f imports reward"),
         (local_imports, "data.py", "class A:\n    def f(self):\n        import json\n", "json"),
         (large_top_level, "extra.py", "\n" * 2400, "lines at the top level"),
-        (large_project, "tools/extra.py", "\n" * 6000, "tools 6"),
+        (large_project, "tools/extra.py", "\n" * MAX_LINES, "tools 6"),
         (long_functions, "data.py", "def f():\n" + "    x = 0\n" * 40, "f has 41 lines"),
         (long_functions, "data.py", "class A:\n    def f(self):\n" + 40 * "        0\n", "41"),
         (long_lines, "tools/plan.py", "#" * 101 + "\n", "tools/plan.py:1: 101 columns"),
