@@ -436,15 +436,18 @@ def make_batch(groups, advantages, device):
 
 
 def split_by_budget(lengths, budget):
-    """Split a list of lengths into [start, end) of one item, or count * longest <= budget."""
+    """Split lengths, longest first, into passes [start, end) of rows of similar length.
+
+    Rows times the longest is at most `budget`, unless there is one row only; a row of less than
+    half the longest starts a new pass, as it would be mostly padding.
+    """
     start = 0
-    longest = 0
     for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if i > start and (i + 1 - start) * longest > budget:
+        longest = lengths[start]
+        over = (i + 1 - start) * longest > budget
+        if i > start and (over or 2 * length < longest):
             yield start, i
             start = i
-            longest = length
     if lengths:
         yield start, len(lengths)
 
@@ -453,8 +456,8 @@ def micro_batches(model, batch, config):
     """Yield this rank's rows of a Batch as (part, its log-probabilities (B, T)), prompt by prompt.
 
     A rank takes every WORLD-th prompt. Call backward() before the next part: the shared prompt's
-    own backward runs inside this iterator, after its last rows. A pass has one prompt's rows,
-    sorted by length, and at most config.micro_tokens tokens, unless one row alone has more.
+    own backward runs inside this iterator, after its last rows. A pass has one prompt's rows, of
+    similar length, and at most config.micro_tokens tokens, unless one row alone has more.
     """
     parallel.gather_weights(model)
     for i in parallel.share(range(len(batch.prompts))):

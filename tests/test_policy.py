@@ -437,7 +437,8 @@ def test_token_logps_leave_their_inputs_and_ignore_padding():
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_prompt_changes_nothing(family, checkpointed):
-    """Stops a gradient that is lost or counted twice on its way through the prompt's KV cache.
+    """Stops a gradient that is lost or counted twice on its way through the prompt's KV cache, and
+    passes that are over the budget or more padding than tokens.
 
     One group has a prompt of one token, one has a single row.
     """
@@ -459,8 +460,9 @@ def test_a_shared_prompt_changes_nothing(family, checkpointed):
         for part, logps in recode.micro_batches(model, batch, grpo.Config(micro_tokens=budget)):
             torch.testing.assert_close(logps, expected[part.rows], atol=1e-5, rtol=1e-5)
             (logps * weights[part.rows]).sum().backward()
-            size = len(part.rows) * part.mask.sum(1).max().item()
-            assert len(part.rows) == 1 or size <= budget
+            lengths = part.mask.sum(1)
+            assert len(part.rows) == 1 or len(part.rows) * lengths.max() <= budget
+            assert 2 * lengths.min() >= lengths.max()
             order += part.rows.tolist()
         assert sorted(order) == list(range(9))
         for p, g in zip(model.parameters(), wanted):
