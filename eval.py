@@ -8,10 +8,10 @@
 
 tasks/ says what is asked and when an answer is right. Each task has a directory in --output, with
 config.json, samples.jsonl (completions and verdicts), table.json and table.md. After a kill, the
-same command continues. Metrics are means over problems, in per cent; a reward is shown as it is.
-tasks/table.py has their 95 % intervals. --compare pairs the runs by problem.
+same command continues. Metrics are means over problems, in per cent, with 95 % intervals; a reward
+is shown as it is. --compare pairs the runs by problem.
 
-    pass@k = 1 - C(n - c, k) / C(n, k)      n samples of a problem, c of them right       (eq. 1)
+    pass@k           the share of problems that one of k samples solves, see tasks/table.py
     UPass@k          the same, where right means: passes with the update and fails without it
     pass_if_formed   the share that is right of the answers with the right form
     reward, es_star, em_star, stale         of migrations, see reward.py; reward = format + es_star
@@ -23,95 +23,19 @@ import contextlib
 import json
 import math
 import os
-import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean as mean
 
 from tqdm import tqdm
 
 import recode
 import tasks
-from tasks import table
+from tasks import judging, table
+from tasks.log import claim, read_log
+from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
 from training import loading, parallel
-from training.config import CHOICES, TINY, BadInput, Parser, open_policy, read_settings
+from training.config import CHOICES, TINY, BadInput, Parser, open_policy
 from training.files import append, write
-
-JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
-
-
-def open_sandbox(problems, unsafe):
-    """The sandbox for answers to these problems, with their libraries loaded."""
-    import sandbox  # Linux only
-
-    code = "\n".join(text for p in problems for text in (p.setup, p.reference, *p.tests))
-    libraries = sorted(set(re.findall(r"^\s*(?:import|from) +([\w.]+)", code, re.MULTILINE)))
-    settings = {}
-    if problems[0].update:  # CodeUpdateArena has large arrays, and values that cannot be sent
-        settings = {"memory": 4 << 30, "judge": "auto"}
-    try:
-        box = sandbox.Sandbox(libraries, workers=JUDGES, unsafe=unsafe, **settings)
-        box.run("", ["def test_nothing(): pass"])  # fail now, not after hours of sampling
-    except sandbox.Unavailable as error:
-        raise BadInput(str(error))
-    return box
-
-
-def references(problems, box):
-    """Judge the reference solutions, which must pass, and the controls, which must not.
-
-    Returns 0 if no control passes and at least 95 % of the references do: another version of a
-    library or a small memory spoils a few.
-    """
-    passed = leaked = in_process = 0
-    how = "without the update" if problems[0].update else "with an empty body"
-    with ThreadPoolExecutor(JUDGES) as pool:
-        right = pool.map(lambda p: p.run(box, p.reference), problems)
-        wrong = pool.map(lambda p: p.run(box, p.control, updated=False), problems)
-        for problem, good, bad in zip(tqdm(problems, disable=None), right, wrong):
-            passed += good.passed
-            leaked += bad.passed
-            in_process += good.passed and good.judge == "in-process"
-            if not good.passed:
-                tqdm.write(f"{problem.name}: {good.status} {good.reason}")
-            if bad.passed:
-                tqdm.write(f"{problem.name}: passes {how}")
-    counts = f"{passed} of {len(problems)} pass, {leaked} {how}"
-    print(f"references: {counts}; {in_process} passes were judged in process")
-    return int(leaked > 0 or passed < 0.95 * len(problems))
-
-
-# settings that no sample depends on
-MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")
-
-
-def claim(directory, args):
-    """Start in `directory`, or continue there if all that determines the samples is unchanged."""
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    for name in ("model", "adapter", "data"):  # the files behind a name may change
-        path = Path(settings[name] or "none")
-        files = [file for file in (path, *path.glob("*")) if file.is_file()]
-        settings[f"files of {name}"] = sum(file.stat().st_mtime_ns for file in files)
-    if any(directory.glob("samples*.jsonl")):
-        before = read_settings(directory / "config.json")
-        for name, value in settings.items():
-            if before.get(name) != value:
-                change = f"{name} was {before.get(name)!r} in {directory}, now {value!r}"
-                raise BadInput(f"--output: {change}; give another, or delete that directory")
-    elif parallel.RANK == 0:
-        write(directory / "config.json", json.dumps(settings, indent=2).encode())
-
-
-def read_log(directory):
-    """{(problem, sample): row} of all ranks; skips a row that a kill cut short."""
-    rows = {}
-    for path in directory.glob("samples*.jsonl"):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                rows[row["problem"], row["sample"]] = row
-    return rows
 
 
 def complete(model, tokenizer, batch, args):
@@ -147,7 +71,7 @@ def evaluate(problems, directory, box, args):
     def judge(row):
         return row | by_name[row["problem"]].judge(row["completion"], box)
 
-    pool = ThreadPoolExecutor(JUDGES)
+    pool = ThreadPoolExecutor(judging.JUDGES)
     try:
         bar = tqdm([*parallel.share(batches), []], disable=parallel.RANK > 0 or None)
         for batch in bar:  # the last one is empty: only verdicts are left
@@ -166,54 +90,6 @@ def evaluate(problems, directory, box, args):
             jobs = [pool.submit(judge, row) for row in missing]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def pass_at_k(n, c, k):
-    """The unbiased estimate of pass@k from n samples, c of them right; ValueError for k > n."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} from {n} samples, {c} right: needs 0 <= c <= n, 1 <= k <= n")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)  # eq. 1
-
-
-def metrics(rows, ks):
-    """{metric: value} of one problem, from the rows of its samples; None where it has no value."""
-    result = {}
-    for name, field in (("pass", "passed"), ("UPass", "updated")):
-        if field in rows[0]:
-            right = sum(row[field] for row in rows)
-            result |= {f"{name}@{k}": pass_at_k(len(rows), right, k) for k in ks}
-    values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
-    for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
-        if name in rows[0]:
-            values[name] = [row[name] for row in rows]
-    for name, known in values.items():
-        result[name] = mean(known) if known else None
-    return result
-
-
-def tabulate(problems, rows, args):
-    """What table.json holds: metrics by group, as [mean, lower end, upper end], and by problem."""
-    each = {}
-    groups = {}
-    for problem in problems:
-        samples = [rows[problem.name, j] for j in range(args.num_samples)]
-        each[problem.name] = metrics(samples, args.k)
-        for group in ("all", problem.package, problem.update_type):
-            groups.setdefault(group, []).append(each[problem.name])
-    groups.pop("", None)
-    means = {}
-    for group, members in groups.items():
-        means[group] = {"problems": len(members)}
-        for name in members[0]:
-            values = [member[name] for member in members if member[name] is not None]
-            if values:
-                means[group][name] = table.interval(values, *table.RANGES.get(name, (0, 1)))
-    statuses = Counter()
-    for row in rows.values():
-        if "status" in row:
-            apart = " in process" if row.get("judge") == "in-process" else ""  # weaker evidence
-            statuses[row["status"] + apart] += 1
-    return {"table": means, "statuses": statuses, "problems": each}
 
 
 def parse(argv):
@@ -298,10 +174,10 @@ def main(argv=None):
     directory = Path(args.output) / (f"{args.task}-plain" if plain else args.task)
     box = contextlib.nullcontext()
     if args.task != "migration":
-        box = open_sandbox(problems, args.unsafe)
+        box = judging.open_sandbox(problems, args.unsafe)
     with box:
         if args.references:
-            return references(problems, box)
+            return judging.references(problems, box)
         parallel.start()
         claim(directory, args)
         print(f"{args.task}: {len(problems):,} problems of {args.data}, "
@@ -309,7 +185,7 @@ def main(argv=None):
         evaluate(problems, directory, box, args)
     parallel.gather([])  # wait for the other ranks
     if parallel.RANK == 0:
-        result = tabulate(problems, read_log(directory), args)
+        result = table.tabulate(problems, read_log(directory), args)
         write(directory / "table.json", json.dumps(result, indent=1).encode())
         text = table.show(result)
         write(directory / "table.md", text.encode())

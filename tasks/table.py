@@ -1,13 +1,16 @@
-"""The table of an evaluation: its 95 % intervals, its Markdown, and the comparison of several runs.
+"""The table of an evaluation: metrics with 95 % intervals, and the comparison of several runs.
 
-An interval is eq. 1 (Wilson) if every problem has 0 or 1, with p their mean, else eq. 2 (the
-bootstrap). Where all have the same value, eq. 1 for p = 0 bounds the share of problems that differ.
+    pass@k = 1 - C(n - c, k) / C(n, k)      n samples of a problem, c of them right       (eq. 1)
 
-    (p + z^2/2N -+ z sqrt(p (1 - p) / N + z^2/4N^2)) / (1 + z^2/N),  z = 1.96             (eq. 1)
-    [q(.025), q(.975)] of 2,000 means over N problems drawn with replacement              (eq. 2)
+An interval is eq. 2 (Wilson) if every problem has 0 or 1, with p their mean, else eq. 3 (the
+bootstrap). Where all have the same value, eq. 2 for p = 0 bounds the share of problems that differ.
+
+    (p + z^2/2N -+ z sqrt(p (1 - p) / N + z^2/4N^2)) / (1 + z^2/N),  z = 1.96             (eq. 2)
+    [q(.025), q(.975)] of 2,000 means over N problems drawn with replacement              (eq. 3)
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -19,11 +22,34 @@ RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2)}  # the othe
 Z = 1.96
 
 
+def pass_at_k(n, c, k):
+    """The unbiased estimate of pass@k from n samples, c of them right; ValueError for k > n."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} from {n} samples, {c} right: needs 0 <= c <= n, 1 <= k <= n")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)  # eq. 1
+
+
+def metrics(rows, ks):
+    """{metric: value} of one problem, from the rows of its samples; None where it has no value."""
+    result = {}
+    for name, field in (("pass", "passed"), ("UPass", "updated")):
+        if field in rows[0]:
+            right = sum(row[field] for row in rows)
+            result |= {f"{name}@{k}": pass_at_k(len(rows), right, k) for k in ks}
+    values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
+    for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
+        if name in rows[0]:
+            values[name] = [row[name] for row in rows]
+    for name, known in values.items():
+        result[name] = mean(known) if known else None
+    return result
+
+
 def wilson(p, N):
     """Lower and upper end of the interval of a share p of N problems."""
     centre = p + Z**2 / (2 * N)
     half = Z * math.sqrt(p * (1 - p) / N + Z**2 / (4 * N**2))
-    return np.clip(np.array([centre - half, centre + half]) / (1 + Z**2 / N), 0, 1)  # eq. 1
+    return np.clip(np.array([centre - half, centre + half]) / (1 + Z**2 / N), 0, 1)  # eq. 2
 
 
 def interval(values, low=0.0, high=1.0):
@@ -36,7 +62,32 @@ def interval(values, low=0.0, high=1.0):
         _, share = wilson(0, N)
         return x[0], x[0] - share * (x[0] - low), x[0] + share * (high - x[0])
     draws = np.random.default_rng(0).integers(N, size=(2000, N))
-    return x.mean(), *np.quantile(x[draws].mean(1), (0.025, 0.975))  # eq. 2
+    return x.mean(), *np.quantile(x[draws].mean(1), (0.025, 0.975))  # eq. 3
+
+
+def tabulate(problems, rows, args):
+    """What table.json holds: metrics by group, as [mean, lower end, upper end], and by problem."""
+    each = {}
+    groups = {}
+    for problem in problems:
+        samples = [rows[problem.name, j] for j in range(args.num_samples)]
+        each[problem.name] = metrics(samples, args.k)
+        for group in ("all", problem.package, problem.update_type):
+            groups.setdefault(group, []).append(each[problem.name])
+    groups.pop("", None)
+    means = {}
+    for group, members in groups.items():
+        means[group] = {"problems": len(members)}
+        for name in members[0]:
+            values = [member[name] for member in members if member[name] is not None]
+            if values:
+                means[group][name] = interval(values, *RANGES.get(name, (0, 1)))
+    statuses = Counter()
+    for row in rows.values():
+        if "status" in row:
+            apart = " in process" if row.get("judge") == "in-process" else ""  # weaker evidence
+            statuses[row["status"] + apart] += 1
+    return {"table": means, "statuses": statuses, "problems": each}
 
 
 def number(name, value, sign=""):

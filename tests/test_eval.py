@@ -24,6 +24,7 @@ import data
 import eval
 import reward
 import tasks
+import tasks.judging
 import tasks.migration
 import tasks.problem
 import tasks.table
@@ -188,11 +189,11 @@ def rows_of(*verdicts):
 
 def test_metrics_of_a_problem_by_hand():
     """Stops UPass@k counting answers that never needed the update, and missing code uncounted."""
-    got = eval.metrics(rows_of(*"upfnf"), [1, 5])
+    got = tasks.table.metrics(rows_of(*"upfnf"), [1, 5])
     assert got == pytest.approx({
         "pass@1": 0.4, "pass@5": 1, "UPass@1": 0.2, "UPass@5": 1, "pass_if_formed": 0.4,
         "format": 1, "no_code": 0.2, "cut": 0})  # fmt: skip
-    got = eval.metrics([{"passed": True, "format": True, "stale": 0.0, "es_star": 2.0}], [1])
+    got = tasks.table.metrics([{"passed": True, "format": True, "stale": 0.0, "es_star": 2.0}], [1])
     assert list(got) == ["pass@1", "pass_if_formed", "es_star", "stale", "format"]
 
 
@@ -200,9 +201,9 @@ def test_metrics_without_a_value():
     """Stops ill-formed answers counting as wrong ones in pass_if_formed."""
     right, wrong = {"passed": True}, {"passed": False}
     rows = [right | {"format": False}, right | {"format": True}, wrong | {"format": True}]
-    got = eval.metrics(rows, [1])
+    got = tasks.table.metrics(rows, [1])
     assert got["pass@1"] == pytest.approx(2 / 3) and got["pass_if_formed"] == 0.5
-    got = eval.metrics(rows[:1], [1])
+    got = tasks.table.metrics(rows[:1], [1])
     assert got["pass@1"] == 1 and got["format"] == 0 and got["pass_if_formed"] is None
 
 
@@ -218,7 +219,7 @@ def table_of(found, verdicts, ks=(1,)):
     for problem, text in zip(found, verdicts):
         for j, row in enumerate(rows_of(*text)):
             rows[problem.name, j] = row
-    return eval.tabulate(found, rows, args)
+    return tasks.table.tabulate(found, rows, args)
 
 
 def test_table_by_group():
@@ -268,7 +269,7 @@ def test_passes_in_process_are_counted_apart():
     for row, judge in zip(rows, ("split", "in-process", "in-process", "split")):
         row["judge"] = judge
     args = SimpleNamespace(num_samples=4, k=[1])
-    result = eval.tabulate(found, {("p0", j): row for j, row in enumerate(rows)}, args)
+    result = tasks.table.tabulate(found, {("p0", j): row for j, row in enumerate(rows)}, args)
     assert result["statuses"] == {
         "pass": 1, "pass in process": 1, "fail": 1, "fail in process": 1}  # fmt: skip
     assert tasks.table.show(result).endswith(
@@ -602,11 +603,11 @@ def test_references_by_hand(arena, capsys):
         return replace(arena[0], name=name, reference=code, control=code)
 
     good = [case(f"g{i}", "new") for i in range(19)]
-    assert eval.references([*good, case("bad", "none")], Box()) == 0
+    assert tasks.judging.references([*good, case("bad", "none")], Box()) == 0
     out = capsys.readouterr().out
     assert "bad: fail" in out and "references: 19 of 20 pass, 0 without the update" in out
-    assert eval.references([*good[1:], case("bad", "none")], Box()) == 1
-    assert eval.references([*good, case("leak", "old, new")], Box()) == 1
+    assert tasks.judging.references([*good[1:], case("bad", "none")], Box()) == 1
+    assert tasks.judging.references([*good, case("leak", "old, new")], Box()) == 1
     assert "leak: passes without the update" in capsys.readouterr().out
 
 
@@ -618,7 +619,7 @@ def box_for():
 
         def opened(found):
             try:
-                return stack.enter_context(eval.open_sandbox(found, unsafe=False))
+                return stack.enter_context(tasks.judging.open_sandbox(found, unsafe=False))
             except BadInput as error:
                 pytest.skip(str(error))
 
@@ -633,7 +634,7 @@ def test_arena_in_the_sandbox(write_rows, box_for, capsys):
     rows = [*arena_rows("nested", count=1), arena_rows("flat", RENAMED, 1)[0] | renamed]
     found = tasks.load("codeupdatearena", write_rows(rows))
     box = box_for(found)
-    assert eval.references(found, box) == 0
+    assert tasks.judging.references(found, box) == 0
     assert "2 of 2 pass, 0 without the update" in capsys.readouterr().out
     old = "import colorsys\ndef luma(r, g, b):\n    return colorsys.rgb_to_yiq(r, g, b)[0]"
     stale = found[1].judge(answer(old), box)
@@ -652,7 +653,7 @@ def test_values_that_no_wire_carries(write_rows, box_for, capsys):
     tests = "def test():\n    assert 0.2 < luma().luma < 0.4\n"
     row = arena_rows("flat")[0] | {"ref_solution": code, "unit_tests": tests}
     found = tasks.load("codeupdatearena", write_rows([row]))
-    assert eval.references(found, box_for(found)) == 0
+    assert tasks.judging.references(found, box_for(found)) == 0
     out = capsys.readouterr().out
     assert "1 of 1 pass, 0 without the update; 1 passes were judged in process" in out
 
@@ -775,7 +776,7 @@ def test_humaneval_in_the_sandbox(write_rows, box_for, capsys):
     found = tasks.load("humaneval", write_rows([HUMAN]))
     found += tasks.load("humaneval+", write_rows([bare | PLUS, roots]))
     box = box_for(found)
-    assert eval.references(found, box) == 0
+    assert tasks.judging.references(found, box) == 0
     assert "3 of 3 pass, 0 with an empty body" in capsys.readouterr().out
 
     def judged(problem, code):
@@ -1072,7 +1073,7 @@ def shared(name):
 def test_real_humaneval(box_for, capsys):
     """Stops a HumanEval that is not HumanEval: 164 solutions pass, 164 empty bodies fail."""
     found = tasks.load("humaneval", shared("HumanEval.jsonl.gz"))
-    assert eval.references(found, box_for(found)) == 0
+    assert tasks.judging.references(found, box_for(found)) == 0
     assert "references: 164 of 164 pass, 0 with an empty body" in capsys.readouterr().out
 
 
@@ -1083,5 +1084,5 @@ def test_real_arena(box_for, capsys, tokenizer):
     assert all(problem.encode(tokenizer) for problem in found)
     known = [p for p in found if p.package in ("math", "re", "itertools")]
     some = [p for p in known if "scipy" not in p.setup][::10]
-    assert eval.references(some, box_for(some)) == 0
+    assert tasks.judging.references(some, box_for(some)) == 0
     assert f"references: {len(some)} of {len(some)} pass, 0 without" in capsys.readouterr().out

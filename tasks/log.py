@@ -1,0 +1,40 @@
+"""The log of an evaluation, samples.jsonl, from which the same command continues after a kill."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from training import parallel
+from training.config import BadInput, read_settings
+from training.files import write
+
+# settings that no sample depends on
+MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")
+
+
+def claim(directory, args):
+    """Start in `directory`, or continue there if all that determines the samples is unchanged."""
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    for name in ("model", "adapter", "data"):  # the files behind a name may change
+        path = Path(settings[name] or "none")
+        files = [file for file in (path, *path.glob("*")) if file.is_file()]
+        settings[f"files of {name}"] = sum(file.stat().st_mtime_ns for file in files)
+    if any(directory.glob("samples*.jsonl")):
+        before = read_settings(directory / "config.json")
+        for name, value in settings.items():
+            if before.get(name) != value:
+                change = f"{name} was {before.get(name)!r} in {directory}, now {value!r}"
+                raise BadInput(f"--output: {change}; give another, or delete that directory")
+    elif parallel.RANK == 0:
+        write(directory / "config.json", json.dumps(settings, indent=2).encode())
+
+
+def read_log(directory):
+    """{(problem, sample): row} of all ranks; skips a row that a kill cut short."""
+    rows = {}
+    for path in directory.glob("samples*.jsonl"):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                rows[row["problem"], row["sample"]] = row
+    return rows
