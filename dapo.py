@@ -188,11 +188,7 @@ def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
     config = training.config.parse_config(Config, argv, __doc__)
     run, model, tokenizer, tasks, heldout = training.run.set_up(config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.offload:  # ten times as fast on a CPU; the adapter's cached norm cannot follow it
-        settings["fused"] = True
-    optimizer = torch.optim.AdamW(parameters, **settings)
+    optimizer = training.run.make_optimizer(model, config)
     if config.dry_run:
         return training.run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)

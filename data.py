@@ -16,19 +16,16 @@ completion that SFT copies: the reference after an empty thought.
     python -m tools.check_data my.jsonl    checks a data set of your own
 """
 
-import json
 import random
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub import logging as hub_logging
-from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 
 import reward
 from training.config import BadInput, first_line
+from training.files import HUB_ID, fetch, json_rows
 
 SYSTEM = (
     "You migrate code to a new version of a library. Follow the update notes you are given, "
@@ -47,7 +44,6 @@ Rewrite it for version {new_version}. Reason inside <think> </think>, then give 
 new code inside <answer> </answer>, in a ```python fence."""
 OPENING = "Let me solve this step by step.\n<think>"
 TARGET = "\n{thought}\n</think>\n<answer>\n```python\n{new_code}\n```\n</answer>"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,6 @@ class Example:
     new_code: str
 
 
-def fetch(hub_id, name):
-    """The local path of file `name` of a data set on the hub, downloaded once and cached."""
-    hub_logging.set_verbosity_error()  # silences retries; the final error is reported below
-    try:
-        return Path(hf_hub_download(hub_id, name, repo_type="dataset"))
-    except (OSError, HfHubHTTPError) as error:  # no network, no such data set, no such file in it
-        why = f"cannot fetch {name} of {hub_id!r} from the hub ({first_line(error)})"
-        raise BadInput(f"data: {why}; give a local JSONL file")
-
-
 def locate(source):
     """The local path of `source`: the path itself, or the hub's file."""
     path = Path(source)
@@ -82,21 +68,6 @@ def locate(source):
             f"data: no file {source!r}; give a JSONL file or a hub id like zjunlp/ReCode-Train-Data"
         )
     return fetch(source, source.split("/")[1].lower() + ".jsonl")
-
-
-def json_rows(path, content):
-    """Yield ("PATH, line N", JSON object) for every line of `content`, bytes, that is not blank."""
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise BadInput(f"{where}: not JSON ({error}); each line must be one JSON object")
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: not a JSON object but {type(row).__name__}")
-        yield where, row
 
 
 def read_example(where, row):

@@ -33,7 +33,7 @@ import tasks
 from tasks import judging, table
 from tasks.log import claim, read_log
 from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
-from training import loading, parallel
+from training import checks, loading, parallel
 from training.config import CHOICES, TINY, BadInput, Parser, open_policy
 from training.files import append, write
 
@@ -80,7 +80,7 @@ def evaluate(problems, directory, box, args):
             if not keys <= log.keys():
                 if model is None:
                     model = loading.load_policy(args.model, args.adapter, args.dtype)
-                    recode.check_policy(model, tokenizer, args.model)
+                    checks.check_policy(model, tokenizer, args.model)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done, "give the same command again")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import recode
 import reward
-from training import loading, parallel
+from training import checks, loading, parallel
 from training.config import CHOICES, TINY, BadInput, Parser, open_policy
 from training.run import style
 
@@ -252,7 +252,7 @@ def main(argv=None):
     base, adapter, settings = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
     model = loading.load_policy(base, adapter, args.dtype)
-    recode.check_policy(model, tokenizer, base)
+    checks.check_policy(model, tokenizer, base)
     limit = answer_limit(model, tokenizer, example, settings, args)
     sampling = args.num_samples, limit, args.temperature, args.seed
     new_code, details = migrate(model, tokenizer, example, *sampling)

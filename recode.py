@@ -19,7 +19,6 @@ must be full softmax attention: no sliding window, no soft cap.
 import contextlib
 import dataclasses
 import math
-import sys
 from statistics import fmean as mean
 from typing import NamedTuple
 
@@ -34,8 +33,8 @@ from transformers.masking_utils import sdpa_mask
 
 import data
 import reward
-from training import parallel
-from training.config import BadInput, first_line
+from training import graphs, parallel
+from training.config import BadInput
 
 # ------------------------------------------------------------------------- 1. prompts
 
@@ -111,18 +110,6 @@ def shared_prompt(model, prompt):
 # ------------------------------------------------------------------------- 2. sampling
 
 
-def capture(step):
-    """step() as a CUDA graph: a function that replays it, and the tensor that it fills."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            out = step()
-    finally:  # a failed capture leaves its own stream as the current one
-        torch.cuda.set_stream(stream)
-    return graph.replay, out
-
-
 def on_gpu(model):
     return model.device.type == "cuda"
 
@@ -132,8 +119,7 @@ class Decoder:
 
     The KV cache of a row has the prompt's columns, padded to the longest prompt, then those of the
     completion. Everything that a step reads keeps its address, so on a GPU the step is captured
-    once as a CUDA graph and replayed until rows are dropped or the cache grows. The first step of
-    every graph is checked against the same step run eagerly; if they differ, graphs are given up.
+    once as a CUDA graph and replayed until rows are dropped or the cache grows.
     """
 
     graphs = True  # until one has failed
@@ -191,7 +177,8 @@ class Decoder:
             return self.logits
         logits = self.step()
         if Decoder.graphs and on_gpu(self.model):
-            self.capture_and_check(logits)
+            self.replay, self.logits = graphs.capture_and_check(self.model, self.step, logits)
+            Decoder.graphs = self.replay is not None
         return logits
 
     def step(self):
@@ -212,24 +199,6 @@ class Decoder:
         query = query.view(B, H, -1, dim)  # the heads that share a key, as if they were a sequence
         out = F.scaled_dot_product_attention(query, keys, values, self.bias, scale=scaling)
         return out.reshape(B, 1, -1, out.shape[-1])  # (B, 1, heads, dim)
-
-    def capture_and_check(self, expected):
-        """Capture the step as a graph that must reproduce the `expected` logits."""
-        try:
-            with parallel.unhooked(self.model):
-                self.replay, self.logits = capture(self.step)
-            self.replay()
-            found = self.logits.float().nan_to_num()
-            expected = expected.float().nan_to_num()
-            same = (found - expected).norm() <= 0.05 * expected.norm()  # bf16 kernels: 0.02
-            problem = None if same else "a CUDA graph gave other logits"
-        except RuntimeError as error:
-            problem = f"no CUDA graph: {first_line(error)}"
-        if problem:
-            Decoder.graphs = False
-            self.replay = None
-            effect = "decoding goes on without graphs, several times slower"
-            print(f"warning   {problem}; {effect}", file=sys.stderr)
 
 
 def pick(logits, temperature, noise, top_p=1.0):
@@ -311,7 +280,6 @@ def sample(
 
 # ------------------------------------------------------------------------- 3. log-probabilities
 
-FULL = "full_attention"  # transformers' name of a layer without a window
 MAX_LOGITS = 9_000_000  # at once: 36 MB in fp32; glibc would not give back less than 32 MiB
 MAX_LOGITS_GPU = 16 * MAX_LOGITS  # else the output layer is read more often than it is used
 
@@ -364,30 +332,6 @@ def token_logps(model, prompts, tokens, mask, temperature=1.0):
         cache = prefill(model, prompt)
         rows.append(completion_logps(model, cache, prompt[-1], row, kept, temperature))
     return torch.cat(rows)  # (B, T)
-
-
-@torch.no_grad()
-def check_policy(model, tokenizer, name):
-    """Raise BadInput unless our log-probabilities are those of the model's own forward pass."""
-    words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise BadInput(f"model: {name!r} has {words:,} words, its tokenizer {len(tokenizer):,}")
-    kind = model.config.model_type
-    windows = [each for each in getattr(model.config, "layer_types", None) or [] if each != FULL]
-    if windows or getattr(model.config, "sliding_window", None):
-        raise BadInput(f"model: {kind} with a sliding window is not supported")
-    ids = torch.arange(5, 69, device=model.device)[None] % words  # (1, 64)
-    tokens = ids[:, 32:]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    try:
-        ours = token_logps(model, [ids[0, :32].tolist()], tokens, mask)
-    except RuntimeError:  # its layers do more than call the attention function
-        raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
-    logits = model(ids, use_cache=False).logits[:, 31:-1].float()
-    theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
-    if not error <= (0.3 if model.dtype == torch.bfloat16 else 0.01):
-        raise BadInput(f"model: {kind} computes other logits, by {error:.2f}; not supported")
 
 
 @dataclasses.dataclass

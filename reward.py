@@ -16,15 +16,7 @@ A reward of your own is a function of an answer's Grade and of the whole example
 
     CORRECTNESS["fresh"] = lambda grade, example: -2.0 if grade.stale else grade.es_star
 
-Deviations from the released code, each with a test in tests/test_reward.py:
-  1. Strings are never replaced by placeholders, so code with more than ten of them survives.
-  2. An apostrophe inside a comment does not swallow the code after it.
-  3. The blanks before a removed comment are removed too.
-  4. Two empty programs are equal (no division by zero). NUL bytes, deep nesting and huge literals
-     count as code that does not parse; they do not end the run.
-  5. Only the answer's code counts, so code in the think block earns nothing.
-  6. The total is a number, not two lists added up.
-  7. A second answer block is a format error.
+docs/deviations.md lists what differs from the released code, with a test for each point.
 """
 
 import ast

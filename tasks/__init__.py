@@ -4,7 +4,8 @@
     codeupdatearena  solve a problem with a function that was just changed
     humaneval        complete a function; humaneval+ adds far more tests
 
-problem.py holds what the last two share, table.py the table that eval.py makes of all of them.
+problem.py holds what the last two share. For eval.py, judging.py opens the sandbox, log.py reads
+what is done already, and table.py makes the table.
 
     python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 import data
 import reward
 from training.config import BadInput
+from training.files import fetch, json_rows
 
 SYSTEM = "You write Python code. {}Think first, then answer."
 OBEY = (
@@ -65,7 +66,7 @@ class Problem:
 
 def read_rows(source, hub_id, name):
     """Yield ("PATH, line N", row) of a JSONL file; the source may be the hub id of file `name`."""
-    path = data.fetch(hub_id, name) if source == hub_id else Path(source)
+    path = fetch(hub_id, name) if source == hub_id else Path(source)
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -73,7 +74,7 @@ def read_rows(source, hub_id, name):
     except (OSError, EOFError, zlib.error) as error:
         way_out = f"give a JSONL file (.gz too) or {hub_id}"
         raise BadInput(f"data: cannot read {source!r} ({error}); {way_out}")
-    yield from data.json_rows(path, content)
+    yield from json_rows(path, content)
 
 
 def broken(where, field, why):

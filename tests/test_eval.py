@@ -451,7 +451,7 @@ def test_hub_ids(monkeypatch, tmp_path):
         asked.append((*args, kwargs["repo_type"]))
         raise OSError("no network\nmore")
 
-    monkeypatch.setattr(data, "hf_hub_download", offline)
+    monkeypatch.setattr(files, "hf_hub_download", offline)
     for task, source in tasks.SOURCES.items():
         words = re.escape(f"of {source!r} from the hub (no network); give a local")
         with pytest.raises(BadInput, match=words):

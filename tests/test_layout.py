@@ -14,8 +14,9 @@ EXCLUDED = ("tests", "bench", "tiny", "runs", "figures")  # not part of the code
 LAYERS = (  # a module imports from its own layer and those before it
     ("reward", "sandbox", "training.config", "training.files"),
     ("data", "training.parallel"),
-    ("training.dora", "training.loading", "training.curve"),
+    ("training.dora", "training.loading", "training.curve", "training.graphs"),
     ("recode",),
+    ("training.checks",),
     ("training.run",),
     ("grpo", "dapo", "sft", "eval", "migrate", "tasks"),
     ("tools", "docs"),
@@ -26,8 +27,8 @@ OPTIONAL = ("tensorboard", "torch.utils.tensorboard", "wandb", "peft", "rapidfuz
 LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
 MAX_FILES = 8  # at the top level
-MAX_TOP_LINES = 2300  # in total at the top level; the goal is 1950
-MAX_LINES = 6020  # of all Python but EXCLUDED; the goal is 4300
+MAX_TOP_LINES = 2030  # in total at the top level; the goal is 1950
+MAX_LINES = 6060  # of all Python but EXCLUDED; the goal is 4300
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100
 

@@ -1,1 +1,1 @@
-"""What any run needs: settings, files, loading, adapter, ranks, the run directory, the curve."""
+"""What any run needs: settings, files, loading, adapter, ranks, checks, the run directory."""

@@ -1,10 +1,43 @@
-"""Files that are replaced atomically or appended to line by line, and the lock of a directory."""
+"""Files: JSONL from here or the hub, atomic writes, logs, and the lock of a directory."""
 
 import contextlib
 import json
 import os
+import re
+from pathlib import Path
 
-from training.config import BadInput
+from huggingface_hub import hf_hub_download
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.errors import HfHubHTTPError
+
+from training.config import BadInput, first_line
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name
+
+
+def fetch(hub_id, name):
+    """The local path of file `name` of a data set on the hub, downloaded once and cached."""
+    hub_logging.set_verbosity_error()  # silences retries; the final error is reported below
+    try:
+        return Path(hf_hub_download(hub_id, name, repo_type="dataset"))
+    except (OSError, HfHubHTTPError) as error:  # no network, no such data set, no such file in it
+        why = f"cannot fetch {name} of {hub_id!r} from the hub ({first_line(error)})"
+        raise BadInput(f"data: {why}; give a local JSONL file")
+
+
+def json_rows(path, content):
+    """Yield ("PATH, line N", JSON object) for every line of `content`, bytes, that is not blank."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+            raise BadInput(f"{where}: not JSON ({error}); each line must be one JSON object")
+        if not isinstance(row, dict):
+            raise BadInput(f"{where}: not a JSON object but {type(row).__name__}")
+        yield where, row
 
 
 def write(path, content):

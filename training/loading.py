@@ -15,10 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-import data
 from training import dora, parallel
 from training.config import BadInput, first_line
-from training.files import write
+from training.files import HUB_ID, write
 
 
 def fused_rms_norm(self, x):
@@ -43,7 +42,7 @@ def load_tokenizer(model):
     if path.is_dir():
         if not any((path / name).is_file() for name in TOKENIZERS):
             raise BadInput(f"model: no tokenizer in {model!r}; save one: tokenizer.save_pretrained")
-    elif path.exists() or not data.HUB_ID.fullmatch(model) or looks_local(path):
+    elif path.exists() or not HUB_ID.fullmatch(model) or looks_local(path):
         raise BadInput(f"model: no directory {model!r}; give a run, a checkpoint or a hub id")
     huggingface_hub.logging.set_verbosity_error()  # silences retries; the error is reported below
     try:

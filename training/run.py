@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 import recode
-from training import dora, parallel
+from training import checks, dora, parallel
 from training.config import BadInput, open_policy, read_run, read_settings
 from training.curve import curve
 from training.files import append, lock, unlock, write
@@ -71,8 +71,8 @@ def set_up(config):
     more = f", over {base}" if adapter else ""
     print(f"model     {config.model}{more}", flush=True)
     model = load_model(base, config.dtype)
-    recode.check_policy(model, tokenizer, base)
-    check_context(model, train + heldout, config)
+    checks.check_policy(model, tokenizer, base)
+    checks.check_context(model, train + heldout, config)
     make_trainable(model, config, adapter)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
@@ -105,17 +105,6 @@ def load_tasks(tokenizer, config):
     return train, heldout
 
 
-def check_context(model, tasks, config):
-    """Refuse lengths beyond learned positions; warn where RoPE goes beyond its context."""
-    longest = max(len(prompt) for prompt, _ in tasks) + config.max_new_tokens
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and longest > context:
-        text = f"up to {longest:,} tokens with the completion; the context is {context:,}"
-        if not getattr(model.config, "rope_parameters", None):
-            raise BadInput(f"--max-new-tokens: {text}")
-        print(f"warning   {text}")
-
-
 def make_trainable(model, config, adapter):
     """Add an adapter to `model`, or load one, or shard all weights. Prints header lines."""
     torch.manual_seed(config.seed)
@@ -139,6 +128,15 @@ def make_trainable(model, config, adapter):
     if not config.keep_activations:  # transformers 5.17 has the old name only
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
+def make_optimizer(model, config):
+    """AdamW on what is trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.offload:  # ten times as fast on a CPU; the adapter's cached norm cannot follow it
+        settings["fused"] = True
+    return torch.optim.AdamW(parameters, **settings)
 
 
 def learning_rate(step, config):
