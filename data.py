@@ -64,9 +64,8 @@ def locate(source):
     if path.is_file():
         return path
     if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
-        raise BadInput(
-            f"data: no file {source!r}; give a JSONL file or a hub id like zjunlp/ReCode-Train-Data"
-        )
+        way_out = "give a JSONL file or a hub id like zjunlp/ReCode-Train-Data"
+        raise BadInput(f"data: no file {source!r}; {way_out}")
     return fetch(source, source.split("/")[1].lower() + ".jsonl")
 
 
@@ -175,8 +174,7 @@ def encode_prompt(example, tokenizer):
 def encode_target(example, tokenizer):
     """The token ids of a completion that earns the full reward, with its EOS, list[int].
 
-    The data holds no reasoning, so the thought is empty. Quoting the update note in it was tried
-    too; it made SFT worse on the embedded model's dev.jsonl.
+    The data holds no reasoning, so the thought is empty; quoting the note in it made SFT worse.
     """
     text = TARGET.format(thought="", new_code=example.new_code)
     return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]

@@ -12,15 +12,11 @@ git work tree, or here if there is none; a note on stderr names the directory if
 Exit status: 0 nothing to change, 1 changed, 2 bad input, 3 no usable answer.
 """
 
-import ast
-import difflib
 import json
 import math
 import os
 import re
 import sys
-import warnings
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,22 +24,13 @@ from tqdm import tqdm
 import data
 import recode
 import reward
+from tasks.migration import review
 from training import checks, loading, parallel
 from training.config import CHOICES, TINY, BadInput, Parser, open_policy
+from training.files import diff_path, read_text, unified
 from training.run import style
 
-DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 BLANK = "\ufeff \t\r\n\f"  # may surround the code, and is kept
-
-
-def read_text(name):
-    """The exact text of a UTF-8 file, or of stdin for "-"."""
-    try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8 first")
-    except OSError as error:
-        raise BadInput(f"{name}: cannot be read: {error.strerror}")
 
 
 def read_code(name):
@@ -65,31 +52,10 @@ def read_code(name):
     return text, code
 
 
-def locate(name):
-    """The path in the diff: from the git work tree, else from here, else from its directory."""
-    if name == "-":
-        return "stdin"
-    file = Path(name).resolve()  # git and patch do not follow links
-    root = next((path for path in file.parents if (path / ".git").exists()), Path.cwd())
-    if not file.is_relative_to(root):
-        root = file.parent
-    if root != Path.cwd():
-        print(f"note: the diff is relative to {root}; apply it there", file=sys.stderr)
-    return file.relative_to(root).as_posix()
-
-
 def splice(text, code):
     """`text` with other code: its line endings and what surrounds the code are kept."""
     ending = re.search("\r\n|\r|\n|$", text)[0] or "\n"
     return text.replace(text.strip(BLANK), code.replace("\n", ending))
-
-
-def unified(old, new, path):
-    """The diff of two texts as `git apply` and `patch -p1` take it; "" if they are equal."""
-    old, new = [re.findall("[^\n]*\n|[^\n]+", text) for text in (old, new)]  # no split at \f
-    end = "\t" if " " in path else ""  # tells patch where a name with blanks ends
-    lines = difflib.unified_diff(old, new, f"a/{path}{end}", f"b/{path}{end}")
-    return "".join(x if x.endswith("\n") else f"{x}\n\\ No newline at end of file\n" for x in lines)
 
 
 def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=0.8, seed=0):
@@ -124,40 +90,6 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
         "agreement": agreement if len(usable) > 1 else None,
     }  # fmt: skip
     return code, details
-
-
-def parts(code):
-    """(set of the names in Python code, kind -> Counter of definitions, comments, docstrings)."""
-    with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
-        module, *nodes = ast.walk(ast.parse(code))
-    fields = ("id", "attr", "arg", "name", "module")
-    names = [getattr(node, field, None) or "" for node in nodes for field in fields]
-    defined = [node for node in nodes if isinstance(node, DEFINITION)]
-    docstrings = [ast.get_docstring(node) for node in (module, *defined)]
-    comments = [match["comment"] for match in reward.TOKEN.finditer(code)]
-    return set(".".join(names).split(".")), {
-        "definitions": Counter(node.name for node in defined),
-        "comments": Counter(text.strip() for text in comments if text),
-        "docstrings": Counter(text for text in docstrings if text),
-    }
-
-
-def review(example, code):
-    """What to check in the new code, four lists.
-
-    still_named: names in the note whose last part, `in1d` of `np.in1d`, is a name in the old code
-    and in the new; not the library, and not very short ones. Some are meant to stay, e.g. a
-    function whose argument was renamed.
-    lost_definitions, lost_comments, lost_docstrings: in the old code and not in the new; functions
-    and classes by name, the others word for word.
-    """
-    names, old = parts(example.old_code)
-    new_names, new = parts(code)
-    kept = (names & new_names) - {example.dependency.lower()}
-    noted = dict.fromkeys(re.findall(r"[^\W\d][\w.]*\w\w", example.update_info))  # each once
-    still_named = [name for name in noted if name.rpartition(".")[2] in kept]
-    lost = {f"lost_{kind}": list((old[kind] - new[kind]).elements()) for kind in old}
-    return {"still_named": still_named} | lost
 
 
 def parse_migration(argv):
@@ -246,7 +178,7 @@ def main(argv=None):
     """Migrate a file; the exit status."""
     args = parse_migration(argv)
     text, code = read_code(args.file)
-    path = locate(args.file)
+    path = diff_path(args.file)
     version = args.version.removeprefix("==")
     example = data.Example(args.library, version, "", args.update.strip(), code, "")
     base, adapter, settings = open_policy(args.model)

@@ -27,7 +27,7 @@ OPTIONAL = ("tensorboard", "torch.utils.tensorboard", "wandb", "peft", "rapidfuz
 LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
 MAX_FILES = 8  # at the top level
-MAX_TOP_LINES = 2030  # in total at the top level; the goal is 1950
+MAX_TOP_LINES = 1950  # in total at the top level
 MAX_LINES = 6060  # of all Python but EXCLUDED; the goal is 4300
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100

@@ -247,8 +247,8 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert two.split() == ["5", "0.250", "-1.500", "0.500", *"----", second]
     assert done == f"done: {tmp_path}/new/x.svg"
     names, lines = drawn((tmp_path / "new/x.svg").read_text())
-    assert {first, second, "exact match", "reward"} <= set(names)
-    assert list(map(len, lines)) == [20, 4, 20, 4]  # reward of both, then exact match of both
+    assert {first, second, "exact match", "reward", "stale"} <= set(names)
+    assert list(map(len, lines)) == [20, 4, 20, 4, 20, 5]  # reward, exact match, stale of both
     for short, left in ((lines[1], 50), (lines[3], 430)):
         assert {y for _, y in short} == {290 - 250 / 4}  # a quarter up, in both panels
         assert [x for x, _ in short] == [pytest.approx(left + 300 * i / 19, abs=0.06) for i in range(4)]
@@ -277,7 +277,7 @@ def test_a_run_that_does_not_sample(tmp_path, capsys):
     assert head.split() == "step exact reward stale before exact reward stale".split()
     assert two.index("0.875") + 5 == head.rindex("exact") + 5 and over.index("held") > 32
     names, lines = drawn(picture.read_text())
-    assert [len(line) for line in lines] == [2, 2]
+    assert [len(line) for line in lines] == [2, 2, 2]
     assert grpo_run in names and str(sft_run) not in names
     assert tools.compare.main([str(sft_run), "--output", str(picture)]) == 0
     assert drawn(picture.read_text())[1] == []

@@ -3,8 +3,9 @@
     python -m tools.compare runs/grpo runs/dapo runs/sft
 
 A line holds means of the last ten steps, of sampled answers to training tasks, and the held-out
-result of a finished run: exact match before training, metrics after. The picture shows reward and
-exact match by step, each point a mean of nine; not of sft.py, which trains without sampling.
+result of a finished run: exact match before training, metrics after. The picture shows reward,
+exact match and stale rate by step, each point a mean of nine; not of sft.py, which trains without
+sampling.
 """
 
 import html
@@ -52,10 +53,10 @@ def picture(runs):
         styles.append(style)
         parts.append(f'<path d="M50 {340 + 20 * i}h40" {style}/>')
         parts.append(f'<text x="100" y="{344 + 20 * i}">{html.escape(name)}</text>')
-    for place, (metric, heading, ticks) in enumerate(SERIES[:2]):
+    for place, (metric, heading, ticks) in enumerate(SERIES):
         points = [smooth(known(rows, metric)) for rows in drawn.values()]
         parts += panel(place, heading, span, ticks, zip(points, styles, strict=True))
-    return svg(2, 345 + 20 * len(drawn), parts)
+    return svg(len(SERIES), 345 + 20 * len(drawn), parts)
 
 
 def main(argv=None):
