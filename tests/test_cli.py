@@ -319,8 +319,8 @@ def test_overflowed_weights(script, checkpoint, settings, monkeypatch):
     """Stops overflowed weights from crashing the sampler before the loss is checked."""
     make = run.make_trainable
 
-    def overflowed(model, config):
-        make(model, config)
+    def overflowed(model, *args):
+        make(model, *args)
         model.model.norm.weight.data.fill_(torch.nan)
 
     monkeypatch.setattr(run, "make_trainable", overflowed)
