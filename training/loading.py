@@ -36,14 +36,19 @@ def looks_local(path):
     return path.parent.is_dir() or path.parts[0] in ("runs", "..", ".")
 
 
-def load_tokenizer(model):
-    """The tokenizer of a checkpoint directory or hub id; BadInput without one, or without EOS."""
+def check_name(model):
+    """Raise BadInput unless `model` is a directory with a tokenizer, or may be a hub id."""
     path = Path(model)
     if path.is_dir():
         if not any((path / name).is_file() for name in TOKENIZERS):
             raise BadInput(f"model: no tokenizer in {model!r}; save one: tokenizer.save_pretrained")
     elif path.exists() or not HUB_ID.fullmatch(model) or looks_local(path):
         raise BadInput(f"model: no directory {model!r}; give a run, a checkpoint or a hub id")
+
+
+def load_tokenizer(model):
+    """The tokenizer of a checkpoint directory or hub id; BadInput without one, or without EOS."""
+    check_name(model)
     huggingface_hub.logging.set_verbosity_error()  # silences retries; the error is reported below
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
