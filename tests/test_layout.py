@@ -28,7 +28,7 @@ LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
 MAX_FILES = 8  # at the top level
 MAX_TOP_LINES = 1950  # in total at the top level
-MAX_LINES = 6065  # of all Python but EXCLUDED; the goal is 4300
+MAX_LINES = 6070  # of all Python but EXCLUDED; the goal is 4300
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100
 

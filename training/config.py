@@ -133,6 +133,8 @@ def located(settings, place):
 def read_run(path):
     """The settings of a run directory, from its config.json."""
     settings = read_settings(path / "config.json")
+    if not isinstance(settings.get("model"), str):
+        raise BadInput(f"{path}/config.json: names no model; give the directory of a run")
     began = path.resolve() / settings.get("began_in", "")
     return located(settings, Path(os.path.relpath(began)))
 
@@ -148,7 +150,7 @@ def open_policy(name):
         return str(path / "model"), "", read_run(path)
     if (path / "adapter" / "adapter_config.json").is_file():
         settings = read_run(path)
-        return open_policy(str(settings.get("model", "")))[0], str(path / "adapter"), settings
+        return open_policy(settings["model"])[0], str(path / "adapter"), settings
     beside = path / "defaults.json"
     return name, "", located(read_settings(beside), path) if beside.is_file() else {}
 
@@ -166,7 +168,7 @@ def model_defaults(model):
         return settings
     found = model_defaults(settings["model"])
     if adapter:
-        found |= {name: settings[name] for name in ADAPTER}
+        found |= {name: settings[name] for name in ADAPTER if name in settings}
     return found
 
 
