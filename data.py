@@ -182,8 +182,8 @@ def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
     """[(prompt ids, Example)] of the examples whose prompt fits; `dropped` gets the others."""
     tasks = [(encode_prompt(example, tokenizer), example) for example in examples]
     kept = [task for task in tasks if len(task[0]) <= max_prompt_tokens]
-    if len(kept) < len(tasks):
-        long = [task for task in tasks if len(task[0]) > max_prompt_tokens]
+    long = [task for task in tasks if len(task[0]) > max_prompt_tokens]
+    if long:
         dropped[f"prompt over {max_prompt_tokens} tokens"] = long
     if not kept:
         shortest = min(len(prompt) for prompt, _ in tasks)

@@ -33,7 +33,7 @@ from transformers.masking_utils import sdpa_mask
 
 import data
 import reward
-from training import graphs, parallel
+from training import cuda_graph, parallel
 from training.config import BadInput
 
 # ------------------------------------------------------------------------- 1. prompts
@@ -177,7 +177,7 @@ class Decoder:
             return self.logits
         logits = self.step()
         if Decoder.graphs and on_gpu(self.model):
-            self.replay, self.logits = graphs.capture_and_check(self.model, self.step, logits)
+            self.replay, self.logits = cuda_graph.capture_and_check(self.model, self.step, logits)
             Decoder.graphs = self.replay is not None
         return logits
 

@@ -39,7 +39,7 @@ def metrics(rows, ks):
     values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
     for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
         if name in rows[0]:
-            values[name] = [row[name] for row in rows]
+            values[name] = [row[name] for row in rows if row[name] is not None]
     for name, known in values.items():
         result[name] = mean(known) if known else None
     return result

@@ -198,11 +198,15 @@ def test_metrics_of_a_problem_by_hand():
 
 
 def test_metrics_without_a_value():
-    """Stops ill-formed answers counting as wrong ones in pass_if_formed."""
-    right, wrong = {"passed": True}, {"passed": False}
+    """Stops ill-formed answers counting as wrong ones in pass_if_formed, and None counting as 0.
+
+    Logs of earlier versions have None for stale where no change is asked for.
+    """
+    right, wrong = {"passed": True, "stale": None}, {"passed": False, "stale": None}
     rows = [right | {"format": False}, right | {"format": True}, wrong | {"format": True}]
     got = tasks.table.metrics(rows, [1])
     assert got["pass@1"] == pytest.approx(2 / 3) and got["pass_if_formed"] == 0.5
+    assert got["stale"] is None
     got = tasks.table.metrics(rows[:1], [1])
     assert got["pass@1"] == 1 and got["format"] == 0 and got["pass_if_formed"] is None
 

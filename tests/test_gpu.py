@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import grpo
 import recode
 import training.run
-from training import dora, graphs, loading
+from training import cuda_graph, dora, loading
 
 VIEWS = "view reshape expand permute transpose slice select unsqueeze squeeze alias detach t unbind split".split()
 
@@ -119,7 +119,7 @@ def test_a_failed_capture_restores_the_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.__setitem__(0, stream))
     with pytest.raises(RuntimeError, match="capture failed"):
-        graphs.capture(lambda: None)
+        cuda_graph.capture(lambda: None)
     assert streams == ["main"]
 
 

@@ -14,7 +14,7 @@ EXCLUDED = ("tests", "bench", "tiny", "runs", "figures")  # not part of the code
 LAYERS = (  # a module imports from its own layer and those before it
     ("reward", "sandbox", "training.config", "training.files"),
     ("data", "training.parallel"),
-    ("training.dora", "training.loading", "training.curve", "training.graphs"),
+    ("training.dora", "training.loading", "training.curve", "training.cuda_graph"),
     ("recode",),
     ("training.checks",),
     ("training.run",),

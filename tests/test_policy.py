@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 import grpo
-from training import dora, graphs
+from training import cuda_graph, dora
 import recode
 from conftest import FAMILIES
 from tools import export
@@ -374,7 +374,7 @@ def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
 
         return replay, out
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(recode.Decoder, "graphs", True)
     monkeypatch.setattr(recode, "on_gpu", lambda model: True)
     found = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)

@@ -260,10 +260,11 @@ def test_hostile_completions(code):
     target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
     for text in (answer(code), code, "so</think><answer>" + code, answer(target) + code):
         started = time.process_time()
-        total = reward.score(text, target)
+        update = SimpleNamespace(old_code="old()", new_code=target)
+        total, stale = reward.score(text, target), reward.grade(text, update).stale
         stripped = reward.strip_comments(text)
         assert time.process_time() - started < 1.0
-        assert -3.0 <= total <= 3.0 and isinstance(stripped, str)
+        assert -3.0 <= total <= 3.0 and stale == 0.0 and isinstance(stripped, str)
     tracemalloc.start()
     reward.score(answer(code), target)
     peak = tracemalloc.get_traced_memory()[1]

@@ -23,7 +23,7 @@ import reward
 import sft
 import training.run
 from training import dora, loading, parallel
-from training.config import TINY, BadInput, Parser, read_settings
+from training.config import ROOT, TINY, BadInput, Parser, read_settings
 from training.files import write
 
 SEEDS = (42, 1, 2)
@@ -113,8 +113,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
-    defaults = Path(__file__).parent.parent / "tiny" / "defaults.json"
-    steps = read_settings(defaults)["steps"]
+    steps = read_settings(ROOT / "tiny" / "defaults.json")["steps"]
     add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
     args = parser.parse_args(argv)
     if args.steps < 1:

@@ -155,7 +155,7 @@ def open_policy(name):
     return name, "", located(read_settings(beside), path) if beside.is_file() else {}
 
 
-ADAPTER = ("adapter", "r", "alpha", "targets", "dropout")  # settings of an adapter
+FIXED = ("adapter", "r", "alpha", "targets")  # settings that the adapter of a run fixes
 
 
 def model_defaults(model):
@@ -168,7 +168,7 @@ def model_defaults(model):
         return settings
     found = model_defaults(settings["model"])
     if adapter:
-        found |= {name: settings[name] for name in ADAPTER if name in settings}
+        found |= {name: settings[name] for name in (*FIXED, "dropout") if name in settings}
     return found
 
 
@@ -211,7 +211,7 @@ def parse_config(Config, argv, doc):
     config = Config(**vars(parser.parse_args(argv)))
     check(config)
     if open_policy(model)[1]:
-        for name in ADAPTER[:4]:  # all but dropout
+        for name in FIXED:
             was, now = used[name], getattr(config, name)
             if was != now:
                 way_out = "tools.export makes it a model that takes another adapter"

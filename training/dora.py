@@ -134,6 +134,12 @@ def trained(layer):
     return [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None]
 
 
+def keep_reference(model):
+    """Make the policy as it is now the one that reference() returns to."""
+    for layer in dora_layers(model).values():
+        layer.first = [p.detach().clone() for p in trained(layer)]
+
+
 @torch.no_grad()
 def exchange(model):
     """Make `model` the policy that training started from; the next call undoes it."""

@@ -76,7 +76,7 @@ def set_up(config):
     make_trainable(model, config, adapter)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
-    defaults = Path(config.model) / "defaults.json"
+    defaults = Path(base) / "defaults.json"
     if defaults.is_file() and not config.quiet:
         settings = read_settings(defaults).items()
         text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
@@ -115,8 +115,7 @@ def make_trainable(model, config, adapter):
         what = f"{name}, r {config.r}, on {config.targets}"
         if adapter:
             dora.load_adapter(model, adapter, config.dropout)
-            for layer in dora.dora_layers(model).values():
-                layer.first = [p.detach().clone() for p in dora.trained(layer)]
+            dora.keep_reference(model)
         else:
             dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
     total = sum(p.numel() for p in model.parameters())
