@@ -187,9 +187,8 @@ def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
         dropped[f"prompt over {max_prompt_tokens} tokens"] = long
     if not kept:
         shortest = min(len(prompt) for prompt, _ in tasks)
-        raise BadInput(
-            f"max-prompt-tokens {max_prompt_tokens}: the shortest prompt has {shortest} tokens"
-        )
+        limit = f"max-prompt-tokens {max_prompt_tokens}"
+        raise BadInput(f"{limit}: the shortest prompt has {shortest} tokens")
     return kept
 
 

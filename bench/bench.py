@@ -264,13 +264,15 @@ def bench_checkpoint(checkpoint, data):
     """
     spec = {"checkpoint": checkpoint, "data": data, "prompts": 1, "new_tokens": 160, "longest": 512}
     name = f"step {Path(checkpoint).name} dora, beta 0.001, against TRL"
-    settings = [spec, spec | {"keep_memory": False}, spec]
+    fresh = spec | {"keep_memory": False}
+    settings = [spec, fresh, spec, fresh]
     with contextlib.ExitStack() as stack:
-        scripts = ["bench_work.py", "bench_trl.py", "bench_trl.py"]
+        scripts = ["bench_work.py", "bench_trl.py", "bench_trl.py", "bench_work.py"]
         sides = [stack.enter_context(Side(script, **s)) for script, s in zip(scripts, settings)]
         results = rounds(name, sides, 2)
-    for note, theirs in (("", results[1]), (" with freed memory kept", results[2])):
-        yield compared(name + note, ">= 3", results[0], theirs)
+    notes = ("", " with freed memory kept", ": ours without that")
+    for note, theirs in zip(notes, results[1:], strict=True):
+        yield compared(name + note, ">= 3" if note == "" else "-", results[0], theirs)
         peaks = [max(step["peak"] for step in steps) for steps in (results[0], theirs)]
         yield row(f"{name}{note}: peak memory", peaks[1] / peaks[0], "-", *peaks, "MiB")
 

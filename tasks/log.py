@@ -1,6 +1,7 @@
 """The log of an evaluation, samples.jsonl, from which the same command continues after a kill."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,8 +18,13 @@ def claim(directory, args):
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     for name in ("model", "adapter", "data"):  # the files behind a name may change
         path = Path(settings[name] or "none")
-        files = [file for file in (path, *path.glob("*")) if file.is_file()]
-        settings[f"files of {name}"] = sum(file.stat().st_mtime_ns for file in files)
+        digest = hashlib.sha256()
+        for file in sorted([path, *path.glob("*")]):
+            if file.is_file():
+                large = file.stat().st_size > 100_000_000  # weights: their time has to do
+                content = str(file.stat().st_mtime_ns).encode() if large else file.read_bytes()
+                digest.update(content)
+        settings[f"files of {name}"] = digest.hexdigest()
     if any(directory.glob("samples*.jsonl")):
         before = read_settings(directory / "config.json")
         for name, value in settings.items():

@@ -64,8 +64,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directory, e.g. runs/grpo")
-    default = "figures/compare.svg"
-    add("--output", default=default, metavar="X", help=f"the picture [{default}]")
+    add("--output", default="figures/compare.svg", metavar="X", help="the picture [%(default)s]")
     args = parser.parse_args(argv)
     runs = {str(Path(run)): read_metrics(run) for run in args.runs}
     write(Path(args.output), picture(runs).encode())

@@ -237,12 +237,10 @@ def check(config):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     cache = getattr(config, "overlong_cache", 0)
     full = config.adapter == "none"
+    alone = config.num_samples == 1 and type(config).num_samples > 1  # sft.py compares nothing
     rules = (
         (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
-        (
-            config.num_samples == 1 and type(config).num_samples > 1,
-            "--num-samples 1: advantages compare the samples of a group; give at least 2",
-        ),
+        (alone, "--num-samples 1: advantages compare the samples of a group; give at least 2"),
         (prompts % updates, f"--updates {updates}: must divide --prompts-per-step {prompts}"),
         (prompts < ranks, f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks"),
         (cache > config.max_new_tokens, f"--overlong-cache {cache}: over --max-new-tokens"),

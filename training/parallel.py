@@ -266,10 +266,8 @@ def full_state(model, optimizer):
         return full.cpu() if RANK == 0 else None
 
     state = optimizer.state_dict()
-    moments = {}
-    for i, values in state["state"].items():
-        moments[i] = {key: keep(x) for key, x in values.items()}
-    state["state"] = moments
+    for i, moments in state["state"].items():
+        state["state"][i] = {key: keep(x) for key, x in moments.items()}
     trained = {name: keep(p) for name, p in model.named_parameters() if p.requires_grad}
     return {"trained": trained, "optimizer": state}
 

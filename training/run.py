@@ -237,9 +237,9 @@ def start_wandb(config):
     if not name.is_file():
         write(name, secrets.token_hex(4).encode())
     settings = {"project": "recode", "dir": path, "config": dataclasses.asdict(config)}
-    again = {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
+    settings |= {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
     try:
-        return wandb.init(**settings, **again)
+        return wandb.init(**settings)
     except wandb.Error as error:
         why = " ".join(str(error).split())
         raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
