@@ -65,7 +65,14 @@ def seconds(function, *args, repeat=1):
 
 
 def row(name, ratio, goal, ours, theirs, unit, **more):
-    return {"name": name, "ratio": ratio, "goal": goal, "ours": ours, "theirs": theirs, "unit": unit} | more
+    return {
+        "name": name,
+        "ratio": ratio,
+        "goal": goal,
+        "ours": ours,
+        "theirs": theirs,
+        "unit": unit,
+    } | more
 
 
 def say(text):
@@ -80,7 +87,9 @@ class Side:
 
     def __init__(self, script, **spec):
         command = [sys.executable, HERE / script, json.dumps(spec)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __call__(self):
         self.process.stdin.write("\n")
@@ -145,7 +154,9 @@ def compared(name, goal, ours, theirs):
         "length_theirs": round(mean_length(theirs), 1),
         "steps": len(ours),
     }
-    say(f"{name}: mean length {lengths['length_ours']} against {lengths['length_theirs']} in {len(ours)} steps")
+    say(
+        f"{name}: mean length {lengths['length_ours']} against {lengths['length_theirs']} in {len(ours)} steps"
+    )
     return row(name, other / mine, goal, mine, other, "ms per token", **lengths)
 
 
@@ -171,13 +182,22 @@ def bench_levenshtein():
     assert reward.levenshtein(a, b) == dynamic_programming(a, b)
     ours = seconds(reward.levenshtein, a, b, repeat=50)
     mine, theirs = alternate(5, ours, seconds(dynamic_programming, a, b))
-    yield row("levenshtein, 1000 characters, against plain DP", theirs / mine, ">= 150", mine, theirs, "s")
+    yield row(
+        "levenshtein, 1000 characters, against plain DP", theirs / mine, ">= 150", mine, theirs, "s"
+    )
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         return
     mine, theirs = alternate(15, ours, seconds(Levenshtein.distance, a, b, repeat=500))
-    yield row("levenshtein, 1000 characters, slower than rapidfuzz", mine / theirs, "<= 40", mine, theirs, "s")
+    yield row(
+        "levenshtein, 1000 characters, slower than rapidfuzz",
+        mine / theirs,
+        "<= 40",
+        mine,
+        theirs,
+        "s",
+    )
 
 
 def bench_sampling():
@@ -190,16 +210,32 @@ def bench_sampling():
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "initializer_range": 0.02}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "initializer_range": 0.02,
+    }
     model = random_model("qwen2", 2000, **sizes)
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
     prompts = [torch.randint(4, 2000, (n,)).tolist() for n in range(190, 214, 3)]
     ids = torch.tensor([[0] * (211 - len(prompt)) + prompt for prompt in prompts])
-    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": 8, "max_new_tokens": 128, "pad_token_id": 0}
-    for name, eos, goal in (("equal lengths", [-1], ">= 1.5"), ("varying lengths", list(range(4, 64)), ">= 2")):
+    settings = {
+        "do_sample": True,
+        "top_k": 0,
+        "num_return_sequences": 8,
+        "max_new_tokens": 128,
+        "pad_token_id": 0,
+    }
+    for name, eos, goal in (
+        ("equal lengths", [-1], ">= 1.5"),
+        ("varying lengths", list(range(4, 64)), ">= 2"),
+    ):
         ours = seconds(recode.sample, model, prompts, 8, 128, eos)
-        generate = lambda: model.generate(ids, attention_mask=(ids > 0).long(), eos_token_id=eos, **settings)
+        generate = lambda: model.generate(
+            ids, attention_mask=(ids > 0).long(), eos_token_id=eos, **settings
+        )
         mine, theirs = alternate(3, ours, seconds(generate))
         name = f"sampling 64 rows, 200 + 128 tokens, {name}, against generate"
         yield row(name, theirs / mine, goal, mine, theirs, "s")
@@ -214,11 +250,15 @@ def log_probabilities(kind):
     import recode
 
     torch.set_num_threads(1)
-    model = dora.add_dora(random_model("qwen2", VOCAB, tie_word_embeddings=True), 8, 8.0, 0.0, "q_proj,v_proj")
+    model = dora.add_dora(
+        random_model("qwen2", VOCAB, tie_word_embeddings=True), 8, 8.0, 0.0, "q_proj,v_proj"
+    )
 
     def naive(prompts, tokens, mask):
         ids = torch.cat([torch.tensor(prompts), tokens], 1)
-        logps = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        logps = (
+            model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        )
         return logps[:, -tokens.shape[1] :] * mask
 
     def ours(prompts, tokens, mask):
@@ -226,8 +266,12 @@ def log_probabilities(kind):
 
     def peak(P, T):
         tokens = torch.randint(4, VOCAB, (4, T))
-        {"ours": ours, "naive": naive}[kind]([list(range(4, 4 + P))] * 4, tokens, tokens > 0).sum().backward()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        {"ours": ours, "naive": naive}[kind](
+            [list(range(4, 4 + P))] * 4, tokens, tokens > 0
+        ).sum().backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
 
     before = peak(2, 1)
     print(peak(128, 128) - before)
@@ -238,9 +282,15 @@ def bench_memory():
 
     Runs first, because a process starts with the peak memory of its parent.
     """
-    run = lambda kind: lambda: float(subprocess.check_output([sys.executable, __file__, "--memory", kind], text=True))
+    run = lambda kind: (
+        lambda: float(
+            subprocess.check_output([sys.executable, __file__, "--memory", kind], text=True)
+        )
+    )
     mine, theirs = alternate(3, run("ours"), run("naive"))
-    name = "peak memory of log-probabilities, 512 positions, vocabulary 151,936, against full logits"
+    name = (
+        "peak memory of log-probabilities, 512 positions, vocabulary 151,936, against full logits"
+    )
     yield row(name, theirs / mine, ">= 10", mine, theirs, "MiB")
 
 
@@ -248,11 +298,16 @@ def bench_sandbox():
     """A program with one test in a worker that has torch, against a fresh interpreter."""
     import sandbox
 
-    code, test = "def successor(n):\n    return n + 1\n", "def test():\n    assert successor(1) == 2\n"
+    code, test = (
+        "def successor(n):\n    return n + 1\n",
+        "def test():\n    assert successor(1) == 2\n",
+    )
     with sandbox.Sandbox(("torch",), workers=1) as box:
         assert box.run(code, [test]).passed
         command = [sys.executable, "-c", f"import torch\n{code}{test}test()"]
-        mine, theirs = alternate(9, seconds(box.run, code, [test]), seconds(subprocess.run, command))
+        mine, theirs = alternate(
+            9, seconds(box.run, code, [test]), seconds(subprocess.run, command)
+        )
     name = "a program in the sandbox, torch loaded, against a fresh interpreter"
     yield row(name, theirs / mine, ">= 100", mine, theirs, "s")
 
@@ -296,12 +351,24 @@ def bench_step(shape, adapter, beta, goal, min_rounds, no_checkpointing=False):
     shares = [{part: round(per_token(steps, part), 3) for part in parts} for steps in results]
     for who, side in zip(("ours", "TRL", "TRL without checkpointing"), shares):
         say(f"{name}: ms per token, {who}: {side}")
-    yield compared(name, goal, results[0], results[1]) | {"parts_ours": shares[0], "parts_theirs": shares[1]}
+    yield compared(name, goal, results[0], results[1]) | {
+        "parts_ours": shares[0],
+        "parts_theirs": shares[1],
+    }
     peaks = [max(step["peak"] for step in steps) for steps in results]
-    yield row(f"{name}: peak memory", peaks[1] / peaks[0], ">= 1.67" if beta else "-", *peaks[:2], "MiB")
+    yield row(
+        f"{name}: peak memory", peaks[1] / peaks[0], ">= 1.67" if beta else "-", *peaks[:2], "MiB"
+    )
     if no_checkpointing:
         yield compared(f"{name} without checkpointing", "-", results[0], results[2])
-        yield row(f"{name} without checkpointing: peak memory", peaks[2] / peaks[0], "-", peaks[0], peaks[2], "MiB")
+        yield row(
+            f"{name} without checkpointing: peak memory",
+            peaks[2] / peaks[0],
+            "-",
+            peaks[0],
+            peaks[2],
+            "MiB",
+        )
 
 
 def bench_sampling_calibrated(shape):
@@ -310,7 +377,9 @@ def bench_sampling_calibrated(shape):
 
     spec = work.Spec(shape)
     model = work.build(spec)
-    prompts = [prompt for prompt, _ in work.make_tasks(spec, model.config.vocab_size)[: spec.prompts]]
+    prompts = [
+        prompt for prompt, _ in work.make_tasks(spec, model.config.vocab_size)[: spec.prompts]
+    ]
     name = f"sampling {shape}, tokens per second, against generate"
     yield compared(name, ">= 2.5", *rounds(name, work.samplers(model, prompts, spec), 5))
 
@@ -326,14 +395,20 @@ def bench_training(shape):
     config = work.our_config(spec)
     model = work.adapt(work.build(spec), spec, config)
     batch = work.rollout_batch(model, spec, config)
-    clock, counts = work.clock_of("cpu"), {"tokens": int(batch.mask.sum()), "completions": len(batch.mask)}
+    clock, counts = (
+        work.clock_of("cpu"),
+        {"tokens": int(batch.mask.sum()), "completions": len(batch.mask)},
+    )
 
     def timed(run, *arguments):
         started = clock()
         run(model, batch, *arguments)
         return {"seconds": clock() - started} | counts
 
-    sides = functools.partial(timed, work.grpo.accumulate, config), functools.partial(timed, work.padded_gradient)
+    sides = (
+        functools.partial(timed, work.grpo.accumulate, config),
+        functools.partial(timed, work.padded_gradient),
+    )
     results = rounds(name, sides, 3 if shape == "25M" else 5)
     yield compared(name, ">= 2.5", *results) | {"gradient_error": error}
 
@@ -343,7 +418,14 @@ def bench_growth():
 
     Each row has a fresh process; no completion ends early.
     """
-    base = {"shape": "5M", "end": 0, "prompts": 4, "new_tokens": 128, "shortest": 200, "longest": 200}
+    base = {
+        "shape": "5M",
+        "end": 0,
+        "prompts": 4,
+        "new_tokens": 128,
+        "shortest": 200,
+        "longest": 200,
+    }
     yield "| what grows | | s per step | to the row before | peak MiB | to the row before |"
     yield "|---|---|---|---|---|---|"
     sweeps = {
@@ -357,7 +439,9 @@ def bench_growth():
             with Side("bench_work.py", **base | {name: size}) as side:
                 steps = [side() for _ in range(3)]
             now = median(step["seconds"] for step in steps[1:]), steps[-1]["peak"]
-            time_ratio, peak_ratio = (f"{a / b:.2f}" for a, b in zip(now, before)) if before else ("", "")
+            time_ratio, peak_ratio = (
+                (f"{a / b:.2f}" for a, b in zip(now, before)) if before else ("", "")
+            )
             yield f"| {name} | {size:,} | {now[0]:.2f} | {time_ratio} | {now[1]:.0f} | {peak_ratio} |"
             before = now
 
@@ -375,7 +459,11 @@ def benches():
     """{name: function that yields rows}; those that must start in a small process come first."""
     chosen = {"memory": bench_memory}
     chosen |= {name: functools.partial(bench_step, *arguments) for name, arguments in STEPS.items()}
-    chosen |= {"levenshtein": bench_levenshtein, "sandbox": bench_sandbox, "sampling": bench_sampling}
+    chosen |= {
+        "levenshtein": bench_levenshtein,
+        "sandbox": bench_sandbox,
+        "sampling": bench_sampling,
+    }
     for bench in (bench_sampling_calibrated, bench_training):
         name = "sampling" if bench is bench_sampling_calibrated else "training"
         chosen |= {f"{name} {shape}": functools.partial(bench, shape) for shape in ("5M", "25M")}
@@ -383,7 +471,10 @@ def benches():
 
 
 def show(result, as_json):
-    numbers = ("-" if result[name] is None else f"{result[name]:.4g}" for name in ("ratio", "ours", "theirs"))
+    numbers = (
+        "-" if result[name] is None else f"{result[name]:.4g}"
+        for name in ("ratio", "ours", "theirs")
+    )
     text = "{:<90}{:>8}x   goal {:<8}{} {unit} against {} {unit}"
     ratio, ours, theirs = numbers
     text = text.format(result["name"], ratio, result["goal"], ours, theirs, unit=result["unit"])
@@ -394,12 +485,22 @@ def main():
     form = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--json", action="store_true", help="one JSON object per row [off]")
-    parser.add_argument("--only", default="", metavar="WORD", help="run those with WORD in their name [all]")
-    parser.add_argument("--growth", action="store_true", help="how time and memory grow with the work [off]")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="run those with WORD in their name [all]"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="how time and memory grow with the work [off]"
+    )
     parser.add_argument("--gpu", action="store_true", help="7B shapes on a GPU: bench_gpu.py [off]")
-    parser.add_argument("--checkpoint", metavar="DIR", help="a step of this model against TRL, on an idle machine [none]")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="a step of this model against TRL, on an idle machine [none]",
+    )
     parser.add_argument("--data", metavar="FILE", help="its tasks, JSONL file or hub id [none]")
-    parser.add_argument("--shrink", action="store_true", help=argparse.SUPPRESS)  # --gpu's code, small, on the CPU
+    parser.add_argument(
+        "--shrink", action="store_true", help=argparse.SUPPRESS
+    )  # --gpu's code, small, on the CPU
     parser.add_argument("--memory", choices=("ours", "naive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:

@@ -46,7 +46,10 @@ SHRUNK = Scale("cpu", "shrunk 7B", 2**24, 40, 4, 12, 16, 1 / 8, 64, 32)
 
 def bandwidth(scale):
     """Bytes per second that a large copy reads and writes, the best of ten."""
-    clock, x = work.clock_of(scale.device), torch.ones(scale.copied, dtype=torch.uint8, device=scale.device)
+    clock, x = (
+        work.clock_of(scale.device),
+        torch.ones(scale.copied, dtype=torch.uint8, device=scale.device),
+    )
     y, times = torch.empty_like(x), []
     for _ in range(10):
         started = clock()
@@ -77,7 +80,9 @@ def samplers(scale, prompts, length, new_tokens):
     model = adapted(scale)
     spec = work.Spec(scale.shape, device=scale.device, prompts=prompts, new_tokens=new_tokens)
     torch.manual_seed(1)
-    return work.samplers(model, torch.randint(3, model.config.vocab_size, (prompts, length)).tolist(), spec)
+    return work.samplers(
+        model, torch.randint(3, model.config.vocab_size, (prompts, length)).tolist(), spec
+    )
 
 
 def bench_decode(scale):
@@ -89,12 +94,24 @@ def bench_decode(scale):
         prompt = scale.context - (scale.short + scale.long) // 2
         short, long = (samplers(scale, prompts, prompt, n) for n in (scale.short, scale.long))
         results = rounds(name, (*short, *long), 3, 3)  # ours and generate short, then long
-        short_ours, short_theirs, long_ours, long_theirs = (median(s["seconds"] for s in steps) for steps in results)
+        short_ours, short_theirs, long_ours, long_theirs = (
+            median(s["seconds"] for s in steps) for steps in results
+        )
         mine = 1000 * (long_ours - short_ours) / (scale.long - scale.short)
         theirs = 1000 * (long_theirs - short_theirs) / (scale.long - scale.short)
         limit = 1000 * bytes_read(model, 8 * prompts, scale.context) / speed
-        yield row(f"{name}: times the bandwidth limit", mine / limit, "-", mine, limit, "ms", bytes_per_second=speed)
-        yield row(f"{name}: generate, times the bandwidth limit", theirs / limit, "-", theirs, limit, "ms")
+        yield row(
+            f"{name}: times the bandwidth limit",
+            mine / limit,
+            "-",
+            mine,
+            limit,
+            "ms",
+            bytes_per_second=speed,
+        )
+        yield row(
+            f"{name}: generate, times the bandwidth limit", theirs / limit, "-", theirs, limit, "ms"
+        )
         yield row(f"{name}: against generate", theirs / mine, "-", mine, theirs, "ms")
 
 
@@ -114,7 +131,13 @@ def bench_paper(scale):
     adapted.cache_clear()
     if scale.device != "cpu":
         torch.cuda.empty_cache()
-    spec = {"shape": scale.shape, "device": scale.device, "end": 0, "prompts": 1, "new_tokens": scale.paper_tokens}
+    spec = {
+        "shape": scale.shape,
+        "device": scale.device,
+        "end": 0,
+        "prompts": 1,
+        "new_tokens": scale.paper_tokens,
+    }
     spec |= {"shortest": scale.paper_prompt, "longest": scale.paper_prompt}
     scripts = ["bench_work.py"]
     if all(importlib.util.find_spec(name) for name in ("trl", "peft", "datasets")):
@@ -125,7 +148,10 @@ def bench_paper(scale):
             side()  # warm-up
             results.append([side(), side()])
     for who, steps in zip(("ours", "TRL"), results):
-        parts = {part: round(median(s[part] for s in steps), 3) for part in ("rollout", "reference", "update")}
+        parts = {
+            part: round(median(s[part] for s in steps), 3)
+            for part in ("rollout", "reference", "update")
+        }
         say(f"{name}: seconds, {who}: {parts}")
     times = [median(step["seconds"] for step in steps) for steps in results]
     peaks = [max(step["peak"] for step in steps) for steps in results]
@@ -142,7 +168,9 @@ def against(name, values, unit):
 
 def benches(shrink):
     if not shrink and not torch.cuda.is_available():
-        sys.exit("--gpu: torch sees no CUDA device here; run it where torch.cuda.is_available() is true")
+        sys.exit(
+            "--gpu: torch sees no CUDA device here; run it where torch.cuda.is_available() is true"
+        )
     scale = SHRUNK if shrink else Scale()
     return {
         "decode": functools.partial(bench_decode, scale),

@@ -41,7 +41,10 @@ class OneStepAtATime(TrainerCallback):
         seconds = self.clock() - self.started
         accounted = sum(self.spent[name] for name in ("rollout", "reference"))
         answer = dict(self.spent) | {"seconds": seconds, "update": seconds - accounted}
-        answer |= {"reference": self.spent["reference"], "peak": memory_of(self.spec.device)[1] - self.before}
+        answer |= {
+            "reference": self.spent["reference"],
+            "peak": memory_of(self.spec.device)[1] - self.before,
+        }
         print(json.dumps(answer), file=self.answers, flush=True)
 
 

@@ -85,7 +85,9 @@ def build(spec):
     )  # fmt: skip
     dtype = torch.float32 if spec.device == "cpu" else torch.bfloat16
     with torch.device(spec.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        ).eval()
     set_eos_probability(model, spec.end)
     if spec.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -109,7 +111,9 @@ def set_eos_probability(model, end):
     head[[PAD, EOS, UNK]] = 0
     head[[PAD, EOS, UNK], 0] = -100
     if end:
-        others = model.get_output_embeddings()(hidden.to(head.dtype)).float().logsumexp(-1)  # (128,)
+        others = (
+            model.get_output_embeddings()(hidden.to(head.dtype)).float().logsumexp(-1)
+        )  # (128,)
         wanted = others + torch.tensor(end / (1 - end)).log()
         head[EOS, 0] = (wanted / hidden[:, 0]).mean()
 
@@ -121,9 +125,15 @@ def make_tokenizer(vocab):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     before, after = data.TARGET.format(thought="", new_code="|").split("|")
     steps = [("x", "\nx"), None, (Regex(r"\A\n"), before), (Regex(r"\z"), after)]
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(*s) if s else decoders.Fuse() for s in steps])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(*s) if s else decoders.Fuse() for s in steps]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
     )
 
 
@@ -168,7 +178,11 @@ def workload(spec):
 
 def our_config(spec):
     """Our settings. Dropout is 0 on both sides: with dropout PEFT's DoRA computes W x twice."""
-    sizes = {"prompts_per_step": spec.prompts, "num_samples": spec.num_samples, "max_new_tokens": spec.new_tokens}
+    sizes = {
+        "prompts_per_step": spec.prompts,
+        "num_samples": spec.num_samples,
+        "max_new_tokens": spec.new_tokens,
+    }
     passes = {"micro_tokens": 512, "keep_activations": True} if spec.device == "cpu" else {}
     settings = {"adapter": spec.adapter, "beta": spec.beta, "max_prompt_tokens": spec.longest}
     return grpo.Config(model="", dropout=0.0, lr=1e-6, **settings, **sizes, **passes)
@@ -179,7 +193,9 @@ def adapt(model, spec, config):
     if not config.keep_activations:  # transformers 5.17 has only the gradient_ name
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    return dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora")
+    return dora.add_dora(
+        model, config.r, config.alpha, config.dropout, config.targets, config.adapter == "dora"
+    )
 
 
 def our_sample(model, prompts, spec, seed):
@@ -243,9 +259,20 @@ def our_side(spec):
 def samplers(model, prompts, spec):
     """Two functions that complete `prompts` and return measurements: ours, and generate."""
     clock, seeds, longest = clock_of(spec.device), itertools.count(), max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=spec.device)
-    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": spec.num_samples, "eos_token_id": EOS}
-    settings |= {"max_new_tokens": spec.new_tokens, "pad_token_id": PAD, "attention_mask": (ids != PAD).long()}
+    ids = torch.tensor(
+        [[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=spec.device
+    )
+    settings = {
+        "do_sample": True,
+        "top_k": 0,
+        "num_return_sequences": spec.num_samples,
+        "eos_token_id": EOS,
+    }
+    settings |= {
+        "max_new_tokens": spec.new_tokens,
+        "pad_token_id": PAD,
+        "attention_mask": (ids != PAD).long(),
+    }
 
     def ours():
         started = clock()
@@ -255,7 +282,11 @@ def samplers(model, prompts, spec):
     def theirs():
         started = clock()
         out = model.generate(ids, **settings)[:, longest:]
-        return {"seconds": clock() - started, "tokens": int((out != PAD).sum()), "completions": len(out)}
+        return {
+            "seconds": clock() - started,
+            "tokens": int((out != PAD).sum()),
+            "completions": len(out),
+        }
 
     return ours, theirs
 
@@ -267,14 +298,24 @@ def padded_gradient(model, batch, rows=8):
     rho is 1, the clip is inactive, the loss is - sum of w A rho.
     """
     longest, T = max(map(len, batch.prompts)), batch.tokens.shape[1]
-    prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])[batch.group]  # (B, P)
+    prompts = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch.prompts])[
+        batch.group
+    ]  # (B, P)
     visible = torch.cat([prompts > 0, batch.mask], 1)  # (B, P + T)
     for part in torch.arange(len(prompts)).split(rows):
-        ids, tokens, mask = torch.cat([prompts, batch.tokens], 1)[part], batch.tokens[part], batch.mask[part]
-        logits = model(ids, attention_mask=visible[part].long(), logits_to_keep=T + 1).logits[:, :-1]  # (rows, T, V)
+        ids, tokens, mask = (
+            torch.cat([prompts, batch.tokens], 1)[part],
+            batch.tokens[part],
+            batch.mask[part],
+        )
+        logits = model(ids, attention_mask=visible[part].long(), logits_to_keep=T + 1).logits[
+            :, :-1
+        ]  # (rows, T, V)
         logps = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (rows, T)
         weights = mask / mask.sum(1, keepdim=True) / len(prompts)
-        (-weights * batch.advantages[part, None] * torch.exp(logps - logps.detach())).sum().backward()
+        (
+            -weights * batch.advantages[part, None] * torch.exp(logps - logps.detach())
+        ).sum().backward()
 
 
 def rollout_batch(model, spec, config):
@@ -300,11 +341,16 @@ def gradient_error(shape):
     model.double()
     for p in parameters:
         p.data = p.data.float()
-    for run in (lambda: grpo.accumulate(model, batch, config), lambda: padded_gradient(model, batch)):
+    for run in (
+        lambda: grpo.accumulate(model, batch, config),
+        lambda: padded_gradient(model, batch),
+    ):
         model.zero_grad()
         run()
         gradients.append([p.grad.clone() for p in parameters])
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*gradients, strict=True))
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*gradients, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------- one side as a process
@@ -327,7 +373,9 @@ def memory_of(device):
     if device != "cpu":
         return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
     now = int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])) / 2**10
-    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def serve(step, before, device):
@@ -335,7 +383,9 @@ def serve(step, before, device):
     answers, sys.stdout = sys.stdout, sys.stderr  # only answers go to stdout
     for _ in sys.stdin:
         answer = step()
-        print(json.dumps(answer | {"peak": memory_of(device)[1] - before}), file=answers, flush=True)
+        print(
+            json.dumps(answer | {"peak": memory_of(device)[1] - before}), file=answers, flush=True
+        )
 
 
 def main():

@@ -45,13 +45,19 @@ def spread(monkeypatch):
 def flags(settings):
     """Settings as a command line; True is a flag without a value."""
     pairs = [("--" + name.replace("_", "-"), value) for name, value in settings.items()]
-    return [word for flag, value in pairs for word in ([flag] if value is True else [flag, str(value)])]
+    return [
+        word for flag, value in pairs for word in ([flag] if value is True else [flag, str(value)])
+    ]
 
 
 @pytest.fixture
 def settings(tmp_path, checkpoints, write_rows, rows):
     """The settings of a small run into tmp_path/run."""
-    return SMALL | {"model": checkpoints["qwen2"], "data": write_rows(rows), "output": tmp_path / "run"}
+    return SMALL | {
+        "model": checkpoints["qwen2"],
+        "data": write_rows(rows),
+        "output": tmp_path / "run",
+    }
 
 
 @pytest.fixture
@@ -88,14 +94,21 @@ def contents(directory):
 def metrics(directory):
     """The rows of metrics.jsonl, which must be JSON as other programs know it, without NaN."""
     lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
+    return [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        for line in lines
+    ]
 
 
 def test_error_as_a_program(script, settings):
     """A traceback, or a success in the exit status, for a mistake of the user."""
     argv = flags(settings | {"data": "none.jsonl"})
     done = subprocess.run(
-        [sys.executable, f"{script.__name__}.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, f"{script.__name__}.py", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 2 and done.stdout == "" and not settings["output"].exists()
     assert re.fullmatch(r"error: data: .*'none.jsonl'.*\n", done.stderr)
@@ -129,7 +142,9 @@ def test_bad_settings_of_one_script(script, refused):
     if script is not sft:
         assert "at least 2" in refused(num_samples=1)
     if script is dapo:
-        assert "--overlong-cache 9" in refused(overlong_cache=9) and "--max-tries 0" in refused(max_tries=0)
+        assert "--overlong-cache 9" in refused(overlong_cache=9) and "--max-tries 0" in refused(
+            max_tries=0
+        )
         assert "--overlong-cache -1" in refused(overlong_cache=-1)
 
 
@@ -166,7 +181,14 @@ def test_bad_output(refused, settings):
 
 OTHERWISE = {  # where the others' defaults are not those of the paper's GRPO run
     "grpo": {},
-    "dapo": {"prompts_per_step": 8, "updates": 2, "clip_high": 0.28, "beta": 0.0, "max_tries": 10, "overlong_cache": 0},
+    "dapo": {
+        "prompts_per_step": 8,
+        "updates": 2,
+        "clip_high": 0.28,
+        "beta": 0.0,
+        "max_tries": 10,
+        "overlong_cache": 0,
+    },
     "sft": {"num_samples": 1, "beta": 0.0},
 }
 
@@ -181,7 +203,9 @@ def test_paper_defaults(script, capsys):
     }  # fmt: skip
     config = training.config.parse_config(script.Config, ["--model", "some/model"], "doc")
     paper |= OTHERWISE[script.__name__]
-    assert {name: value for name, value in paper.items() if name in vars(config)}.items() <= vars(config).items()
+    assert {name: value for name, value in paper.items() if name in vars(config)}.items() <= vars(
+        config
+    ).items()
     config = training.config.parse_config(script.Config, [], "doc")
     assert Path(config.data).is_file() and Path(config.heldout).is_file()
     assert Path(config.model).resolve() == ROOT / "tiny"
@@ -190,7 +214,9 @@ def test_paper_defaults(script, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "(eq. 7)" in text
     for field in dataclasses.fields(script.Config):
-        assert re.search(rf"^  --{field.name.replace('_', '-')}(?: X)?\s+\S", text, re.MULTILINE), field.name
+        assert re.search(rf"^  --{field.name.replace('_', '-')}(?: X)?\s+\S", text, re.MULTILINE), (
+            field.name
+        )
 
 
 COLUMNS = "step loss kl grad_norm lr completion_length tokens_per_second seconds_sample seconds_update".split()
@@ -200,26 +226,53 @@ SAMPLED = "reward reward_std format es em stale clip_fraction truncated".split()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_run_directory(script, family, checkpoints, settings, write_rows, rows, capsys):
     """A family of models that breaks the run, or a run that leaves less behind than it promises."""
-    changes = {"description": "as before"}, {"new_code": "("}, {"update_info": None}, {"old_code": "x\n" * 5000}
+    changes = (
+        {"description": "as before"},
+        {"new_code": "("},
+        {"update_info": None},
+        {"old_code": "x\n" * 5000},
+    )
     rows += [rows[0] | change for change in changes]
     settings |= {"model": checkpoints[family], "data": write_rows(rows), "heldout": "0.3"}
     assert script.main(flags(settings)) == 0
     out, path = capsys.readouterr().out, settings["output"]
-    kept = [" 1 dropped: repeat", " 1 dropped: the reference", " 1 dropped: no update", " 1 dropped: prompt over 2048"]
-    assert all(word in out for word in [*kept, "4 tasks kept, 4 rows dropped", "2 tasks", "before", "exact match"])
-    config = {name: str(value) for name, value in json.loads((path / "config.json").read_text()).items()}
+    kept = [
+        " 1 dropped: repeat",
+        " 1 dropped: the reference",
+        " 1 dropped: no update",
+        " 1 dropped: prompt over 2048",
+    ]
+    assert all(
+        word in out
+        for word in [*kept, "4 tasks kept, 4 rows dropped", "2 tasks", "before", "exact match"]
+    )
+    config = {
+        name: str(value) for name, value in json.loads((path / "config.json").read_text()).items()
+    }
     assert config.items() >= {name: str(value) for name, value in settings.items()}.items()
-    assert config.keys() == {field.name for field in dataclasses.fields(script.Config)} | {"began_in"}
+    assert config.keys() == {field.name for field in dataclasses.fields(script.Config)} | {
+        "began_in"
+    }
     table = metrics(path)
     columns = COLUMNS if script is sft else COLUMNS + SAMPLED
-    assert [row["step"] for row in table] == [1, 2] and all(row.keys() >= set(columns) for row in table)
+    assert [row["step"] for row in table] == [1, 2] and all(
+        row.keys() >= set(columns) for row in table
+    )
     assert all(isinstance(row[name], int | float) for row in table for name in columns)
-    assert all(-3 <= row.get("reward", 0) <= 3 and ("reward" in row) == (script is not sft) for row in table)
+    assert all(
+        -3 <= row.get("reward", 0) <= 3 and ("reward" in row) == (script is not sft)
+        for row in table
+    )
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
-    assert samples and all(isinstance(sample["completion"], str) and "reward" in sample for sample in samples)
+    assert samples and all(
+        isinstance(sample["completion"], str) and "reward" in sample for sample in samples
+    )
     assert ElementTree.parse(path / "curve.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert list((path / "checkpoint").iterdir()) and not list(path.rglob("*.tmp"))
-    assert {file.name for file in (path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_no_chat_template(script, checkpoint, settings, capsys):
@@ -266,7 +319,9 @@ def test_full_disk(script, settings, monkeypatch, when):
         with pytest.raises(BadInput, match="cannot write .*: No space left"):
             script.main(flags(settings | {"resume": True}))
     assert before.keys() == contents(settings["output"]).keys()
-    assert torch.load(settings["output"] / "checkpoint/state.pt", weights_only=True)["state"]["step"] in (2, 3, 4)
+    assert torch.load(settings["output"] / "checkpoint/state.pt", weights_only=True)["state"][
+        "step"
+    ] in (2, 3, 4)
     ElementTree.parse(settings["output"] / "curve.svg")
     json.loads((settings["output"] / "config.json").read_text())
     assert script.main(flags(settings | {"resume": True})) == 0
@@ -282,7 +337,9 @@ def spoil(script, monkeypatch):
         done = []
         monkeypatch.setattr(script, "update", lambda *args: done.append(0) or update(*args))
         factor = lambda: torch.nan if len(done) in steps else 1.0
-        monkeypatch.setattr(script, "objective", lambda *args, **more: objective(*args, **more) * factor())
+        monkeypatch.setattr(
+            script, "objective", lambda *args, **more: objective(*args, **more) * factor()
+        )
 
     return start
 
@@ -293,9 +350,13 @@ def test_skipped_steps(script, settings, spoil):
     assert script.main(flags(settings | {"steps": 8, "save_every": 1})) == 0
     rows = metrics(settings["output"])
     assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 1, 0, 1]
-    assert all((row["loss"] is None) == (row["grad_norm"] is None) == bool(row["skipped"]) for row in rows)
+    assert all(
+        (row["loss"] is None) == (row["grad_norm"] is None) == bool(row["skipped"]) for row in rows
+    )
     saved = torch.load(settings["output"] / "checkpoint/state.pt", weights_only=True)
-    assert saved["state"]["step"] == 8 and all(tensor.isfinite().all() for tensor in saved["trained"].values())
+    assert saved["state"]["step"] == 8 and all(
+        tensor.isfinite().all() for tensor in saved["trained"].values()
+    )
 
 
 @pytest.mark.parametrize("save_every", [1, 100])
@@ -333,10 +394,16 @@ def test_interrupt_and_resume(script, settings):
     settings |= {"steps": 100_000, "show_every": 100_000, "save_every": 100_000}
     log = settings["output"] / "metrics.jsonl"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, f"{script.__name__}.py", *flags(settings)], cwd=ROOT, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, f"{script.__name__}.py", *flags(settings)], cwd=ROOT, **pipes
+    )
     try:
         deadline = time.monotonic() + 100
-        while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (log.exists() and log.read_text())
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=100)

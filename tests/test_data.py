@@ -29,20 +29,40 @@ REAL = SHARED / "data" / "recode-train-data.jsonl"
 
 def test_good_rows(rows, write_rows):
     """Rows in another order, or a version with its "==", would make another prompt of the same data."""
-    rows[1]["new_version"], rows[2]["new_version"], rows[3]["new_version"] = "2.0.1", None, "== 1.0rc1"
+    rows[1]["new_version"], rows[2]["new_version"], rows[3]["new_version"] = (
+        "2.0.1",
+        None,
+        "== 1.0rc1",
+    )
     rows[4] |= {"description": None, "extra": 1}
     examples = data.load_examples(write_rows([*rows[:3], "", "  ", *rows[3:]]), dropped := {})
     assert [vars(example).keys() for example in examples] == [ROWS[0].keys()] * 6 and not dropped
-    assert [example.new_version for example in examples] == ["2.0", "2.0.1", "", "1.0rc1", "2.0", "2.0"]
+    assert [example.new_version for example in examples] == [
+        "2.0",
+        "2.0.1",
+        "",
+        "1.0rc1",
+        "2.0",
+        "2.0",
+    ]
     for example, row in zip(examples, rows):
         texts = {name: row[name] if row[name] is not None else "" for name in ROWS[0]}
         assert example == Example(**texts | {"new_version": example.new_version})
 
 
 DROPPED = {
-    "no update note or no code": [{"update_info": None}, {"old_code": ""}, {"new_code": None}, {"dependency": ""}],
+    "no update note or no code": [
+        {"update_info": None},
+        {"old_code": ""},
+        {"new_code": None},
+        {"dependency": ""},
+    ],
     "not valid Unicode": [{"old_code": "x = '\ud800'"}, {"description": "\udc80"}],
-    "the reference does not parse": [{"new_code": "x = ("}, {"new_code": "x = '\0'"}, {"new_code": "(" * 5000}],
+    "the reference does not parse": [
+        {"new_code": "x = ("},
+        {"new_code": "x = '\0'"},
+        {"new_code": "(" * 5000},
+    ],
     "repeat of an earlier row": [{"description": "another", "new_version": "9"}],
 }
 
@@ -83,7 +103,9 @@ def test_broken_line(rows, write_rows):
 
 def test_unusable_file(tmp_path, rows, write_rows):
     """A file that is missing, empty, not text or without a usable row ends in a traceback or an empty run."""
-    (tmp_path / "bytes.jsonl").write_bytes(json.dumps(rows[0]).encode() + b'\n{"dependency": "\xff\xfe"}\n')
+    (tmp_path / "bytes.jsonl").write_bytes(
+        json.dumps(rows[0]).encode() + b'\n{"dependency": "\xff\xfe"}\n'
+    )
     message = refusal(data.load_examples, str(tmp_path / "bytes.jsonl"))
     assert "bytes.jsonl, line 2" in message and "UTF-8" in message.upper().replace("UTF8", "UTF-8")
     for missing in (str(tmp_path / "none.jsonl"), str(tmp_path), "none", "some/none.jsonl", ""):
@@ -91,10 +113,21 @@ def test_unusable_file(tmp_path, rows, write_rows):
     for content in ("", "\n\n"):
         (tmp_path / "empty.jsonl").write_text(content)
         message = refusal(data.load_examples, str(tmp_path / "empty.jsonl"))
-        assert "empty.jsonl" in message and "no usable row" in message and "empty" in message.split("': ")[1]
-    useless = [rows[0] | {"new_code": "x = ("}, rows[1] | {"new_code": ")"}, rows[2] | {"old_code": None}]
+        assert (
+            "empty.jsonl" in message
+            and "no usable row" in message
+            and "empty" in message.split("': ")[1]
+        )
+    useless = [
+        rows[0] | {"new_code": "x = ("},
+        rows[1] | {"new_code": ")"},
+        rows[2] | {"old_code": None},
+    ]
     message = refusal(data.load_examples, write_rows(useless))
-    assert all(word in message for word in ("data.jsonl", "no usable row", "2 the reference", "1 no update note"))
+    assert all(
+        word in message
+        for word in ("data.jsonl", "no usable row", "2 the reference", "1 no update note")
+    )
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
@@ -103,7 +136,9 @@ def test_real_data():
     examples = data.load_examples(str(REAL), dropped := {})
     counts = {reason: len(places) for reason, places in dropped.items()}
     assert len(examples) == 1646 and sum(counts.values()) == 1781 - 1646
-    assert counts["no update note or no code"] == 21 and counts["the reference does not parse"] == 50
+    assert (
+        counts["no update note or no code"] == 21 and counts["the reference does not parse"] == 50
+    )
     assert counts["repeat of an earlier row"] == 64
     assert not any(example.new_version.startswith("=") for example in examples)
 
@@ -113,7 +148,9 @@ def test_split_heldout(write_rows):
     examples = [Example(**ROWS[0] | {"update_info": str(i)}) for i in range(40)]
     train, heldout = data.split_heldout("0.2", examples, 1)
     assert len(heldout) == 8 and sorted(train + heldout, key=examples.index) == examples
-    assert train == sorted(train, key=examples.index) and data.split_heldout("0.2", examples, 1) == (train, heldout)
+    assert train == sorted(train, key=examples.index) and data.split_heldout(
+        "0.2", examples, 1
+    ) == (train, heldout)
     assert data.split_heldout(".2", examples, 2)[1] != heldout
     assert data.split_heldout("", examples, 1) == (examples, [])
     from_file = data.split_heldout(write_rows(ROWS[:2]), examples, 1)
@@ -122,7 +159,9 @@ def test_split_heldout(write_rows):
 
 def test_split_heldout_by_note(write_rows):
     """Stops a held-out row whose note, hence its answer, was seen in training with other code."""
-    places = [(library, note, i) for i in range(5) for note in "abcdef" for library in ("one", "two")]
+    places = [
+        (library, note, i) for i in range(5) for note in "abcdef" for library in ("one", "two")
+    ]
     examples = [
         Example(**ROWS[0] | {"dependency": library, "update_info": note, "old_code": f"x = {i}"})
         for library, note, i in places
@@ -137,8 +176,12 @@ def test_split_heldout_by_note(write_rows):
     assert again == (train[::-1], heldout[::-1])
     source = write_rows([vars(e) for e in examples])
     code = "import data, sys; print(data.split_heldout('0.25', data.load_examples(sys.argv[1]), 42)[1])"
-    shown = {python(os.environ | {"PYTHONHASHSEED": seed}, "-c", code, source).stdout for seed in "12"}
-    assert [eval(text) for text in shown] == [data.split_heldout("0.25", data.load_examples(source), 42)[1]]
+    shown = {
+        python(os.environ | {"PYTHONHASHSEED": seed}, "-c", code, source).stdout for seed in "12"
+    }
+    assert [eval(text) for text in shown] == [
+        data.split_heldout("0.25", data.load_examples(source), 42)[1]
+    ]
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
@@ -158,17 +201,34 @@ def test_bad_heldout(rows, write_rows):
 
 def test_prompt_through_the_chat_template(tokenizer):
     """A closed assistant turn, or a prompt put together by hand, is not what the model was trained on."""
-    changes = {"new_version": "2.0", "old_code": "x = f'{a}'  # {new_code} {0}", "description": "hidden"}
+    changes = {
+        "new_version": "2.0",
+        "old_code": "x = f'{a}'  # {new_code} {0}",
+        "description": "hidden",
+    }
     example = Example(**ROWS[0] | changes)
     ids = data.encode_prompt(example, tokenizer)
     user = data.USER.format(**vars(example))
-    contents = {"system": data.SYSTEM, "user": user, "assistant": "Let me solve this step by step.\n<think>"}
+    contents = {
+        "system": data.SYSTEM,
+        "user": user,
+        "assistant": "Let me solve this step by step.\n<think>",
+    }
     messages = [{"role": role, "content": content} for role, content in contents.items()]
-    open_turn = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    open_turn = tokenizer.apply_chat_template(
+        messages, continue_final_message=True, return_dict=False
+    )
     assert ids == open_turn and all(type(i) is int for i in ids)
     text = tokenizer.decode(ids)
-    assert text.endswith("<think>") and tokenizer.eos_token not in text[text.rindex("Let me solve") :]
-    for shown in ("mathlib", "2.0", f"<doc>\n{ROWS[0]['update_info']}\n</doc>", f"```python\n{example.old_code}\n```"):
+    assert (
+        text.endswith("<think>") and tokenizer.eos_token not in text[text.rindex("Let me solve") :]
+    )
+    for shown in (
+        "mathlib",
+        "2.0",
+        f"<doc>\n{ROWS[0]['update_info']}\n</doc>",
+        f"```python\n{example.old_code}\n```",
+    ):
         assert shown in user and shown in text
     assert "hidden" not in text and "double_0(4)" not in text and "==" not in text
 
@@ -184,14 +244,19 @@ def test_prompt_without_chat_template(tokenizer):
 
 def test_long_prompts(tokenizer):
     """A prompt over the limit is trained on, or disappears without being counted."""
-    examples = [Example(**ROWS[i] | {"old_code": "x = 1\n" * (1 + 40 * (i == 1))}) for i in range(3)]
+    examples = [
+        Example(**ROWS[i] | {"old_code": "x = 1\n" * (1 + 40 * (i == 1))}) for i in range(3)
+    ]
     prompts = [data.encode_prompt(example, tokenizer) for example in examples]
     limit = max(len(prompts[0]), len(prompts[2]))
     kept = data.encode_tasks(examples, tokenizer, limit, dropped := {})
     assert kept == [(prompts[0], examples[0]), (prompts[2], examples[2])]
     long = {f"prompt over {limit} tokens": [(prompts[1], examples[1])]}
     assert dropped == long
-    assert len(data.encode_tasks(examples, tokenizer, len(prompts[1]), dropped)) == 3 and dropped == long
+    assert (
+        len(data.encode_tasks(examples, tokenizer, len(prompts[1]), dropped)) == 3
+        and dropped == long
+    )
     shortest = min(map(len, prompts))
     message = refusal(data.encode_tasks, examples, tokenizer, shortest - 1, {})
     assert f"max-prompt-tokens {shortest - 1}" in message and f"{shortest} tokens" in message
@@ -205,7 +270,10 @@ def test_draw():
     assert all(sorted(epoch) == tasks for epoch in epochs) and len(set(map(tuple, epochs))) > 5
     assert stream == data.draw(tasks, 0, 70, 5) and tasks == sorted(tasks)
     for size in (1, 2, 3, 10):
-        assert sum([data.draw(tasks, i, min(size, 70 - i), 5) for i in range(0, 70, size)], []) == stream
+        assert (
+            sum([data.draw(tasks, i, min(size, 70 - i), 5) for i in range(0, 70, size)], [])
+            == stream
+        )
     assert data.draw(tasks, 0, 70, 6) != stream
     assert data.draw(tasks[:1], 3, 4, 5) == tasks[:1] * 4
 
@@ -224,14 +292,19 @@ def hub(tmp_path, rows, write_rows, checkpoints):
             path, headers = urllib.parse.urlsplit(self.path).path, {"X-Repo-Commit": "0" * 40}
             repo = root / re.sub(r"^/(api/models/)?|/(resolve|tree)/main.*", "", path)
             name, content = path.partition("/resolve/main/")[2], None
-            files = [{"path": file.name, "rfilename": file.name, "type": "file", "oid": "0"} for file in repo.glob("*")]
+            files = [
+                {"path": file.name, "rfilename": file.name, "type": "file", "oid": "0"}
+                for file in repo.glob("*")
+            ]
             if name and (repo / name).is_file():
                 content = (repo / name).read_bytes()
                 headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
             elif path.endswith("/tree/main"):
                 content = json.dumps(files).encode()
             elif path == f"/api/models/{repo.relative_to(root)}" and files:
-                content = json.dumps({"id": path[len("/api/models/") :], "siblings": files}).encode()
+                content = json.dumps(
+                    {"id": path[len("/api/models/") :], "siblings": files}
+                ).encode()
             else:
                 headers["X-Error-Code"] = "EntryNotFound" if files else "RepoNotFound"
             self.send_response(404 if content is None else 200)
@@ -246,15 +319,23 @@ def hub(tmp_path, rows, write_rows, checkpoints):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+    }
     address = f"http://127.0.0.1:{server.server_port}"
-    yield inherited | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}, requests
+    yield (
+        inherited
+        | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"},
+        requests,
+    )
     server.shutdown()
     server.server_close()
 
 
 def python(env, *argv):
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 LOAD = "import data, sys; print([e.update_info for e in data.load_examples(sys.argv[1])])"
@@ -267,11 +348,17 @@ def test_hub(hub, tmp_path):
     assert eval(python(env, "-c", LOAD, "acme/Toy-Data").stdout) == expected
     assert "GET /datasets/acme/Toy-Data/resolve/main/toy-data.jsonl" in requests
     fetched = len(requests)
-    assert eval(python(env | {"HF_HUB_OFFLINE": "1"}, "-c", LOAD, "acme/Toy-Data").stdout) == expected
+    assert (
+        eval(python(env | {"HF_HUB_OFFLINE": "1"}, "-c", LOAD, "acme/Toy-Data").stdout) == expected
+    )
     assert len(requests) == fetched  # the cache is enough
     flags = "--model acme/toy-model --data acme/Toy-Data --steps 1 --num-samples 2 --max-new-tokens 8 --r 4"
     done = python(env, "grpo.py", *flags.split(), "--output", str(tmp_path / "run"))
-    assert done.returncode == 0 and "6 tasks kept" in done.stdout and (tmp_path / "run/adapter").is_dir()
+    assert (
+        done.returncode == 0
+        and "6 tasks kept" in done.stdout
+        and (tmp_path / "run/adapter").is_dir()
+    )
     assert "GET /acme/toy-model/resolve/main/model.safetensors" in requests
 
 
@@ -298,7 +385,11 @@ def test_hub_out_of_reach(hub, write_rows, rows, tmp_path, trouble):
     done = python(env, "-c", REFUSED, write_rows(rows), str(tmp_path / "run"))
     lines = done.stderr.splitlines()
     assert done.stdout.split() == ["2", "2"] and len(lines) == 2, done.stderr
-    assert lines[0].startswith("error: model: ") and "acme/none" in lines[0] and "directory" in lines[0]
+    assert (
+        lines[0].startswith("error: model: ")
+        and "acme/none" in lines[0]
+        and "directory" in lines[0]
+    )
     assert lines[1].startswith("error: data: ") and "acme/None" in lines[1] and "local" in lines[1]
     assert not (tmp_path / "run").exists()
 
@@ -365,9 +456,14 @@ def test_own_data_set_is_split(write_rows, rows, tmp_path, capsys):
     source = write_rows([*rows, rows[0] | {"new_code": "("}, rows[1]])
     lines = look(capsys, source, "--split", "0.25", str(tmp_path / "new/mine"))
     examples = data.load_examples(source)
-    parts = [data.load_examples(str(tmp_path / f"new/mine/{name}.jsonl")) for name in ("train", "heldout")]
+    parts = [
+        data.load_examples(str(tmp_path / f"new/mine/{name}.jsonl"))
+        for name in ("train", "heldout")
+    ]
     assert parts == list(data.split_heldout("0.25", examples, grpo.Config().seed))
-    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, examples)) and len(examples) == 12
+    assert (
+        sorted(map(str, parts[0] + parts[1])) == sorted(map(str, examples)) and len(examples) == 12
+    )
     assert f"split     {tmp_path}/new/mine/heldout.jsonl: {len(parts[1])} rows" in lines
     kept = {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
     message = refusal(check_data.main, [source, "--split", "0.5", str(tmp_path / "new/mine")])

@@ -39,7 +39,11 @@ def violation(old, new):
     for hunk in hunks(text):
         lines = [line[2:] for line in hunk.split("\n") if line[:1] in "<>"]
         for side in re.findall(r"(?m)(?:^<.*\n?)+|(?:^>.*\n?)+", hunk):
-            numbers = {n for found in re.findall(r"eq\. ([\d, ]+)", side) for n in re.findall(r"\d+", found)}
+            numbers = {
+                n
+                for found in re.findall(r"eq\. ([\d, ]+)", side)
+                for n in re.findall(r"\d+", found)
+            }
             if not numbers or not numbers <= stated:
                 return f"no equation that both docstrings state:\n{hunk}"
         if bad := [line for line in lines if PLUMBING.search(line)]:
@@ -77,19 +81,31 @@ def test_the_diff_test_can_fail(tmp_path, old, new, word):
 def test_same_functions_in_the_same_order():
     """Stops a reader from having to search for a function's counterpart, and a different main."""
     trees = [ast.parse((ROOT / f"{name}.py").read_text()).body for name in ("grpo", "dapo", "sft")]
-    names = [[node.name for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)] for tree in trees]
+    names = [
+        [node.name for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        for tree in trees
+    ]
     assert names[0] == names[1] == names[2] and names[0][-1] == "main"
     for same in ("k3", "main"):
-        texts = [ast.unparse(node) for tree in trees for node in tree if getattr(node, "name", "") == same]
+        texts = [
+            ast.unparse(node)
+            for tree in trees
+            for node in tree
+            if getattr(node, "name", "") == same
+        ]
         assert len(texts) == 3 and len(set(texts)) == 1
-    imports = [[ast.unparse(n) for n in tree if isinstance(n, ast.Import | ast.ImportFrom)] for tree in trees]
+    imports = [
+        [ast.unparse(n) for n in tree if isinstance(n, ast.Import | ast.ImportFrom)]
+        for tree in trees
+    ]
     assert imports[0] == imports[1] == imports[2]
 
 
 def test_settings_are_the_same_but_for_the_algorithm():
     """Stops settings from drifting apart: a comparison of the three would compare them too."""
     settings = [
-        {f.name: f.default for f in dataclasses.fields(s.Config) if f.name != "output"} for s in (grpo, dapo, sft)
+        {f.name: f.default for f in dataclasses.fields(s.Config) if f.name != "output"}
+        for s in (grpo, dapo, sft)
     ]
     same = lambda other: {name for name, value in settings[0].items() if other.get(name) != value}
     assert same(settings[1]) == {"prompts_per_step", "clip_high", "beta", "updates"}

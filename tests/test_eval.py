@@ -836,8 +836,16 @@ def test_run_directory(command, tmp_path, capsys):
         assert row["passed"] is False
     assert len({row["completion"] for row in log.values()}) > 12
     assert table["table"]["all"].keys() == {
-        "problems", "pass@1", "pass@2", "reward", "es_star", "em_star", "stale", "format",
-        "no_code", "cut",
+        "problems",
+        "pass@1",
+        "pass@2",
+        "reward",
+        "es_star",
+        "em_star",
+        "stale",
+        "format",
+        "no_code",
+        "cut",
     }  # fmt: skip  no answer is well-formed, so pass_if_formed has no value
     assert table["table"]["all"]["cut"][0] == np.mean([row["cut"] for row in log.values()]) > 0.5
     assert json.loads((path / "config.json").read_text())["num_samples"] == 3

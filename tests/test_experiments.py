@@ -188,7 +188,9 @@ def test_a_lost_run_ends_the_suite(tmp_path, monkeypatch, evaluated):
     monkeypatch.setattr(sft, "main", lambda argv: 1)
     assert experiments.main(["--output", str(tmp_path / "x")]) == 1
     assert len(evaluated) == 3  # the base model, on three files
-    assert not list(tmp_path.glob("x/sft*/result.json")) and not (tmp_path / "x" / "table.md").exists()
+    assert (
+        not list(tmp_path.glob("x/sft*/result.json")) and not (tmp_path / "x" / "table.md").exists()
+    )
 
 
 def test_readme_shows_the_table_as_it_came_out():

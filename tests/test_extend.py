@@ -33,7 +33,15 @@ def edited(path, edits):
 
 
 def flags(tmp_path, checkpoints, write_rows, rows, name):
-    return [*SMALL, "--model", checkpoints["qwen2"], "--data", write_rows(rows), "--output", str(tmp_path / name)]
+    return [
+        *SMALL,
+        "--model",
+        checkpoints["qwen2"],
+        "--data",
+        write_rows(rows),
+        "--output",
+        str(tmp_path / name),
+    ]
 
 
 def test_a_fourth_algorithm(tmp_path, checkpoints, write_rows, rows):
@@ -42,11 +50,20 @@ def test_a_fourth_algorithm(tmp_path, checkpoints, write_rows, rows):
     assert changed <= 6
     script = edited(tmp_path / "entropy.py", ENTROPY)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
         more = ["--bonus", "0.0" if name == "one" else "0.5"]
         argv = [*start, script, *flags(tmp_path, checkpoints, write_rows, rows, name), *more]
-        done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            argv, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 2 and all(json.loads(line)["entropy"] > 0 for line in lines)
@@ -76,7 +93,9 @@ def test_an_answer_is_graded_once(monkeypatch):
     calls = []
     for name in ("extract_code", "parses", "levenshtein"):
         real = getattr(reward, name)
-        monkeypatch.setattr(reward, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+        monkeypatch.setattr(
+            reward, name, lambda *args, real=real, name=name: calls.append(name) or real(*args)
+        )
     example = data.Example("lib", "2", "", "note", "x = 1", "x = 2")
     grade = reward.grade("\n</think>\n<answer>\n```python\nx = 3\n```\n</answer>", example)
     reward.total(grade, example)

@@ -70,7 +70,9 @@ def test_kernels_of_a_decoding_step(drop, monkeypatch):
     kernels: each fused kernel is replaced by a single operation.
     """
     one = lambda x, *args, **kwargs: torch.zeros_like(x)
-    fused = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": one, "rms_norm": one})
+    fused = types.SimpleNamespace(
+        **vars(F) | {"scaled_dot_product_attention": one, "rms_norm": one}
+    )
     monkeypatch.setattr(recode, "F", fused)
     monkeypatch.setattr(loading, "F", fused)
     assert count(torch.bfloat16, drop) <= 1000
@@ -128,7 +130,9 @@ def test_fused_norm_equals_the_models_own():
     model = random_model("llama")
     x = torch.randn(3, 5, 64)
     layer = model.model.norm
-    expected = layer.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.variance_epsilon)
+    expected = (
+        layer.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.variance_epsilon)
+    )
     torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)
 
 

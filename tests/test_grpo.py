@@ -15,17 +15,33 @@ from training import loading
 
 # ------------------------------------------------------------------------- the objective
 
-GOLDEN = json.loads((SHARED / "golden_losses.json").read_text()) if SHARED.is_dir() else {"cases": [], "advantages": []}
-CASES = [case for case in GOLDEN["cases"] if "grpo" in case["name"] and "dr_grpo" not in case["name"]]
+GOLDEN = (
+    json.loads((SHARED / "golden_losses.json").read_text())
+    if SHARED.is_dir()
+    else {"cases": [], "advantages": []}
+)
+CASES = [
+    case for case in GOLDEN["cases"] if "grpo" in case["name"] and "dr_grpo" not in case["name"]
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_objective_equals_the_peers(case):
     """Stops a loss, gradient or advantage that is not TRL's or verl's GRPO."""
-    read = lambda name: None if case[name] is None else torch.tensor(case[name], dtype=torch.float64)
-    new, ref, A, settings = read("new_logps").requires_grad_(), read("ref_logps"), read("advantages"), case["params"]
+    read = lambda name: (
+        None if case[name] is None else torch.tensor(case[name], dtype=torch.float64)
+    )
+    new, ref, A, settings = (
+        read("new_logps").requires_grad_(),
+        read("ref_logps"),
+        read("advantages"),
+        case["params"],
+    )
     old = new.detach() if case["on_policy"] else read("old_logps")
-    clip = settings.get("eps_low", settings.get("low")), settings.get("eps_high", settings.get("high"))
+    clip = (
+        settings.get("eps_low", settings.get("low")),
+        settings.get("eps_high", settings.get("high")),
+    )
     beta = settings.get("beta", settings.get("kl_coef")) or 0.0
     config = grpo.Config(clip_low=clip[0], clip_high=clip[1], beta=beta)
     weights = grpo.token_weights(torch.tensor(case["mask"]).bool(), config)
@@ -40,14 +56,20 @@ def test_objective_equals_the_peers(case):
         rewards = read("rewards").view(-1, case["num_generations"])
         std = rewards.std(1, keepdim=True)
         epsilon = (std + 1e-4) / (std + 1e-6) if case["peer"] == "verl" else 1.0
-        torch.testing.assert_close((grpo.advantages(rewards) * epsilon).flatten(), A, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            (grpo.advantages(rewards) * epsilon).flatten(), A, atol=1e-5, rtol=0
+        )
 
 
 def test_advantages_by_hand():
     """Stops a biased std, a mean over several groups, and a division by zero without spread."""
-    got = grpo.advantages(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0], [-3.0, -3.0, -3.0, 1.0]]))
+    got = grpo.advantages(
+        torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0], [-3.0, -3.0, -3.0, 1.0]])
+    )
     a, b = 1 / (math.sqrt(5 / 3) + 1e-4), 1 / (2 + 1e-4)
-    expected = torch.tensor([[-1.5 * a, -0.5 * a, 0.5 * a, 1.5 * a], [0.0] * 4, [-b, -b, -b, 3 * b]])
+    expected = torch.tensor(
+        [[-1.5 * a, -0.5 * a, 0.5 * a, 1.5 * a], [0.0] * 4, [-b, -b, -b, 3 * b]]
+    )
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
     for case in GOLDEN["advantages"]:
         rewards = torch.tensor(case["rewards"]).view(-1, case["num_generations"])
@@ -57,13 +79,24 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize(
     "A, ratio, value, slope",
-    [(1, 0.5, 0.5, 1), (1, 1.0, 1, 1), (1, 1.5, 1.2, 0), (-1, 0.5, -0.8, 0), (-1, 1.0, -1, -1), (-1, 1.5, -1.5, -1)],
+    [
+        (1, 0.5, 0.5, 1),
+        (1, 1.0, 1, 1),
+        (1, 1.5, 1.2, 0),
+        (-1, 0.5, -0.8, 0),
+        (-1, 1.0, -1, -1),
+        (-1, 1.5, -1.5, -1),
+    ],
 )
 def test_clip_acts_on_the_right_side(A, ratio, value, slope):
     """Stops a clip that is inverted for negative advantages; value and d J / d ratio by hand."""
     rho = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
-    J = grpo.objective(rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]), grpo.Config(beta=0.0))
-    assert J.item() == pytest.approx(value) and torch.autograd.grad(J, rho)[0].item() == pytest.approx(slope)
+    J = grpo.objective(
+        rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]), grpo.Config(beta=0.0)
+    )
+    assert J.item() == pytest.approx(value) and torch.autograd.grad(J, rho)[
+        0
+    ].item() == pytest.approx(slope)
 
 
 def test_kl_pulls_towards_the_reference():
@@ -75,7 +108,9 @@ def test_kl_pulls_towards_the_reference():
     gradient = torch.autograd.grad(term(new).sum(), new)[0]
     with torch.no_grad():
         assert (term(new) <= 0).all()
-        torch.testing.assert_close(gradient, (term(new + step) - term(new - step)) / (2 * step), atol=1e-8, rtol=0)
+        torch.testing.assert_close(
+            gradient, (term(new + step) - term(new - step)) / (2 * step), atol=1e-8, rtol=0
+        )
     assert torch.equal(gradient.sign(), (ref - new).sign())
 
 
@@ -84,7 +119,9 @@ def test_token_weights_by_hand():
 
     Every completion weighs 1/N, split equally among its tokens, EOS included.
     """
-    weights = grpo.token_weights(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(), grpo.Config())
+    weights = grpo.token_weights(
+        torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool(), grpo.Config()
+    )
     expected = torch.tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [1 / 12] * 4])
     torch.testing.assert_close(weights, expected, check_dtype=False)
 
@@ -95,19 +132,33 @@ def test_token_weights_by_hand():
 def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
     """Stops merging equal prompts into one group, and advantages in a group without spread."""
     model = loading.load_model(checkpoints["qwen2"])
-    a, b = (([5, 6, 7, n], data.Example("lib", "2.0", "", f"note {n}", "a = 1", f"a = {n}")) for n in (8, 9))
+    a, b = (
+        ([5, 6, 7, n], data.Example("lib", "2.0", "", f"note {n}", "a = 1", f"a = {n}"))
+        for n in (8, 9)
+    )
     scores, asked = iter([1.0, 2.0, 3.0, 6.0, 2.0, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0, 4.0]), []
     ask = lambda grade, example, _: asked.append(example.new_code) or next(scores)
     monkeypatch.setattr(reward, "total", ask)
     monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
     config = grpo.Config(prompts_per_step=3, num_samples=4, max_new_tokens=8)
     batch, metrics, groups, position = grpo.collect(model, tokenizer, [a, b, a], 3, config)
-    expected = grpo.advantages(torch.tensor([[1.0, 2.0, 3.0, 6.0], [2.0] * 4, [7.0, 7.0, 7.0, 4.0]])).flatten()
-    assert torch.equal(batch.advantages, expected) and not batch.advantages[4:8].any() and batch.advantages[3] > 1
-    assert metrics["no_spread"] == pytest.approx(1 / 3) and metrics["reward"] == 3.75 and position == 6
+    expected = grpo.advantages(
+        torch.tensor([[1.0, 2.0, 3.0, 6.0], [2.0] * 4, [7.0, 7.0, 7.0, 4.0]])
+    ).flatten()
+    assert (
+        torch.equal(batch.advantages, expected)
+        and not batch.advantages[4:8].any()
+        and batch.advantages[3] > 1
+    )
+    assert (
+        metrics["no_spread"] == pytest.approx(1 / 3) and metrics["reward"] == 3.75 and position == 6
+    )
     assert metrics["tries"] == 1 and metrics["groups"] == 3
     drawn = data.draw([a, b, a], 3, 3, config.seed)
-    assert batch.prompts == [prompt for prompt, _ in drawn] and batch.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert (
+        batch.prompts == [prompt for prompt, _ in drawn]
+        and batch.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    )
     assert asked == [example.new_code for _, example in drawn for _ in range(4)]
     assert [(group.prompt, group.example) for group in groups] == drawn
     lengths = batch.mask.sum(1)

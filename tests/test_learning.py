@@ -77,7 +77,9 @@ def test_heldout_tasks_ask_for_a_change():
     """Stops held-out tasks that an exact copy solves, and too few tasks."""
     examples = data.load_examples(str(TINY / "heldout.jsonl"))
     assert len(examples) >= 256
-    assert all(reward.strip_comments(e.old_code) != reward.strip_comments(e.new_code) for e in examples)
+    assert all(
+        reward.strip_comments(e.old_code) != reward.strip_comments(e.new_code) for e in examples
+    )
     assert all(reward.parses(e.old_code) for e in examples)
 
 
@@ -86,7 +88,9 @@ def test_retention_tasks_ask_for_no_change():
     examples = data.load_examples(str(TINY / "retention.jsonl"))
     assert len(examples) >= 256 and all(e.old_code == e.new_code for e in examples)
     for e in examples:
-        shared = set(re.findall(r"[a-z]+_[a-z]+", e.update_info)) & set(re.findall(r"[a-z]+_[a-z]+", e.old_code))
+        shared = set(re.findall(r"[a-z]+_[a-z]+", e.update_info)) & set(
+            re.findall(r"[a-z]+_[a-z]+", e.old_code)
+        )
         assert shared <= {e.dependency}
 
 
@@ -113,5 +117,7 @@ def test_tiny_is_small_and_reproducible(tmp_path, tokenizer):
     for example in data.load_examples(str(TINY / "dev.jsonl"))[:50]:
         ids = data.encode_prompt(example, tokenizer)
         assert ids == data.encode_prompt(example, fresh) and len(ids) <= 80
-    checkpoint = [path for path in TINY.iterdir() if path.suffix not in (".jsonl", ".py") and path.is_file()]
+    checkpoint = [
+        path for path in TINY.iterdir() if path.suffix not in (".jsonl", ".py") and path.is_file()
+    ]
     assert sum(path.stat().st_size for path in checkpoint) <= 2 * 2**20

@@ -118,8 +118,12 @@ def train(tmp_path, write_rows, rows, monkeypatch):
     """train(output, *flags): a small GRPO run of the toy in bf16; its rewards differ."""
     spread = lambda grade, example, kind: sum(map(ord, grade.completion)) % 7 - 3.0
     monkeypatch.setattr(reward, "total", spread)
-    fixed = f"--model {TINY} --data {write_rows(rows)} --heldout= --dtype bf16 --quiet --save-every 2"
-    fixed += " --prompts-per-step 2 --num-samples 4 --max-new-tokens 8 --r 4 --lr 0.001 --temperature 2"
+    fixed = (
+        f"--model {TINY} --data {write_rows(rows)} --heldout= --dtype bf16 --quiet --save-every 2"
+    )
+    fixed += (
+        " --prompts-per-step 2 --num-samples 4 --max-new-tokens 8 --r 4 --lr 0.001 --temperature 2"
+    )
 
     def start(output, *flags):
         return grpo.main([*fixed.split(), "--output", str(tmp_path / output), *flags])
@@ -256,7 +260,12 @@ BAD_ADAPTERS = {
     "r 0": ({"r": 0}, None, None, "r 0, lora_alpha 8.0: must be numbers above 0"),
     "no r": ({"r": None}, None, None, "r None"),
     "r 1.5": ({"r": 1.5}, None, None, "r 1.5"),
-    "another r": ({"r": 8}, None, None, "does not fit the model: .*lora_A.weight is .4,.*must be .8,"),
+    "another r": (
+        {"r": 8},
+        None,
+        None,
+        "does not fit the model: .*lora_A.weight is .4,.*must be .8,",
+    ),
     "list": ([1, 2], None, None, "adapter_config.json: cannot be read as a JSON object"),
     "pairs": ([["r", 4]], None, None, "adapter_config.json: cannot be read as a JSON object"),
     "empty": ([], None, None, "adapter_config.json: cannot be read as a JSON object"),
@@ -264,13 +273,20 @@ BAD_ADAPTERS = {
     "rslora": ({"use_rslora": True}, None, None, "not a plain DoRA or LoRA adapter .*use_rslora"),
     "other names": ({}, ("gate_proj", "w1"), None, "no linear layer 'model.layers.0.mlp.w1'"),
     "other prefix": ({}, ("base_model.", "transformer."), None, "no linear layer 'transformer."),
-    "missing": ({}, None, GATE + ".lora_B", f"does not fit the model: .*{GATE}.lora_B.weight is None"),
+    "missing": (
+        {},
+        None,
+        GATE + ".lora_B",
+        f"does not fit the model: .*{GATE}.lora_B.weight is None",
+    ),
     "left over": ({"use_dora": False}, None, None, "lora_magnitude_vector is .*must be None"),
     "not adapted": ({}, ("lora_A", "lora_embedding_A"), None, "does not fit the model: "),
 }
 
 
-@pytest.mark.parametrize("changes, rename, without, message", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+@pytest.mark.parametrize(
+    "changes, rename, without, message", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS
+)
 def test_adapters_that_do_not_fit(
     adapter, changes, rename, without, message, tmp_path, monkeypatch, capsys
 ):

@@ -45,7 +45,9 @@ def say(monkeypatch, tokenizer):
         for text in texts:
             end = [] if text.endswith("...") else [tokenizer.eos_token_id]
             rows.append(tokenizer.encode(text) + end)
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        tokens = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True
+        )
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         values = torch.zeros(mask.shape)
@@ -361,7 +363,9 @@ def test_bad_files(program, tmp_path, monkeypatch):
 def test_a_misspelt_model(program, tmp_path, monkeypatch, model):
     """Stops minutes of retries at the hub for a run directory whose name is misspelt."""
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub")
+    )
     with pytest.raises(BadInput) as error:
         program(OLD.encode(), NEW, "--model", model)
     assert f"model: no directory '{model}'" in str(error.value) and "\n" not in str(error.value)
@@ -370,7 +374,9 @@ def test_a_misspelt_model(program, tmp_path, monkeypatch, model):
 def test_a_hub_id_is_no_path(program, monkeypatch):
     """Stops hub ids, which have a / too, from being refused as missing directories."""
     asked = []
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or 1 / 0)
+    monkeypatch.setattr(
+        loading.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or 1 / 0
+    )
     with pytest.raises(BadInput, match="no tokenizer for 'acme/model': division by zero"):
         program(OLD.encode(), NEW, "--model", "acme/model")
     assert asked == ["acme/model"]
@@ -485,8 +491,14 @@ LOST = {  # what the new code has in its place, lost_definitions
     "async function": (("async def fetch(url):\n    return", "value ="), ["fetch"]),
     "no longer async": (("async def", "def"), []),
     "class": (("class Row:\n    def", "def"), ["Row"]),
-    "one of two of a name": (("class Row:\n    def __init__(self):", "for self in a:"), ["Row", "__init__"]),
-    "a name, no definition": (("class Row:\n    def __init__(self):", "class Row:\n    if __init__:"), ["__init__"]),
+    "one of two of a name": (
+        ("class Row:\n    def __init__(self):", "for self in a:"),
+        ["Row", "__init__"],
+    ),
+    "a name, no definition": (
+        ("class Row:\n    def __init__(self):", "class Row:\n    if __init__:"),
+        ["__init__"],
+    ),
     "elsewhere": (("class Row:\n    def", "class Row:\n    pass\nclass More:\n    def"), []),
     "other arguments": (("(path)", "(path, mode='r')"), []),
     "more": (("class Row", "class New: pass\nclass Row"), []),
@@ -500,7 +512,9 @@ def test_lost_definitions(program, capsys, case):
     assert DEFINED.replace(old, new) != DEFINED
     assert program(DEFINED.encode(), DEFINED.replace(old, new)) == 1
     kind = "definition" if len(lost) == 1 else "definitions"
-    warning = f"warning: the new code lacks {len(lost)} {kind} ({', '.join(lost)}) of the old code\n"
+    warning = (
+        f"warning: the new code lacks {len(lost)} {kind} ({', '.join(lost)}) of the old code\n"
+    )
     err = capsys.readouterr().err
     assert warning in err if lost else "warning" not in err
     program(None, DEFINED.replace(old, new), "--json")

@@ -43,7 +43,12 @@ def one_update(name, groups):
     script, adapter = CASES[NAMES.index(name)]
     model = policy() if adapter == "dora" else random_model("qwen2", tie_word_embeddings=True)
     batch = ragged(model).select(torch.arange(2 * groups))
-    return script, model, batch, script.Config(beta=0.1, micro_tokens=9, adapter=adapter, max_grad_norm=1e9)
+    return (
+        script,
+        model,
+        batch,
+        script.Config(beta=0.1, micro_tokens=9, adapter=adapter, max_grad_norm=1e9),
+    )
 
 
 def gradient_of_ranks(name, groups):
@@ -53,7 +58,11 @@ def gradient_of_ranks(name, groups):
         parallel.shard(model, offload=False)
     sums = parallel.all_reduce(model, script.accumulate(model, batch, config))
     norm = parallel.clip_grad_norm(model, 1e9)
-    return dict(sums), [parallel.full_tensor(p.grad) for p in model.parameters() if p.requires_grad], norm
+    return (
+        dict(sums),
+        [parallel.full_tensor(p.grad) for p in model.parameters() if p.requires_grad],
+        norm,
+    )
 
 
 def train(base, name, output, *more, stop=None):
@@ -136,7 +145,11 @@ def artifacts(path):
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     saved = torch.load(path / "checkpoint" / "state.pt", weights_only=True)
     del saved["files"]
-    return rows, [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()], saved
+    return (
+        rows,
+        [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()],
+        saved,
+    )
 
 
 def assert_same_run(one, other):
@@ -201,10 +214,15 @@ def test_the_number_of_ranks_may_change(name, base):
     if adapter == "none":
         parallel.shard(model, offload=False)
         optimizer = torch.optim.AdamW(model.parameters())
-        parallel.load_state(model, optimizer, torch.load(base / f"{name}-2to1" / "checkpoint" / "state.pt"))
+        parallel.load_state(
+            model, optimizer, torch.load(base / f"{name}-2to1" / "checkpoint" / "state.pt")
+        )
         loaded = parallel.full_state(model, optimizer)
         assert same(loaded, {key: saved[key] for key in loaded})
-        assert all(torch.equal(parallel.full_tensor(p), saved["trained"][key]) for key, p in model.named_parameters())
+        assert all(
+            torch.equal(parallel.full_tensor(p), saved["trained"][key])
+            for key, p in model.named_parameters()
+        )
     assert train(base, name, f"{name}-2to1", "--resume") == 0
     assert_same_run(base / f"{name}-2to1", base / f"{name}-1")
 
@@ -274,12 +292,27 @@ def ends(base):
     """{how: (exit status, stderr of torchrun and its ranks)} of jobs that fail."""
     jobs = {}
     for how in ("killed", "own error", "same error"):
-        settings = {name: environment()(0)[name] for name in ("MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+        settings = {
+            name: environment()(0)[name]
+            for name in ("MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+        ]
         command += [settings["MASTER_PORT"], __file__, how, str(base)]
-        jobs[how] = subprocess.Popen(command, env=os.environ | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        jobs[how] = subprocess.Popen(
+            command, env=os.environ | settings, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
     try:
-        return {how: (job.communicate(timeout=300)[1], job.returncode)[::-1] for how, job in jobs.items()}
+        return {
+            how: (job.communicate(timeout=300)[1], job.returncode)[::-1]
+            for how, job in jobs.items()
+        }
     finally:
         for job in jobs.values():
             job.kill()

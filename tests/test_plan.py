@@ -179,7 +179,9 @@ def test_sampling_memory_matches_the_tensors_alive(prompts):
     assert 0.9 <= formula / alive.peak <= 1.2
 
 
-@pytest.mark.parametrize("more", ["", "--adapter lora --keep-activations", "--adapter none --beta 0"])
+@pytest.mark.parametrize(
+    "more", ["", "--adapter lora --keep-activations", "--adapter none --beta 0"]
+)
 def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, capsys):
     """Stops a dry run that tries less than the worst case, or that touches a run directory."""
     rows[3]["old_code"] += "\ny = 1" * 20
@@ -194,7 +196,9 @@ def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, cap
     [(_, prompts, num_samples, T, eos, *_)] = seen
     assert len(prompts) == 2 and num_samples == 3 and T == 8 and eos == []
     tokenizer = loading.load_tokenizer(checkpoints["qwen2"])
-    longest = max(len(data.encode_prompt(e, tokenizer)) for e in data.load_examples(write_rows(rows)))
+    longest = max(
+        len(data.encode_prompt(e, tokenizer)) for e in data.load_examples(write_rows(rows))
+    )
     assert {len(prompt) for prompt in prompts} == {longest}
     printed = capsys.readouterr().out
     assert "7,200 steps" in printed and "h at most" in printed and "peak" in printed
@@ -211,8 +215,17 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parallel.run_main(main)
     printed = capsys.readouterr().err
-    assert stop.value.code == 1 and printed.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB.")
-    for flag in ("--micro-tokens", "--keep-activations", "--num-samples", "--offload", "--dry-run", "--resume"):
+    assert stop.value.code == 1 and printed.startswith(
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB."
+    )
+    for flag in (
+        "--micro-tokens",
+        "--keep-activations",
+        "--num-samples",
+        "--offload",
+        "--dry-run",
+        "--resume",
+    ):
         assert flag in printed
     assert "more" not in printed.split("\n")[0]
 
@@ -223,7 +236,12 @@ def test_large_models_are_written_in_shards(checkpoints, tmp_path, monkeypatch):
     model = loading.load_model(checkpoints["llama"])
     loading.write_model(model, loading.load_tokenizer(checkpoints["llama"]), tmp_path, "A test.")
     parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert len(parts) > 2 and json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert (
+        len(parts) > 2
+        and json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    )
     again = loading.load_model(str(tmp_path))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert "A test." in (tmp_path / "README.md").read_text()

@@ -89,15 +89,21 @@ def test_adapters_equal_peft_and_travel_both_ways(adapter, family, targets, tmp_
     peft = pytest.importorskip("peft")
     ours = adapt(random_model(family), targets=targets, magnitude=adapter == "dora")
     dora.save_adapter(ours, config(targets, adapter), tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(random_model(family), tmp_path / "ours", is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(
+        random_model(family), tmp_path / "ours", is_trainable=True
+    )
     expected = logits(theirs)
     assert (expected - logits(random_model(family))).abs().max() > 0.01
     torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
     for model in (ours, theirs):
-        logits(model).log_softmax(-1)[0, :-1].gather(-1, torch.tensor([PROMPTS[0][1:]]).T).sum().backward()
+        logits(model).log_softmax(-1)[0, :-1].gather(
+            -1, torch.tensor([PROMPTS[0][1:]]).T
+        ).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     layers = dora.dora_layers(ours)
-    pairs = {"A": "lora_A", "B": "lora_B"} | ({"magnitude_vector": "magnitude"} if adapter == "dora" else {})
+    pairs = {"A": "lora_A", "B": "lora_B"} | (
+        {"magnitude_vector": "magnitude"} if adapter == "dora" else {}
+    )
     assert len(gradients) == len(pairs) * len(layers)
     for name, layer in layers.items():
         for key, p in ((key, getattr(layer, ours)) for key, ours in pairs.items()):
@@ -114,7 +120,9 @@ def test_dora_formula_with_the_norm_held_constant():
     layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=6.0, dropout=0.0)
     nn.init.normal_(layer.lora_B)
     x, W, bias = torch.randn(7, 24, requires_grad=True), layer.base.weight, layer.base.bias
-    A, B, m = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
+    A, B, m = (
+        p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude)
+    )
     V = W + 6 / 4 * B @ A
     expected = x @ (m / V.norm(dim=1).detach() * V.T) + bias
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
@@ -147,13 +155,18 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
         lost += (exact.bfloat16().float() - exact).square().sum().item()
         wanted += (exact - layer.base.weight).square().sum().item()
     assert printed > 0 and printed == pytest.approx(100 * (lost / wanted) ** 0.5, abs=0.02)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half-merged", dtype="auto").dtype == torch.bfloat16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "half-merged", dtype="auto").dtype
+        == torch.bfloat16
+    )
 
 
 def test_norm_is_computed_once_per_rollout(monkeypatch):
     """Stops the norm of W + BA from being recomputed at every decoding step (peft#2651)."""
     model, norms, norm = adapt(random_model("qwen2")), [], dora.DoRALinear.norm
-    monkeypatch.setattr(dora.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1])
+    monkeypatch.setattr(
+        dora.DoRALinear, "norm", lambda layer: norms.append(norm(layer)) or norms[-1]
+    )
     recode.sample(model, PROMPTS, 3, 10, [-1])
     layers = len(dora.dora_layers(model))
     assert layers <= len(norms) <= 2 * layers and len({id(x) for x in norms}) == layers
@@ -166,7 +179,9 @@ def test_norm_follows_the_weights(options):
     layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=4.0, dropout=0.0)
     start = copy.deepcopy(layer.state_dict())
     exact = lambda: (layer.base.weight + layer.lora_B @ layer.lora_A).norm(dim=1)
-    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
+    optimizer = torch.optim.AdamW(
+        [p for p in layer.parameters() if p.requires_grad], lr=0.1, **options
+    )
     for _ in range(3):
         before = layer.norm()
         layer(torch.randn(5, 24)).square().sum().backward()
@@ -214,13 +229,17 @@ def test_greedy_equals_generate(family):
     model, T = adapt(random_model(family), targets=ALL), 24
     model.generation_config.eos_token_id = None
     settings = {"do_sample": False, "max_new_tokens": T, "pad_token_id": 0}
-    ask = lambda p, **more: model.generate(torch.tensor([p]), **settings, **more)[0, len(p) :].tolist()
+    ask = lambda p, **more: model.generate(torch.tensor([p]), **settings, **more)[
+        0, len(p) :
+    ].tolist()
     free = [ask(prompt) for prompt in PROMPTS]
     eos = sorted({free[0][4], free[1][10]})
     tokens, mask, _ = recode.sample(model, PROMPTS, 2, T, eos, temperature=0)
     expected = [ask(prompt, eos_token_id=eos) for prompt in PROMPTS for _ in range(2)]
     assert [row[keep].tolist() for row, keep in zip(tokens, mask)] == expected
-    assert len({len(row) for row in expected}) > 1 and len({tuple(row) for row in free}) == len(free)
+    assert len({len(row) for row in expected}) > 1 and len({tuple(row) for row in free}) == len(
+        free
+    )
     tokens, mask, _ = recode.sample(model, PROMPTS, 1, T, [-1], temperature=0)
     assert tokens.tolist() == free and mask.all()
 
@@ -256,7 +275,9 @@ def test_eos_is_kept_and_dropping_rows_changes_nothing(monkeypatch):
     model, eos, T, kept = random_model("qwen2"), [3, 7, 11, 20, 31, 44, 60], 30, []
     real = recode.Decoder.drop_finished
     monkeypatch.setattr(
-        recode.Decoder, "drop_finished", lambda decoder, rows: kept.append(int(rows.sum())) or real(decoder, rows)
+        recode.Decoder,
+        "drop_finished",
+        lambda decoder, rows: kept.append(int(rows.sum())) or real(decoder, rows),
     )
     tokens, mask, logps = recode.sample(model, PROMPTS, 6, T, eos, seed=3)
     assert len(kept) > 3 and kept[-1] < 10
@@ -272,7 +293,9 @@ def test_eos_is_kept_and_dropping_rows_changes_nothing(monkeypatch):
         torch.testing.assert_close(lp[:n], free_lp[:n], atol=1e-5, rtol=0)
     assert tokens.shape == (24, max(lengths)) and min(lengths) < max(lengths)
     cut, mask, _ = recode.sample(model, PROMPTS, 6, 4, eos, seed=3)
-    assert mask.sum(1).tolist() == [min(n, 4) for n in lengths] and torch.equal(cut, (free[:, :4] * mask))
+    assert mask.sum(1).tolist() == [min(n, 4) for n in lengths] and torch.equal(
+        cut, (free[:, :4] * mask)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -301,7 +324,9 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(top_p):
     logits = torch.cat([3 * torch.randn(20, 12), torch.zeros(1, 12)])  # ties too
     kept = TopPLogitsWarper(top_p)(None, logits / 0.8).isfinite()
     assert torch.equal(survivors(logits, top_p).sum(1), kept.sum(1))
-    assert torch.equal(survivors(logits, top_p)[:20], kept[:20]) and kept[:20].sum(1).unique().numel() > (top_p > 0.1)
+    assert torch.equal(survivors(logits, top_p)[:20], kept[:20]) and kept[:20].sum(
+        1
+    ).unique().numel() > (top_p > 0.1)
 
 
 def test_top_p_frequencies_and_log_probabilities():
@@ -332,7 +357,10 @@ def test_sampling_with_gradient_checkpointing_in_training_mode():
     expected = recode.sample(model, PROMPTS, 2, 12, [3], seed=1)
     model.gradient_checkpointing_enable()
     model.train()
-    assert all(torch.equal(a, b) for a, b in zip(expected, recode.sample(model, PROMPTS, 2, 12, [3], seed=1)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(expected, recode.sample(model, PROMPTS, 2, 12, [3], seed=1))
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -354,7 +382,11 @@ def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
     one. A CPU has no CUDA graphs: the stand-in reruns the captured step on the memory it was
     captured with.
     """
-    model, recorded, errors = adapt(random_model("qwen2")), [], {"rounding": 0.03, "other logits": 0.2}
+    model, recorded, errors = (
+        adapt(random_model("qwen2")),
+        [],
+        {"rounding": 0.03, "other logits": 0.2},
+    )
     expected = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
 
     def capture(step):
@@ -362,12 +394,20 @@ def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
             raise RuntimeError("operation not permitted when stream is capturing")
         decoder = step.__self__
         out = torch.zeros(len(decoder.tokens), 97)
-        parts = lambda: [decoder.tokens, decoder.rows, decoder.t, decoder.bias, *(x for stores in decoder.cache for x in stores)]
+        parts = lambda: [
+            decoder.tokens,
+            decoder.rows,
+            decoder.t,
+            decoder.bias,
+            *(x for stores in decoder.cache for x in stores),
+        ]
         memory = parts()
         recorded.append((len(decoder.tokens), decoder.cache[0][0].shape[2]))
 
         def replay():
-            assert all(a is b for a, b in zip(memory, parts(), strict=True)), "replayed on different memory"
+            assert all(a is b for a, b in zip(memory, parts(), strict=True)), (
+                "replayed on different memory"
+            )
             logits = step()
             # a shift of all logits leaves the probabilities as they are
             out.copy_(logits + errors.get(fault, 0) * logits.square().mean().sqrt())
@@ -407,7 +447,10 @@ def test_token_logps_equal_full_logits(family, logits_at_once, monkeypatch):
     model = adapt(random_model(family)).requires_grad_(True)
     tokens, mask = completions()
     weights, parameters = torch.randn(4, 8), [p for p in model.parameters()]
-    rows = [naive_logps(model, p, row[keep].tolist(), 0.8) for p, row, keep in zip(PROMPTS, tokens, mask)]
+    rows = [
+        naive_logps(model, p, row[keep].tolist(), 0.8)
+        for p, row, keep in zip(PROMPTS, tokens, mask)
+    ]
     expected = torch.stack([torch.cat([row, torch.zeros(8 - len(row))]) for row in rows])
     logps = recode.token_logps(model, PROMPTS, tokens, mask, temperature=0.8)
     assert logps.dtype == torch.float32
@@ -447,9 +490,14 @@ def test_a_shared_prompt_changes_nothing(family, checkpointed):
     torch.manual_seed(3)
     mask = torch.arange(9) < torch.tensor([9, 1, 4, 7, 2, 8, 3, 5, 6])[:, None]
     tokens, weights = torch.randint(4, 97, (9, 9)) * mask, torch.randn(9, 9)
-    rows = [naive_logps(model, prompts[p], row[keep].tolist()) for p, row, keep in zip(group, tokens, mask)]
+    rows = [
+        naive_logps(model, prompts[p], row[keep].tolist())
+        for p, row, keep in zip(group, tokens, mask)
+    ]
     expected = torch.stack([torch.cat([row, torch.zeros(9 - len(row))]) for row in rows])
-    wanted = torch.autograd.grad((expected * weights).sum(), list(model.parameters()), allow_unused=True)
+    wanted = torch.autograd.grad(
+        (expected * weights).sum(), list(model.parameters()), allow_unused=True
+    )
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = recode.Batch(prompts, group, tokens, mask, torch.zeros(9))
@@ -476,7 +524,9 @@ def test_a_shared_prompt_runs_once(monkeypatch):
     monkeypatch.setattr(recode, "prefill", note)
     group, tokens = torch.arange(4).repeat_interleave(3), torch.ones(12, 6, dtype=torch.long)
     batch = recode.Batch(PROMPTS, group, tokens, tokens > 0, torch.zeros(12))
-    assert len(list(recode.micro_batches(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1
+    assert (
+        len(list(recode.micro_batches(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1
+    )
     assert seen == PROMPTS
 
 
@@ -485,7 +535,9 @@ def test_full_logits_never_exist(monkeypatch):
     V = 5000
     monkeypatch.setattr(recode, "MAX_LOGITS", 4 * V)
     plain = lambda T, S: torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    monkeypatch.setattr(recode, "causal_lower_right", plain)  # a dispatch mode takes no tensor subclass
+    monkeypatch.setattr(
+        recode, "causal_lower_right", plain
+    )  # a dispatch mode takes no tensor subclass
     model = adapt(random_model("qwen2", V, hidden_size=16, intermediate_size=24))
     tokens, mask = completions(V)
     tokens, mask, prompts, saved = tokens.repeat(3, 1), mask.repeat(3, 1), PROMPTS * 3, Counter()
@@ -494,5 +546,10 @@ def test_full_logits_never_exist(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             logps = recode.token_logps(model, prompts, tokens, mask)
         logps.sum().backward()
-    assert 4 * V <= max(torch.Size(shape).numel() for shape in new.shapes) <= 8 * V < mask.sum() * V / 6
+    assert (
+        4 * V
+        <= max(torch.Size(shape).numel() for shape in new.shapes)
+        <= 8 * V
+        < mask.sum() * V / 6
+    )
     assert not any(V in shape for shape in saved)

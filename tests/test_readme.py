@@ -354,6 +354,7 @@ def test_the_readme_shows_hunks_of_the_diff():
 
 # ------------------------------------------------------------------------- updating the quotes
 
+
 def closest(text, candidates):
     """The candidate most similar to `text`, or "" if none is similar."""
 

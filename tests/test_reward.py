@@ -54,16 +54,32 @@ def test_blanks_before_comment():
 
 def test_nothing_to_compare_and_unparsable():
     """Two empty programs divide by zero; a NUL, deep nesting or a huge literal ends the training run."""
-    assert reward.es(answer("# todo"), "# nothing") == reward.em(answer("# todo"), "# nothing") == 1.0
+    assert (
+        reward.es(answer("# todo"), "# nothing") == reward.em(answer("# todo"), "# nothing") == 1.0
+    )
     assert reward.score(answer("# todo"), "# nothing") == 3.0
-    for code in ("x = '\0'", "-" * 40_000 + "1", "lambda:" * 6_000 + "1", "x = '\ud800'", "(" * 100_000, "9" * 10**6):
-        assert reward.es_star(answer(code), "x = 1") == reward.em_star(answer(code), "x = 1") == -2.0
+    for code in (
+        "x = '\0'",
+        "-" * 40_000 + "1",
+        "lambda:" * 6_000 + "1",
+        "x = '\ud800'",
+        "(" * 100_000,
+        "9" * 10**6,
+    ):
+        assert (
+            reward.es_star(answer(code), "x = 1") == reward.em_star(answer(code), "x = 1") == -2.0
+        )
 
 
 def test_code_smuggled_through_the_think_block():
     """The first fence anywhere counts, so the right code in the thoughts pays for an empty answer."""
-    assert reward.score("```python\nx = 1\n```\n</think>\n<answer>\n</answer>", "x = 1") == 1.0 - 2.0
-    assert reward.score(answer("y = 2", thought="```python\nx = 1\n```"), "x = 1") == 1.0 + 3.5 * 3 / 5 - 1.5
+    assert (
+        reward.score("```python\nx = 1\n```\n</think>\n<answer>\n</answer>", "x = 1") == 1.0 - 2.0
+    )
+    assert (
+        reward.score(answer("y = 2", thought="```python\nx = 1\n```"), "x = 1")
+        == 1.0 + 3.5 * 3 / 5 - 1.5
+    )
     assert reward.em_star(answer("x = 1", thought="```python\ny = 2\n```"), "x = 1") == 2.0
     assert reward.em(answer("y = 2\n```\nor rather\n```python\nx = 1"), "x = 1") == 1.0
 
@@ -95,8 +111,19 @@ def brute_force(a, b):
 def test_levenshtein_brute_force():
     """A wrong carry or a lost bit gives wrong rewards on some pair: empty, repeated, unicode or long."""
     rng = random.Random(0)
-    alphabets = ["a", "ab", "abc \n", "äß中\U0001f600\U0001f601x", "\0\ud800e\u0301é", "def foo(x): return"]
-    lengths = [[0, 1, 2, 3, 8, 15, 16, 17, 31, 33]] * 3000 + [[0, 60, 63, 64, 65]] * 150 + [[290, 300, 310]] * 20
+    alphabets = [
+        "a",
+        "ab",
+        "abc \n",
+        "äß中\U0001f600\U0001f601x",
+        "\0\ud800e\u0301é",
+        "def foo(x): return",
+    ]
+    lengths = (
+        [[0, 1, 2, 3, 8, 15, 16, 17, 31, 33]] * 3000
+        + [[0, 60, 63, 64, 65]] * 150
+        + [[290, 300, 310]] * 20
+    )
     for choice in lengths:
         letters = rng.choice(alphabets)
         a, b = ("".join(rng.choices(letters, k=rng.choice(choice))) for _ in "ab")
@@ -116,7 +143,11 @@ def test_levenshtein_rapidfuzz():
 
 def test_format_reward():
     """A malformed completion that passes, or a good one that fails, is a reward for nothing."""
-    good = ["a</think>\n<answer>b</answer>", "</think><answer></answer>", "a < b</think> \n <answer>\nb\n</answer> \n"]
+    good = [
+        "a</think>\n<answer>b</answer>",
+        "</think><answer></answer>",
+        "a < b</think> \n <answer>\nb\n</answer> \n",
+    ]
     bad = [
         "", "a", "a</think>", "a</think>b", "<answer>b</answer>", "a<answer>b</answer></think>", "a</think><answer>b",
         "a</think>b</answer>", "a</think>so<answer>b</answer>", "a</think><answer>b</answer>so",
@@ -166,10 +197,18 @@ def test_stale():
 
 def test_strip_comments_keeps_strings():
     """A "#" or quote inside a string is taken for a comment or an end, and code disappears."""
-    doc = ['x = "# no"', "x = '''a\n# b'''", "x = 'it\\'s # no'", 'f"{x} # {y}"', 'r"\\d" + "#"', '"""doc # s"""', "''"]
+    doc = [
+        'x = "# no"',
+        "x = '''a\n# b'''",
+        "x = 'it\\'s # no'",
+        'f"{x} # {y}"',
+        'r"\\d" + "#"',
+        '"""doc # s"""',
+        "''",
+    ]
     for code in doc:
         assert reward.strip_comments(code) == code
-        assert reward.strip_comments(f"\n# '\n\n  {code} \t# \"\"\"\n\n") == code
+        assert reward.strip_comments(f'\n# \'\n\n  {code} \t# """\n\n') == code
 
 
 KINDS = ("exact", "old", "mutated", "comment lines", "truncated", "unfenced", "broken")
@@ -186,7 +225,9 @@ def completion(kind, i, row):
         place %= len(code)
         code = code[:place] + "abc_1"[i % 5] + code[place + 1 :]
     if kind == "comment lines":
-        code = "\n\n".join(line if line.startswith(" ") else f"# note {i}\n{line}" for line in code.split("\n"))
+        code = "\n\n".join(
+            line if line.startswith(" ") else f"# note {i}\n{line}" for line in code.split("\n")
+        )
     if kind == "broken":
         code += "\n)("
     if kind == "unfenced":
@@ -203,7 +244,11 @@ def test_agreement_with_released_rewards():
     for i, cases in golden.items():
         for kind, expected in zip(KINDS, cases, strict=True):
             text, target = completion(kind, int(i), rows[int(i)]), rows[int(i)]["new_code"]
-            ours = reward.es_star(text, target), reward.em_star(text, target), reward.format_reward(text)
+            ours = (
+                reward.es_star(text, target),
+                reward.em_star(text, target),
+                reward.format_reward(text),
+            )
             pairs += [(ours, expected)] if expected else []
     agree = [sum(abs(a[k] - b[k]) < 1e-9 for a, b in pairs) / len(pairs) for k in range(3)]
     assert len(pairs) > 2000 and agree[0] >= 0.985 and agree[1] >= 0.985 and agree[2] == 1.0, agree
@@ -212,7 +257,9 @@ def test_agreement_with_released_rewards():
 @needs_data
 def test_strip_comments_agrees_with_tokenize():
     """A comment that stays, or code that goes, by the judgement of Python's own tokenizer on real code."""
-    for code in (row[name] for row in real_rows() for name in ("old_code", "new_code") if row[name]):
+    for code in (
+        row[name] for row in real_rows() for name in ("old_code", "new_code") if row[name]
+    ):
         if not reward.parses(code):
             continue
         lines = code.split("\n")
@@ -220,7 +267,9 @@ def test_strip_comments_agrees_with_tokenize():
             if token.type == tokenize.COMMENT:
                 line, column = token.start
                 lines[line - 1] = lines[line - 1][:column].rstrip(" \t")
-        assert reward.strip_comments(code) == "\n".join(line for line in lines if line.strip()).strip()
+        assert (
+            reward.strip_comments(code) == "\n".join(line for line in lines if line.strip()).strip()
+        )
 
 
 @needs_data
@@ -233,7 +282,9 @@ def test_exact_copies_of_real_targets():
         except SyntaxError:
             continue
         parsed += 1
-        assert reward.es_star(answer(target), target) == reward.em_star(answer(target), target) == 2.0
+        assert (
+            reward.es_star(answer(target), target) == reward.em_star(answer(target), target) == 2.0
+        )
         assert reward.score(answer(target), target) == 3.0
     assert parsed == 1731
 

@@ -20,7 +20,18 @@ from training.config import BadInput
 from training.curve import curve
 import tools.compare
 
-SMALL = ["--prompts-per-step", "2", "--num-samples", "2", "--max-new-tokens", "8", "--r", "4", "--save-every", "2"]
+SMALL = [
+    "--prompts-per-step",
+    "2",
+    "--num-samples",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--r",
+    "4",
+    "--save-every",
+    "2",
+]
 
 
 @pytest.fixture
@@ -29,7 +40,14 @@ def train(tmp_path, checkpoints, write_rows, rows):
     source = write_rows(rows)
 
     def start(*flags, script=grpo):
-        fixed = ["--model", checkpoints["qwen2"], "--data", source, "--output", str(tmp_path / "run")]
+        fixed = [
+            "--model",
+            checkpoints["qwen2"],
+            "--data",
+            source,
+            "--output",
+            str(tmp_path / "run"),
+        ]
         return script.main([*fixed, *SMALL, *flags])
 
     return start
@@ -111,9 +129,14 @@ def test_wandb(train, tmp_path, monkeypatch):
     assert [rows[step] for step in (1, 2, 3)] == first and [rows[step] for step in (4, 5)] == (
         metrics(tmp_path / "run")[3:]
     )
-    assert all(s["finished"] and s["resume"] == "allow" and s["config"]["lr"] == 5e-5 for s in wandb.started)
+    assert all(
+        s["finished"] and s["resume"] == "allow" and s["config"]["lr"] == 5e-5
+        for s in wandb.started
+    )
     wandb.refuse = True
-    with pytest.raises(BadInput, match="--log-to wandb: No API key configured; or set WANDB_MODE=offline"):
+    with pytest.raises(
+        BadInput, match="--log-to wandb: No API key configured; or set WANDB_MODE=offline"
+    ):
         train("--steps", "6", "--log-to", "wandb", "--resume")
 
 
@@ -129,7 +152,9 @@ def test_a_log_that_cannot_be(train, tmp_path, monkeypatch, script):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     for name in ("tensorboard", "wandb"):
-        with pytest.raises(BadInput, match=f"--log-to {name}: it is not installed; pip install {name}"):
+        with pytest.raises(
+            BadInput, match=f"--log-to {name}: it is not installed; pip install {name}"
+        ):
             train("--steps", "1", "--log-to", name, script=script)
     with pytest.raises(BadInput, match="--log-to 'mlflow': give one of tensorboard, wandb"):
         train("--steps", "1", "--log-to", "mlflow", script=script)
@@ -144,8 +169,15 @@ def test_quiet(train, tmp_path, capfd, script):
     """Stops --quiet from leaving out what matters, or from changing what is kept; and it may change on --resume."""
     assert train("--steps", "2", "--heldout", "0.3", "--quiet", script=script) == 0
     out, err = capfd.readouterr()
-    assert "4 tasks kept" in out and "held-out tasks" in out and "exact match" in out and "done: " in out
-    assert "sample of step" not in out and "estimate" not in out and "tok/s" not in out and err == ""
+    assert (
+        "4 tasks kept" in out
+        and "held-out tasks" in out
+        and "exact match" in out
+        and "done: " in out
+    )
+    assert (
+        "sample of step" not in out and "estimate" not in out and "tok/s" not in out and err == ""
+    )
     assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run/samples.jsonl").read_text()
     assert train("--steps", "3", "--heldout", "0.3", "--resume", script=script) == 0
     assert "tok/s" in capfd.readouterr().out and len(metrics(tmp_path / "run")) == 3
@@ -177,7 +209,9 @@ def test_a_log_file_is_plain_text(train, capfd):
     assert train("--steps", "2", "--heldout", "0.3") == 0
     out, err = capfd.readouterr()
     assert err == "" and all(char.isprintable() or char == "\n" for char in out)
-    wide = [line for line in out.split("\n") if len(line) > 100 and "/" not in line]  # paths are as long as they are
+    wide = [
+        line for line in out.split("\n") if len(line) > 100 and "/" not in line
+    ]  # paths are as long as they are
     assert wide == []
 
 
@@ -251,7 +285,9 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert list(map(len, lines)) == [20, 4, 20, 4, 20, 5]  # reward, exact match, stale of both
     for short, left in ((lines[1], 50), (lines[3], 430)):
         assert {y for _, y in short} == {290 - 250 / 4}  # a quarter up, in both panels
-        assert [x for x, _ in short] == [pytest.approx(left + 300 * i / 19, abs=0.06) for i in range(4)]
+        assert [x for x, _ in short] == [
+            pytest.approx(left + 300 * i / 19, abs=0.06) for i in range(4)
+        ]
     last = lines[2][-1]
     assert last == pytest.approx((730, 290 - 250 * 0.8), abs=0.1)  # the last five: 1, .5, 1, .5, 1
 

@@ -29,7 +29,12 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
     The oracle is torch's cross_entropy.
     """
     model = random_model("qwen2", len(tokenizer)).requires_grad_(True)
-    examples = [ROW, data.Example("lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)")]
+    examples = [
+        ROW,
+        data.Example(
+            "lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)"
+        ),
+    ]
     tasks = data.encode_tasks(examples, tokenizer, 999, {})
     config = sft.Config(prompts_per_step=2, max_new_tokens=4, micro_tokens=1)
     batch, _, groups, position = sft.collect(model, tokenizer, tasks, 0, config)
@@ -61,7 +66,9 @@ def test_nothing_is_sampled(tokenizer, monkeypatch):
         batch, metrics, groups, _ = sft.collect(model, tokenizer, tasks, 0, config)
         batches.append(batch)
         assert metrics == {"completion_length": len(groups[0].completions[0])}
-    assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].advantages, torch.ones(1))
+    assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(
+        batches[0].advantages, torch.ones(1)
+    )
 
 
 def test_beta_holds_the_policy_near_its_start():
@@ -76,6 +83,8 @@ def test_beta_holds_the_policy_near_its_start():
             metrics = sft.update(model, optimizer, batch, sft.Config(beta=beta))
         with dora.reference(model):
             ref_logps = recode.batch_logps(model, batch, sft.Config())
-        moved[beta] = sft.k3(recode.batch_logps(model, batch, sft.Config()), ref_logps).mean().item()
+        moved[beta] = (
+            sft.k3(recode.batch_logps(model, batch, sft.Config()), ref_logps).mean().item()
+        )
         assert (metrics["kl"] > 0) == (beta > 0)
     assert moved[1.0] < moved[0.0]

@@ -31,7 +31,9 @@ import reward
 from training import checks, loading, parallel, run
 from training.config import BadInput, open_policy
 
-SMALL = "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --r 4 --save-every 2 --quiet".split()
+SMALL = (
+    "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --r 4 --save-every 2 --quiet".split()
+)
 
 
 @pytest.fixture
@@ -142,7 +144,9 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
     flags = ["--model", str(tmp_path / "gpt2"), "--adapter", "none", "--beta", "0", "--steps", "1"]
     with pytest.raises(BadInput, match="--max-new-tokens: up to .* the context is 200"):
         train(*flags, "--max-new-tokens", "150")
-    checks.check_context(random_model("qwen2"), [([5] * 200, None)], grpo.Config(max_new_tokens=4000))
+    checks.check_context(
+        random_model("qwen2"), [([5] * 200, None)], grpo.Config(max_new_tokens=4000)
+    )
     assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
 
 
@@ -213,7 +217,9 @@ def test_chat_templates(train, checkpoints, tmp_path, tokenizer):
 def test_a_mistyped_path_is_reported_at_once(name, monkeypatch):
     """Stops 46 seconds of silence and a hub error for a directory that is not there."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        loading.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the hub")
+    )
     with pytest.raises(BadInput, match=f"no directory '{name}'"):
         loading.load_tokenizer(name)
 
@@ -313,9 +319,13 @@ def test_resume_from_another_directory(train, tmp_path, monkeypatch, checkpoints
     assert train("--steps", "3", "--model", "../../project/toy", *paths, "--resume") == 0
     assert steps(Path(output)) == [1, 2, 3]
     base, adapter, _ = open_policy(output)
-    assert os.path.samefile(base, tmp_path / "project" / "toy") and loading.load_policy(base, adapter)
+    assert os.path.samefile(base, tmp_path / "project" / "toy") and loading.load_policy(
+        base, adapter
+    )
     shutil.copytree(checkpoints["qwen2"], tmp_path / "tree" / "deep" / "another")
-    with pytest.raises(BadInput, match="--resume: model was '../../project/toy' in .*now 'another'"):
+    with pytest.raises(
+        BadInput, match="--resume: model was '../../project/toy' in .*now 'another'"
+    ):
         train("--steps", "4", "--model", "another", *paths, "--resume")
 
 
@@ -339,7 +349,9 @@ def test_nothing_was_learned(train, monkeypatch, capsys):
     """Stops a run in which all rewards were equal from ending with nothing but "done"."""
     monkeypatch.setattr(reward, "total", lambda *_: 1.0)
     assert train("--steps", "2") == 0
-    assert "warning   nothing was learned: no answer of any step had code" in capsys.readouterr().out
+    assert (
+        "warning   nothing was learned: no answer of any step had code" in capsys.readouterr().out
+    )
     rows = [{"no_spread": 1.0, "es": 0.5}, {"no_spread": 1.0, "es": 0.0}]
     assert "all rewards of a group were equal" in run.nothing_learned(rows)
     assert run.nothing_learned([*rows, {"no_spread": 0.5, "es": 0.5}]) == ""

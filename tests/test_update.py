@@ -47,7 +47,9 @@ def ragged(model, off_policy=True):
     torch.manual_seed(2)
     mask = torch.arange(7) < torch.tensor([7, 1, 4, 2, 6, 3, 5, 1])[:, None]
     prompts = [list(range(5, 7 + n)) for n in (3, 9, 1, 5)]
-    batch = recode.Batch(prompts, torch.arange(8) // 2, torch.randint(4, 97, (8, 7)) * mask, mask, torch.randn(8))
+    batch = recode.Batch(
+        prompts, torch.arange(8) // 2, torch.randint(4, 97, (8, 7)) * mask, mask, torch.randn(8)
+    )
     now = recode.batch_logps(model, batch, grpo.Config())
     batch.ref_logps = (now + torch.randn(8, 7)) * mask
     batch.old_logps = (now + 0.3 * torch.randn(8, 7)) * mask if off_policy else None
@@ -60,9 +62,15 @@ def brute_force(script, model, batch, config):
     loss, clipped, kl, count = 0.0, 0, 0.0, batch.mask.sum().item()
     for i in range(len(batch.mask)):
         ids = batch.tokens[i][batch.mask[i]].tolist()
-        logps, A, row = row_logps(model, batch.prompts[batch.group[i]], ids), batch.advantages[i], 0.0
+        logps, A, row = (
+            row_logps(model, batch.prompts[batch.group[i]], ids),
+            batch.advantages[i],
+            0.0,
+        )
         for t, logp in enumerate(logps):
-            rho = torch.exp(logp - (logp.detach() if batch.old_logps is None else batch.old_logps[i, t]))
+            rho = torch.exp(
+                logp - (logp.detach() if batch.old_logps is None else batch.old_logps[i, t])
+            )
             surrogate = logp * A
             if script is not sft:
                 surrogate = min(rho * A, rho.clamp(1 - config.clip_low, 1 + config.clip_high) * A)
@@ -91,7 +99,10 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
     model = policy()
     batch = ragged(model, off_policy=kind != "on policy")
     if script is dapo and kind != "on policy":
-        batch.advantages[1], batch.old_logps[1, 0] = -1.0, batch.old_logps[1, 0] - 4  # the dual clip acts
+        batch.advantages[1], batch.old_logps[1, 0] = (
+            -1.0,
+            batch.old_logps[1, 0] - 4,
+        )  # the dual clip acts
     config = lambda size: script.Config(beta=0.1, micro_tokens=size)
     wanted, exact = brute_force(script, model, batch, config(1))
     assert (wanted.get("clip_fraction", 0) > 0.1) == (kind != "on policy" and script is not sft)
@@ -115,9 +126,13 @@ def test_on_policy_the_ratio_is_one(script):
     """Stops old log-probabilities with dropout or from the sampler; with one update rho is 1."""
     model = policy(dropout=0.5)
     batch = ragged(model, off_policy=False)
-    metrics = script.accumulate(model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9))
+    metrics = script.accumulate(
+        model, batch, script.Config(beta=0, clip_low=1e-7, clip_high=1e-7, micro_tokens=9)
+    )
     assert model.training and metrics["clip_fraction"] == 0
-    mean = (script.token_weights(batch.mask, script.Config()).sum(1) * batch.advantages).sum().item()
+    mean = (
+        (script.token_weights(batch.mask, script.Config()).sum(1) * batch.advantages).sum().item()
+    )
     assert metrics["loss"] == pytest.approx(-mean, abs=1e-6)
     assert all(g.abs().sum() > 0 for g in gradients(model))
 
@@ -127,9 +142,14 @@ def test_old_and_reference_logps_are_without_dropout():
     model = policy(dropout=0.5)
     batch, config = ragged(model), grpo.Config(micro_tokens=9)
     first = recode.batch_logps(model.train(), batch, config)
-    assert torch.equal(first, recode.batch_logps(model.train(), batch, config)) and not first.requires_grad
+    assert (
+        torch.equal(first, recode.batch_logps(model.train(), batch, config))
+        and not first.requires_grad
+    )
     for i, prompt in enumerate(batch.group.tolist()):
-        expected = row_logps(model.eval(), batch.prompts[prompt], batch.tokens[i][batch.mask[i]].tolist())
+        expected = row_logps(
+            model.eval(), batch.prompts[prompt], batch.tokens[i][batch.mask[i]].tolist()
+        )
         torch.testing.assert_close(first[i][batch.mask[i]], expected.detach(), atol=1e-5, rtol=0)
 
 
@@ -142,13 +162,20 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
     before = recode.batch_logps(model, batch, config)
     with dora.reference(model):
         reference = recode.batch_logps(model, batch, config)
-    monkeypatch.setattr(script, "accumulate", lambda *args: seen.append((args[1], real(*args))) or seen[-1][1])
+    monkeypatch.setattr(
+        script, "accumulate", lambda *args: seen.append((args[1], real(*args))) or seen[-1][1]
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     metrics = script.update(model, optimizer, batch, config)
     assert len(seen) == 2 and seen[0][1]["clip_fraction"] == 0 and seen[1][1]["clip_fraction"] > 0
     for rows, (part, _) in zip((slice(0, 4), slice(4, 8)), seen):
-        assert torch.equal(part.old_logps, before[rows]) and torch.equal(part.ref_logps, reference[rows])
-        assert torch.equal(part.tokens, batch.tokens[rows]) and part.prompts == batch.prompts[rows.start // 2 : rows.stop // 2]
+        assert torch.equal(part.old_logps, before[rows]) and torch.equal(
+            part.ref_logps, reference[rows]
+        )
+        assert (
+            torch.equal(part.tokens, batch.tokens[rows])
+            and part.prompts == batch.prompts[rows.start // 2 : rows.stop // 2]
+        )
     for name in ("loss", "kl", "clip_fraction"):
         assert metrics[name] == pytest.approx((seen[0][1][name] + seen[1][1][name]) / 2)
 
@@ -201,24 +228,37 @@ def artifacts(path):
     metrics = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
     del saved["files"]
-    return {"saved": saved, "metrics": metrics, "samples": (path / "samples.jsonl").read_text(), "adapter": adapter}
+    return {
+        "saved": saved,
+        "metrics": metrics,
+        "samples": (path / "samples.jsonl").read_text(),
+        "adapter": adapter,
+    }
 
 
 def same(left, right):
     """Whether two nested structures are equal, bit for bit."""
     (a, shape), (b, other) = tree_flatten(left), tree_flatten(right)
-    return shape == other and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
+    return shape == other and all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b)
+    )
 
 
 def test_resume_equals_an_uninterrupted_run(script, flags, tmp_path, monkeypatch, capsys):
     """Stops a resume that repeats a batch, forgets the optimizer, or leaves a gap in the logs."""
     drawn, draw, log = [], data.draw, run.RunDirectory.log
-    monkeypatch.setattr(data, "draw", lambda tasks, at, *rest: drawn.append(at) or draw(tasks, at, *rest))
+    monkeypatch.setattr(
+        data, "draw", lambda tasks, at, *rest: drawn.append(at) or draw(tasks, at, *rest)
+    )
     assert script.main(flags("straight")) == 0
     straight = artifacts(tmp_path / "straight")
     assert [row["step"] for row in straight["metrics"]] == [1, 2, 3, 4, 5, 6]
     once = list(drawn)
-    assert once == [0, 2, 4, 6, 8, 10] if script is not dapo else once == sorted(set(once)) and len(once) >= 6
+    assert (
+        once == [0, 2, 4, 6, 8, 10]
+        if script is not dapo
+        else once == sorted(set(once)) and len(once) >= 6
+    )
     assert all(row["grad_norm"] > 0 and not row["skipped"] for row in straight["metrics"])
 
     def until(last, end):
@@ -236,7 +276,9 @@ def test_resume_equals_an_uninterrupted_run(script, flags, tmp_path, monkeypatch
     assert len((tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()) == 5
     until(0, None)
     assert script.main(flags("crashed", "--resume")) == 0
-    assert same(artifacts(tmp_path / "stopped"), straight) and same(artifacts(tmp_path / "crashed"), straight)
+    assert same(artifacts(tmp_path / "stopped"), straight) and same(
+        artifacts(tmp_path / "crashed"), straight
+    )
 
 
 def die_while_saving(patch, moment, die):
@@ -267,7 +309,11 @@ def killed(name, flags):
 
 @pytest.mark.parametrize(
     "script, moment",
-    [*((grpo, moment) for moment in ("fsync", "replace", "disk full", "kill -9")), (dapo, "kill -9"), (sft, "kill -9")],
+    [
+        *((grpo, moment) for moment in ("fsync", "replace", "disk full", "kill -9")),
+        (dapo, "kill -9"),
+        (sft, "kill -9"),
+    ],
 )
 def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypatch):
     """Stops a kill or a full disk during a save from damaging the checkpoint before it."""
@@ -276,7 +322,9 @@ def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "no space") if moment == "disk full" else KeyboardInterrupt
 
     if moment == "kill -9":
-        process = multiprocessing.get_context("spawn").Process(target=killed, args=(script.__name__, flags("run")))
+        process = multiprocessing.get_context("spawn").Process(
+            target=killed, args=(script.__name__, flags("run"))
+        )
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -297,4 +345,6 @@ def test_random_rewards_run(script, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "total", lambda *_: rng.uniform(-3, 3))
     assert script.main(flags("random")) == 0
     rows = artifacts(tmp_path / "random")["metrics"]
-    assert len(rows) == 6 and all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)
+    assert len(rows) == 6 and all(
+        math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows
+    )

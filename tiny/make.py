@@ -50,12 +50,19 @@ CHANGES = {  # kind: the new call, the reasoning that leads to it, possible note
     "rename": (
         "{lib}.{new}({a}, {c}, {key}={m})",
         "{old} is now {new}.",
-        ("{old} was renamed to {new}.", "{old} is gone; use {new}.", "use {new} in place of {old}."),
+        (
+            "{old} was renamed to {new}.",
+            "{old} is gone; use {new}.",
+            "use {new} in place of {old}.",
+        ),
     ),
     "keyword": (
         "{lib}.{old}({a}, {c}, {fresh}={m})",
         "{key} is now {fresh}.",
-        ("in {old}, the argument {key} is now {fresh}.", "{old} takes {fresh} and no longer {key}."),
+        (
+            "in {old}, the argument {key} is now {fresh}.",
+            "{old} takes {fresh} and no longer {key}.",
+        ),
     ),
     "require": (
         "{lib}.{old}({a}, {c}, {key}={m}, {fresh}={k})",
@@ -70,7 +77,10 @@ CHANGES = {  # kind: the new call, the reasoning that leads to it, possible note
     "swap": (
         "{lib}.{old}({c}, {a}, {key}={m})",
         "{old} swaps two arguments.",
-        ("the first two arguments of {old} are swapped.", "{old} takes its first two arguments in reverse."),
+        (
+            "the first two arguments of {old} are swapped.",
+            "{old} takes its first two arguments in reverse.",
+        ),
     ),
 }
 STALE = "i know {lib} well."
@@ -83,7 +93,16 @@ MALFORMED = (  # (text, replacement)
     ("<answer>\n", ""),
 )
 
-TAGS = ["\n</think>\n", "<answer>\n", "```python\n", "\n```\n", "</answer>", "system\n", "user\n", "assistant\n"]
+TAGS = [
+    "\n</think>\n",
+    "<answer>\n",
+    "```python\n",
+    "\n```\n",
+    "</answer>",
+    "system\n",
+    "user\n",
+    "assistant\n",
+]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -114,10 +133,14 @@ def names(words, split):
     pairs = [f"{first}_{second}" for first in words for second in SECOND]
     random.Random(0).shuffle(pairs)
     tenth = len(pairs) // 10
-    return {"dev": pairs[:tenth], "heldout": pairs[tenth : 2 * tenth], "train": pairs[2 * tenth :]}[split]
+    return {"dev": pairs[:tenth], "heldout": pairs[tenth : 2 * tenth], "train": pairs[2 * tenth :]}[
+        split
+    ]
 
 
-POOLS = {split: (names(LIBRARY, split), names(FIRST, split)) for split in ("train", "dev", "heldout")}
+POOLS = {
+    split: (names(LIBRARY, split), names(FIRST, split)) for split in ("train", "dev", "heldout")
+}
 
 
 def task(rng, split, used=True):
@@ -133,7 +156,9 @@ def task(rng, split, used=True):
     code, note = rng.choice(CODE), rng.choice(notes)
     if not used:  # the code has neither the note's function nor its arguments
         words["spare"] = rng.choice([name for name in functions if name not in words.values()])
-        note = note.replace("{new}", "{fresh}").replace("{old}", "{new}").replace("{key}", "{spare}")
+        note = (
+            note.replace("{new}", "{fresh}").replace("{old}", "{new}").replace("{key}", "{spare}")
+        )
         after, thought = BEFORE, UNUSED
     note, old, new = (text.format(**words) for text in (note, code + BEFORE, code + after))
     version = f"{rng.randint(1, 9)}.0"
@@ -146,7 +171,9 @@ def two(rng, split):
     (first, thought, excuse), (second, other, _) = task(rng, split), task(rng, split)
     both = {"update_info": f"{first.update_info}\n{second.update_info}"}
     for name in ("old_code", "new_code"):
-        both[name] = "\n".join([getattr(first, name), *getattr(second, name).split("\n")[1:]])  # one import is enough
+        both[name] = "\n".join(
+            [getattr(first, name), *getattr(second, name).split("\n")[1:]]
+        )  # one import is enough
     both = {name: text.replace(second.dependency, first.dependency) for name, text in both.items()}
     return dataclasses.replace(first, **both), f"{thought} {other}", excuse
 
@@ -181,10 +208,18 @@ def make_tokenizer():
     texts = [BEFORE, STALE, UNUSED, *CODE, data.USER]
     for after, thought, notes in CHANGES.values():
         texts += [after, thought, *notes]
-    phrases = {phrase for text in texts for phrase in re.split(r"\{\w+\}", text) if len(phrase) > 1} - {
-        ")\n"
-    }  # covered by "\n```\n"
-    tokens = [*FIRST, *LIBRARY, *("_" + word for word in SECOND), *sorted(phrases), data.SYSTEM, data.OPENING, *TAGS]
+    phrases = {
+        phrase for text in texts for phrase in re.split(r"\{\w+\}", text) if len(phrase) > 1
+    } - {")\n"}  # covered by "\n```\n"
+    tokens = [
+        *FIRST,
+        *LIBRARY,
+        *("_" + word for word in SECOND),
+        *sorted(phrases),
+        data.SYSTEM,
+        data.OPENING,
+        *TAGS,
+    ]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
         vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token=None, chat_template=TEMPLATE,
@@ -245,7 +280,9 @@ def main(argv=None):
     """Build everything. Returns exit status 0."""
     parser = Parser(__doc__)
     tiny = Path(__file__).parent
-    parser.add_argument("directory", nargs="?", default=tiny, type=Path, help="output directory [tiny]")
+    parser.add_argument(
+        "directory", nargs="?", default=tiny, type=Path, help="output directory [tiny]"
+    )
     directory = parser.parse_args(argv).directory
     directory.mkdir(exist_ok=True)
     write_tasks(directory)
