@@ -154,9 +154,8 @@ def compared(name, goal, ours, theirs):
         "length_theirs": round(mean_length(theirs), 1),
         "steps": len(ours),
     }
-    say(
-        f"{name}: mean length {lengths['length_ours']} against {lengths['length_theirs']} in {len(ours)} steps"
-    )
+    both = f"{lengths['length_ours']} against {lengths['length_theirs']}"
+    say(f"{name}: mean length {both} in {len(ours)} steps")
     return row(name, other / mine, goal, mine, other, "ms per token", **lengths)
 
 
@@ -442,7 +441,8 @@ def bench_growth():
             time_ratio, peak_ratio = (
                 (f"{a / b:.2f}" for a, b in zip(now, before)) if before else ("", "")
             )
-            yield f"| {name} | {size:,} | {now[0]:.2f} | {time_ratio} | {now[1]:.0f} | {peak_ratio} |"
+            time_cells = f"{now[0]:.2f} | {time_ratio}"
+            yield f"| {name} | {size:,} | {time_cells} | {now[1]:.0f} | {peak_ratio} |"
             before = now
 
 

@@ -89,9 +89,12 @@ def main():
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(
             output, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            num_generations=spec.num_samples, max_completion_length=spec.new_tokens, beta=spec.beta, loss_type="grpo",
-            gradient_checkpointing=spec.checkpointing, bf16=model.dtype == torch.bfloat16, use_cpu=spec.device == "cpu",
-            max_steps=10_000, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            num_generations=spec.num_samples, max_completion_length=spec.new_tokens, beta=spec.beta,
+            loss_type="grpo",
+            gradient_checkpointing=spec.checkpointing, bf16=model.dtype == torch.bfloat16,
+            use_cpu=spec.device == "cpu",
+            max_steps=10_000, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True,
         )  # fmt: skip
         adapter = LoraConfig(
             r=64,
@@ -101,7 +104,8 @@ def main():
             task_type="CAUSAL_LM",
         )
         trainer = GRPOTrainer(
-            model, score, config, Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
+            model, score, config, Dataset.from_list(rows), processing_class=tokenizer,
+            peft_config=adapter,
             callbacks=[OneStepAtATime(spec, spent, before)],
         )  # fmt: skip
         watch(trainer, spent, clock_of(spec.device, spec.checkpoint))

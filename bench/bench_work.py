@@ -68,7 +68,7 @@ class Spec:
     keep_memory: bool = True  # with checkpoint: glibc keeps freed memory, as in grpo.py
 
 
-# ------------------------------------------------------------------------- the model, the tokenizer, the tasks
+# ------------------------------------------------------------------------- model, tokenizer, tasks
 
 
 def build(spec):
@@ -78,7 +78,8 @@ def build(spec):
     torch.manual_seed(0)
     vocab, width, mlp, layers, heads, kv_heads = SHAPES[spec.shape]
     config = Qwen2Config(
-        vocab_size=spec.vocab or vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        vocab_size=spec.vocab or vocab, hidden_size=width, intermediate_size=mlp,
+        num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
         max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=0.32 / width**0.5, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,

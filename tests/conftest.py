@@ -32,8 +32,10 @@ def random_model(family, vocab_size=97, **overrides):
     """A small model with random weights, large enough that its answers differ."""
     torch.manual_seed(0)
     settings = {
-        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 4096,
+        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+        "max_position_embeddings": 4096,
         "eos_token_id": 3, "pad_token_id": 0, "bos_token_id": None,
     }  # fmt: skip
     if family == "qwen3":

@@ -1,4 +1,4 @@
-"""grpo.py, dapo.py and sft.py as programs: what they refuse, what they leave behind, how they stop and go on.
+"""grpo.py, dapo.py and sft.py as programs: what they refuse, leave behind, how they stop and go on.
 
 Most runs are calls of main() in this process, since a new one spends six seconds on imports.
 """
@@ -68,7 +68,9 @@ def checkpoint(checkpoints, tmp_path):
 
 @pytest.fixture
 def refused(script, settings, write_rows, monkeypatch, capfd):
-    """refused(**changes): the one line on stderr with which a run of these settings must end, status 2."""
+    """refused(**changes): the one line on stderr with which a run of these settings must end,
+    status 2.
+    """
 
     def refuse(**changes):
         if isinstance(changes.get("data"), list):
@@ -116,16 +118,22 @@ def test_error_as_a_program(script, settings):
 
 BAD_SETTINGS = [
     *[({name: value}, "--" + name.replace("_", "-")) for value in (0, -1, "two") for name in (
-        "steps", "prompts_per_step", "num_samples", "max_prompt_tokens", "max_new_tokens", "temperature", "updates",
+        "steps", "prompts_per_step", "num_samples", "max_prompt_tokens", "max_new_tokens",
+        "temperature", "updates",
         "r", "alpha", "lr", "max_grad_norm", "micro_tokens", "save_every", "show_every")],
     ({"steps": 1.5}, "--steps"), ({"lr": "nan"}, "--lr"), ({"lr": "inf"}, "--lr"),
-    ({"seed": -1}, "--seed"), ({"beta": -0.1}, "--beta"), ({"warmup": 1.5}, "--warmup"), ({"dropout": 1}, "--dropout"),
+    ({"seed": -1}, "--seed"), ({"beta": -0.1}, "--beta"), ({"warmup": 1.5}, "--warmup"),
+    ({"dropout": 1}, "--dropout"),
     ({"prompts_per_step": 4, "updates": 3}, "--updates 3"), ({"correctness": "magic"}, "es_star"),
-    ({"targets": "q_proj,nope"}, "nope"), ({"max_prompt_tokens": 5}, "max-prompt-tokens 5"), ({"stepz": 3}, "--stepz"),
-    ({"heldout": "1.5"}, "1.5"), ({"heldout": "none.jsonl"}, "none.jsonl"), ({"seed": 2**62}, "--seed"),
-    ({"model": "none"}, "model: no directory 'none'"), ({"model": "no/such/directory"}, "model: no directory 'no/"),
+    ({"targets": "q_proj,nope"}, "nope"), ({"max_prompt_tokens": 5}, "max-prompt-tokens 5"),
+    ({"stepz": 3}, "--stepz"),
+    ({"heldout": "1.5"}, "1.5"), ({"heldout": "none.jsonl"}, "none.jsonl"),
+    ({"seed": 2**62}, "--seed"),
+    ({"model": "none"}, "model: no directory 'none'"),
+    ({"model": "no/such/directory"}, "model: no directory 'no/"),
     ({"model": ROOT / "grpo.py"}, "model: no directory"), ({"data": "none.jsonl"}, "none.jsonl"),
-    ({"data": ROOT}, "data: no file"), ({"data": []}, "file is empty"), ({"data": [ROWS[0], "{"]}, "line 2: not JSON"),
+    ({"data": ROOT}, "data: no file"), ({"data": []}, "file is empty"),
+    ({"data": [ROWS[0], "{"]}, "line 2: not JSON"),
     ({"data": [ROWS[0], {"dependency": "x"}]}, "line 2: field 'new_version'"),
     ({"data": [ROWS[0] | {"new_code": "("}] * 2}, "no usable row in"),
 ]  # fmt: skip
@@ -133,12 +141,16 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize("changes, word", BAD_SETTINGS, ids=lambda value: str(value)[:40])
 def test_bad_settings(refused, changes, word):
-    """A setting, data file or path that makes no sense costs training time before it is noticed, or a traceback."""
+    """A setting, data file or path that makes no sense costs training time before it is noticed, or
+    a traceback.
+    """
     assert word in refused(**changes)
 
 
 def test_bad_settings_of_one_script(script, refused):
-    """Stops a group of one completion, which has no advantage, and a penalty longer than the completion."""
+    """Stops a group of one completion, which has no advantage, and a penalty longer than the
+    completion.
+    """
     if script is not sft:
         assert "at least 2" in refused(num_samples=1)
     if script is dapo:
@@ -155,14 +167,17 @@ SPOILT = [
     ("config.json", "garbage", "config.json"), ("model.safetensors", None, "model.safetensors"),
     ("model.safetensors", "garbage", "cannot load"), ("defaults.json", "garbage", "defaults.json"),
     ("defaults.json", "[1]", "defaults.json"),
-    *[("defaults.json", f'{{"{name}": {value}}}', name) for name, value in [("stepz", 3), ("steps", '"3"'), (
-        "lr", '"fast"'), ("targets", 5), ("data", 5), ("r", 1.5), ("resume", '"yes"'), ("beta", -1)]],
+    ("defaults.json", '{"stepz": 3}', "stepz"), ("defaults.json", '{"steps": "3"}', "steps"),
+    ("defaults.json", '{"lr": "fast"}', "lr"), ("defaults.json", '{"targets": 5}', "targets"),
+    ("defaults.json", '{"data": 5}', "data"), ("defaults.json", '{"r": 1.5}', "r"),
+    ("defaults.json", '{"resume": "yes"}', "resume"), ("defaults.json", '{"beta": -1}', "beta"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, content, word", SPOILT)
 def test_bad_checkpoint(refused, checkpoint, name, content, word):
-    """A checkpoint with a part missing or broken ends in a traceback from the depths of a library."""
+    """A checkpoint with a part missing or broken ends in a traceback from the depths of a library.
+    """
     (checkpoint / name).unlink(missing_ok=True)
     if content is not None:
         (checkpoint / name).write_text(content)
@@ -170,7 +185,9 @@ def test_bad_checkpoint(refused, checkpoint, name, content, word):
 
 
 def test_bad_output(refused, settings):
-    """A second run mixes its files with the first one's, or a directory that cannot be made is a traceback."""
+    """A second run mixes its files with the first one's, or a directory that cannot be made is a
+    traceback.
+    """
     assert "no checkpoint" in refused(resume=True)
     assert "cannot write" in refused(output=Path(settings["data"]) / "run")
     assert "not empty" in refused(output=settings["data"])
@@ -194,12 +211,18 @@ OTHERWISE = {  # where the others' defaults are not those of the paper's GRPO ru
 
 
 def test_paper_defaults(script, capsys):
-    """--model alone must be the paper's run, every setting a flag with its help, and tiny the embedded default."""
+    """--model alone must be the paper's run, every setting a flag with its help, and tiny the
+    embedded default.
+    """
     paper = {
-        "data": "zjunlp/ReCode-Train-Data", "heldout": "", "steps": 5000, "prompts_per_step": 1, "num_samples": 8,
-        "max_prompt_tokens": 2048, "max_new_tokens": 1024, "temperature": 1.0, "correctness": "es_star",
-        "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, "updates": 1, "r": 64, "alpha": 64.0, "dropout": 0.01,
-        "targets": "q_proj,v_proj", "lr": 5e-5, "warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "data": "zjunlp/ReCode-Train-Data", "heldout": "", "steps": 5000, "prompts_per_step": 1,
+        "num_samples": 8,
+        "max_prompt_tokens": 2048, "max_new_tokens": 1024, "temperature": 1.0,
+        "correctness": "es_star",
+        "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, "updates": 1, "r": 64, "alpha": 64.0,
+        "dropout": 0.01,
+        "targets": "q_proj,v_proj", "lr": 5e-5, "warmup": 0.03, "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
     }  # fmt: skip
     config = training.config.parse_config(script.Config, ["--model", "some/model"], "doc")
     paper |= OTHERWISE[script.__name__]
@@ -219,7 +242,9 @@ def test_paper_defaults(script, capsys):
         )
 
 
-COLUMNS = "step loss kl grad_norm lr completion_length tokens_per_second seconds_sample seconds_update".split()
+COLUMNS = """
+step loss kl grad_norm lr completion_length tokens_per_second seconds_sample seconds_update
+""".split()
 SAMPLED = "reward reward_std format es em stale clip_fraction truncated".split()  # not in sft.py
 
 
@@ -283,7 +308,9 @@ def test_no_chat_template(script, checkpoint, settings, capsys):
 
 
 def test_checkpoint_defaults(script, checkpoint, settings, capsys):
-    """The defaults that a checkpoint brings are ignored, not shown, or beat the flag they should yield to."""
+    """The defaults that a checkpoint brings are ignored, not shown, or beat the flag they should
+    yield to.
+    """
     shutil.move(settings.pop("data"), checkpoint / "rows.jsonl")
     defaults = {"data": "rows.jsonl", "steps": 3, "lr": 1, "beta": 0.5, "targets": "o_proj"}
     (checkpoint / "defaults.json").write_text(json.dumps(defaults))
@@ -296,7 +323,9 @@ def test_checkpoint_defaults(script, checkpoint, settings, capsys):
 
 @pytest.mark.parametrize("when", [1, 2, 3, 5, 6, 8, "while logging"])
 def test_full_disk(script, settings, monkeypatch, when):
-    """A disk that fills up takes the last checkpoint with it, or leaves half a file that --resume chokes on."""
+    """A disk that fills up takes the last checkpoint with it, or leaves half a file that --resume
+    chokes on.
+    """
     settings |= {"steps": 4, "save_every": 1}
     assert script.main(flags(settings | {"steps": 2})) == 0
     before, calls = contents(settings["output"]), []
@@ -361,7 +390,9 @@ def test_skipped_steps(script, settings, spoil):
 
 @pytest.mark.parametrize("save_every", [1, 100])
 def test_three_skipped_steps(script, settings, spoil, capsys, save_every):
-    """Stops a run whose loss is not finite from going on for days, or from ending without an earlier checkpoint."""
+    """Stops a run whose loss is not finite from going on for days, or from ending without an
+    earlier checkpoint.
+    """
     spoil({3, 4, 5})
     settings |= {"steps": 9, "save_every": save_every}
     assert script.main(flags(settings)) == 1
@@ -421,7 +452,8 @@ def test_interrupt_and_resume(script, settings):
 
 
 def test_interrupt_after_a_skipped_step(script, settings, spoil, monkeypatch):
-    """Ctrl-C just after a skipped step is taken for the end of a lost run: nothing saved, status 1."""
+    """Ctrl-C just after a skipped step is taken for the end of a lost run: nothing saved, status 1.
+    """
     spoil({2})
     log = run.RunDirectory.log
 

@@ -44,11 +44,14 @@ def test_objective_equals_the_peers(case):
     "A, ratio, value, slope",
     [
         (1, 0.5, 0.5, 1), (1, 1.25, 1.25, 1), (1, 1.5, 1.28, 0), (1, 50.0, 1.28, 0),
-        (-1, 0.5, -0.8, 0), (-1, 1.25, -1.25, -1), (-1, 9.9, -9.9, -1), (-1, 10.1, -10, 0), (-2, 50.0, -20, 0),
+        (-1, 0.5, -0.8, 0), (-1, 1.25, -1.25, -1), (-1, 9.9, -9.9, -1), (-1, 10.1, -10, 0),
+        (-2, 50.0, -20, 0),
     ],
 )  # fmt: skip
 def test_clip_acts_on_the_right_side(A, ratio, value, slope):
-    """Stops a clip-higher on the wrong side, and a dual clip that is inverted, misplaced or not scaled by A."""
+    """Stops a clip-higher on the wrong side, and a dual clip that is inverted, misplaced or not
+    scaled by A.
+    """
     rho = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
     J = dapo.objective(rho.log(), torch.zeros(1, 1), None, torch.tensor([float(A)]), dapo.Config())
     assert J.item() == pytest.approx(value) and torch.autograd.grad(J, rho)[

@@ -1,6 +1,6 @@
 """The data: which rows are kept and why, what a prompt says, the order of the stream, and the hub.
 
-The hub is a small HTTP server on the loopback interface that serves a folder the way the real one does.
+The hub is a small HTTP server on the loopback interface that serves a folder as the real one does.
 """
 
 import copy
@@ -28,7 +28,9 @@ REAL = SHARED / "data" / "recode-train-data.jsonl"
 
 
 def test_good_rows(rows, write_rows):
-    """Rows in another order, or a version with its "==", would make another prompt of the same data."""
+    """Rows in another order, or a version with its "==", would make another prompt of the same
+    data.
+    """
     rows[1]["new_version"], rows[2]["new_version"], rows[3]["new_version"] = (
         "2.0.1",
         None,
@@ -87,22 +89,29 @@ def refusal(call, *args):
 
 
 BROKEN = [
-    ("{'a': 1}", "not JSON"), ('{"dependency": ', "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "object but list"),
-    ("null", "not a JSON object"), (json.dumps(ROWS[2] | {"new_code": 7}), "'new_code' is not text"),
+    ("{'a': 1}", "not JSON"), ('{"dependency": ', "not JSON"), ("[" * 100_000, "not JSON"),
+    ("[1]", "object but list"),
+    ("null", "not a JSON object"),
+    (json.dumps(ROWS[2] | {"new_code": 7}), "'new_code' is not text"),
     (json.dumps(ROWS[2] | {"update_info": ["a\nb"] * 99}), "'update_info' is not text"),
-    *[(json.dumps({k: v for k, v in ROWS[2].items() if k != name}), f"{name!r} is missing") for name in ROWS[2]],
 ]  # fmt: skip
+for name in ROWS[2]:
+    others = {key: value for key, value in ROWS[2].items() if key != name}
+    BROKEN.append((json.dumps(others), f"{name!r} is missing"))
 
 
 def test_broken_line(rows, write_rows):
-    """A traceback, or a message that leaves the reader to search a thousand lines for the bad one."""
+    """A traceback, or a message that leaves the reader to search a thousand lines for the bad one.
+    """
     for line, words in BROKEN:
         message = refusal(data.load_examples, write_rows([rows[0], "", line, rows[1]]))
         assert "data.jsonl, line 3: " in message and words in message and len(message) < 300
 
 
 def test_unusable_file(tmp_path, rows, write_rows):
-    """A file that is missing, empty, not text or without a usable row ends in a traceback or an empty run."""
+    """A file that is missing, empty, not text or without a usable row ends in a traceback or an
+    empty run.
+    """
     (tmp_path / "bytes.jsonl").write_bytes(
         json.dumps(rows[0]).encode() + b'\n{"dependency": "\xff\xfe"}\n'
     )
@@ -144,7 +153,9 @@ def test_real_data():
 
 
 def test_split_heldout(write_rows):
-    """Held-out rows that are trained on as well, that change from run to run, or that are none at all."""
+    """Held-out rows that are trained on as well, that change from run to run, or that are none at
+    all.
+    """
     examples = [Example(**ROWS[0] | {"update_info": str(i)}) for i in range(40)]
     train, heldout = data.split_heldout("0.2", examples, 1)
     assert len(heldout) == 8 and sorted(train + heldout, key=examples.index) == examples
@@ -175,7 +186,8 @@ def test_split_heldout_by_note(write_rows):
     again = data.split_heldout("0.25", examples[::-1], 42)
     assert again == (train[::-1], heldout[::-1])
     source = write_rows([vars(e) for e in examples])
-    code = "import data, sys; print(data.split_heldout('0.25', data.load_examples(sys.argv[1]), 42)[1])"
+    code = "import data, sys; rows = data.load_examples(sys.argv[1])"
+    code += "; print(data.split_heldout('0.25', rows, 42)[1])"
     shown = {
         python(os.environ | {"PYTHONHASHSEED": seed}, "-c", code, source).stdout for seed in "12"
     }
@@ -193,14 +205,18 @@ def test_split_heldout_real_data():
 
 
 def test_bad_heldout(rows, write_rows):
-    """A share that leaves nothing to train on or to measure, or that is no number, is found out late."""
+    """A share that leaves nothing to train on or to measure, or that is no number, is found out
+    late.
+    """
     examples = data.load_examples(write_rows(rows))
     for heldout in ("0", "0.01", "1", "1.0", "7", ".", "0.0.1", "-0.1", "none.jsonl"):
         assert heldout in refusal(data.split_heldout, heldout, examples, 1)
 
 
 def test_prompt_through_the_chat_template(tokenizer):
-    """A closed assistant turn, or a prompt put together by hand, is not what the model was trained on."""
+    """A closed assistant turn, or a prompt put together by hand, is not what the model was trained
+    on.
+    """
     changes = {
         "new_version": "2.0",
         "old_code": "x = f'{a}'  # {new_code} {0}",
@@ -234,7 +250,9 @@ def test_prompt_through_the_chat_template(tokenizer):
 
 
 def test_prompt_without_chat_template(tokenizer):
-    """A base model's tokenizer has no chat template; a prompt without one of the parts, or a traceback."""
+    """A base model's tokenizer has no chat template; a prompt without one of the parts, or a
+    traceback.
+    """
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     text = plain.decode(data.encode_prompt(Example(**ROWS[1]), plain))
@@ -280,7 +298,9 @@ def test_draw():
 
 @pytest.fixture
 def hub(tmp_path, rows, write_rows, checkpoints):
-    """(environment, requests): a hub on loopback with acme/toy-model and acme/Toy-Data, no cache yet."""
+    """(environment, requests): a hub on loopback with acme/toy-model and acme/Toy-Data, no cache
+    yet.
+    """
     root, requests = tmp_path / "hub", []
     shutil.copytree(checkpoints["qwen2"], root / "acme/toy-model")
     (root / "datasets/acme/Toy-Data").mkdir(parents=True)
@@ -342,7 +362,9 @@ LOAD = "import data, sys; print([e.update_info for e in data.load_examples(sys.a
 
 
 def test_hub(hub, tmp_path):
-    """A wrong file name, repository type or cache makes --data and --model work with local files only."""
+    """A wrong file name, repository type or cache makes --data and --model work with local files
+    only.
+    """
     env, requests = hub
     expected = [row["update_info"] for row in ROWS]
     assert eval(python(env, "-c", LOAD, "acme/Toy-Data").stdout) == expected
@@ -352,7 +374,8 @@ def test_hub(hub, tmp_path):
         eval(python(env | {"HF_HUB_OFFLINE": "1"}, "-c", LOAD, "acme/Toy-Data").stdout) == expected
     )
     assert len(requests) == fetched  # the cache is enough
-    flags = "--model acme/toy-model --data acme/Toy-Data --steps 1 --num-samples 2 --max-new-tokens 8 --r 4"
+    flags = "--model acme/toy-model --data acme/Toy-Data --steps 1"
+    flags += " --num-samples 2 --max-new-tokens 8 --r 4"
     done = python(env, "grpo.py", *flags.split(), "--output", str(tmp_path / "run"))
     assert (
         done.returncode == 0
@@ -378,7 +401,9 @@ for source in (["--data", rows, "--model", "acme/none"], ["--data", "acme/None"]
 
 @pytest.mark.parametrize("trouble", ["no such repository", "no network"])
 def test_hub_out_of_reach(hub, write_rows, rows, tmp_path, trouble):
-    """Without network, or with a mistyped id, a screen of retries and tracebacks instead of one line each."""
+    """Without network, or with a mistyped id, a screen of retries and tracebacks instead of one
+    line each.
+    """
     env, _ = hub
     if trouble == "no network":
         env["HF_ENDPOINT"] = "http://127.0.0.1:9"

@@ -14,7 +14,8 @@ import sft
 
 MAX_CHANGED = 36  # changed lines between grpo.py and dapo.py
 PLUMBING = re.compile(
-    r"^\W*(import |from |if __name__|run\b|parser|def )|training\.|run\.(save|finish|begin|lap)|log\("
+    r"^\W*(import |from |if __name__|run\b|parser|def )"
+    r"|training\.|run\.(save|finish|begin|lap)|log\("
 )
 
 

@@ -166,7 +166,8 @@ def test_counts_below_one(tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_a_stop(number, tmp_path):
-    """Stops an experiment that goes on to the next run, or does not save, when it is told to stop."""
+    """Stops an experiment that goes on to the next run, or does not save, when it is told to stop.
+    """
     command = [sys.executable, "-m", "tools.experiments", "--steps", "5000"]
     output = tmp_path / "x"
     (output / "base-0").mkdir(parents=True)

@@ -14,7 +14,9 @@ import recode
 import training.run
 from training import cuda_graph, dora, loading
 
-VIEWS = "view reshape expand permute transpose slice select unsqueeze squeeze alias detach t unbind split".split()
+VIEWS = """
+view reshape expand permute transpose slice select unsqueeze squeeze alias detach t unbind split
+""".split()
 
 
 class Kernels(TorchDispatchMode):

@@ -1,4 +1,5 @@
-"""training/loading.py: in which dtype a model is loaded, and that all of a run works in bf16 too."""
+"""training/loading.py: in which dtype a model is loaded, and that all of a run works in bf16 too.
+"""
 
 import json
 import sys
@@ -46,7 +47,8 @@ def half():
     ],
 )
 def test_auto(monkeypatch, large, native, expected):
-    """Stops bf16 where a CPU only emulates it or a toy gains nothing, and fp32 where bf16 is fast."""
+    """Stops bf16 where a CPU only emulates it or a toy gains nothing, and fp32 where bf16 is fast.
+    """
     size = loading.load_model(TINY).num_parameters()
     assert loading.LARGE == 100_000_000
     monkeypatch.setattr(loading, "LARGE", size - 1 if large else size)
@@ -140,7 +142,8 @@ def leavings(path):
 
 @pytest.mark.parametrize("adapter", ["dora", "none"])
 def test_resume_in_bf16(train, tmp_path, adapter, monkeypatch, capsys):
-    """Stops a resume in bf16 that differs in one bit, trained weights in bf16, and another dtype."""
+    """Stops a resume in bf16 that differs in one bit, trained weights in bf16, and another dtype.
+    """
     flags = ["--adapter", adapter, "--beta", "0"]
     assert train("once", "--steps", "4", *flags) == 0
     assert "torch.bfloat16 on cpu" in capsys.readouterr().out

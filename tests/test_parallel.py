@@ -72,9 +72,10 @@ def train(base, name, output, *more, stop=None):
     """
     script, adapter = CASES[NAMES.index(name)]
     log, flags = run.RunDirectory.log, (
-        f"--model {base}/model --data {base}/data.jsonl --output {base}/{output} --adapter {adapter} --steps 4 "
-        "--save-every 2 --prompts-per-step 3 --num-samples 4 --max-new-tokens 8 --micro-tokens 60 --r 4 --lr 0.01 "
-        "--dropout 0 --warmup 0.3 --show-every 2 --heldout 0.34 --weight-decay 0.1"
+        f"--model {base}/model --data {base}/data.jsonl --output {base}/{output} "
+        f"--adapter {adapter} --steps 4 --save-every 2 --prompts-per-step 3 --num-samples 4 "
+        "--max-new-tokens 8 --micro-tokens 60 --r 4 --lr 0.01 --dropout 0 --warmup 0.3 "
+        "--show-every 2 --heldout 0.34 --weight-decay 0.1"
     )  # fmt: skip
     flags += {grpo: "", dapo: " --max-tries 2 --updates 3", sft: ""}[script]
     flags += " --beta 0" if adapter == "none" else " --beta 0.01"
@@ -113,7 +114,8 @@ def environment():
         port = free.getsockname()[1]
     return lambda rank: {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
 
 

@@ -190,8 +190,8 @@ def test_dry_run(more, checkpoints, write_rows, rows, tmp_path, monkeypatch, cap
     output = tmp_path / "run"
     output.mkdir()
     (output / "keep").write_text("mine")
-    flags = f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --output {output} --dry-run --prompts-per-step 2 "
-    flags += f"--num-samples 3 --max-new-tokens 8 --r 4 --steps 7200 {more}"
+    flags = f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --output {output} --dry-run "
+    flags += f"--prompts-per-step 2 --num-samples 3 --max-new-tokens 8 --r 4 --steps 7200 {more}"
     assert grpo.main(flags.split()) == 0
     [(_, prompts, num_samples, T, eos, *_)] = seen
     assert len(prompts) == 2 and num_samples == 3 and T == 8 and eos == []

@@ -127,7 +127,8 @@ def test_dora_formula_with_the_norm_held_constant():
     expected = x @ (m / V.norm(dim=1).detach() * V.T) + bias
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(y.square().sum(), [x, *p]) for y, p in (
-        (expected, (A, B, m)), (layer(x), (layer.lora_A, layer.lora_B, layer.magnitude)))]  # fmt: skip
+        (expected, (A, B, m)),
+        (layer(x), (layer.lora_A, layer.lora_B, layer.magnitude)))]  # fmt: skip
     for wanted, got in zip(*gradients):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
 

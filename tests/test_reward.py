@@ -1,9 +1,9 @@
-"""The reward, against the defects of the released one, values worked out by hand and independent oracles.
+"""The reward, against the defects of the released one, values by hand and independent oracles.
 
-golden_rewards.json holds what the released code itself gives. It was made once, by calling its es_star,
-em_star and format_reward (with rapidfuzz) on completion(kind, i, row) for every sixth row i of the real
-data set that has old code and for every kind in KINDS; a case in which it raises is null. The values
-are rounded to 11 digits and stand as {"row": [[es_star, em_star, format] of each kind]}.
+golden_rewards.json holds what the released code itself gives. It was made once, by calling its
+es_star, em_star and format_reward (with rapidfuzz) on completion(kind, i, row) for every sixth row
+i of the real data set that has old code and for every kind in KINDS; a case in which it raises is
+null. The values are rounded to 11 digits: {"row": [[es_star, em_star, format] of each kind]}.
 """
 
 import ast
@@ -32,13 +32,16 @@ def answer(code, thought="so."):
 
 
 def test_more_than_ten_strings():
-    """Placeholder 1 is replaced inside placeholder 10, so a perfect answer with 12 strings earns -2."""
+    """Placeholder 1 is replaced inside placeholder 10, so a perfect answer with 12 strings earns
+    -2.
+    """
     code = "\n".join(f"x{i} = 'text {i}'" for i in range(12))
     assert reward.strip_comments(code) == code and reward.score(answer(code), code) == 3.0
 
 
 def test_apostrophe_in_comment():
-    """An apostrophe in a comment opens a string for the released code, which swallows what follows."""
+    """An apostrophe in a comment opens a string for the released code, which swallows what follows.
+    """
     target = "x = 1\ny = 'a'"
     assert reward.strip_comments("x = 1  # don't\ny = 'a'") == target
     assert reward.score(answer("x = 1  # don't\ny = 'a'"), target) == 3.0
@@ -46,14 +49,17 @@ def test_apostrophe_in_comment():
 
 
 def test_blanks_before_comment():
-    """A line that is perfect but for its comment loses reward by the blanks that stood before it."""
+    """A line that is perfect but for its comment loses reward by the blanks that stood before it.
+    """
     assert reward.strip_comments("x = 1  # one\n\ty = 2 \t # two") == "x = 1\n\ty = 2"
     assert reward.score(answer("x = 1  # one\ny = 2"), "x = 1\ny = 2") == 3.0
     assert reward.em_star(answer("x = 1\ny = 2"), "x = 1   # one\ny = 2") == 2.0
 
 
 def test_nothing_to_compare_and_unparsable():
-    """Two empty programs divide by zero; a NUL, deep nesting or a huge literal ends the training run."""
+    """Two empty programs divide by zero; a NUL, deep nesting or a huge literal ends the training
+    run.
+    """
     assert (
         reward.es(answer("# todo"), "# nothing") == reward.em(answer("# todo"), "# nothing") == 1.0
     )
@@ -72,7 +78,8 @@ def test_nothing_to_compare_and_unparsable():
 
 
 def test_code_smuggled_through_the_think_block():
-    """The first fence anywhere counts, so the right code in the thoughts pays for an empty answer."""
+    """The first fence anywhere counts, so the right code in the thoughts pays for an empty answer.
+    """
     assert (
         reward.score("```python\nx = 1\n```\n</think>\n<answer>\n</answer>", "x = 1") == 1.0 - 2.0
     )
@@ -92,7 +99,8 @@ def test_total_is_a_number():
 
 
 def test_second_answer_block():
-    """Answering twice is well-formed for the released code, which pays a model that repeats itself."""
+    """Answering twice is well-formed for the released code, which pays a model that repeats itself.
+    """
     twice = answer("x = 1") + "\n<answer>\n```python\nx = 2\n```\n</answer>"
     assert reward.format_reward(twice) == -1.0
     assert reward.em(twice, "x = 1") == 1.0 and reward.em(twice, "x = 2") == 0.0
@@ -109,7 +117,9 @@ def brute_force(a, b):
 
 
 def test_levenshtein_brute_force():
-    """A wrong carry or a lost bit gives wrong rewards on some pair: empty, repeated, unicode or long."""
+    """A wrong carry or a lost bit gives wrong rewards on some pair: empty, repeated, unicode or
+    long.
+    """
     rng = random.Random(0)
     alphabets = [
         "a",
@@ -149,10 +159,13 @@ def test_format_reward():
         "a < b</think> \n <answer>\nb\n</answer> \n",
     ]
     bad = [
-        "", "a", "a</think>", "a</think>b", "<answer>b</answer>", "a<answer>b</answer></think>", "a</think><answer>b",
+        "", "a", "a</think>", "a</think>b", "<answer>b</answer>", "a<answer>b</answer></think>",
+        "a</think><answer>b",
         "a</think>b</answer>", "a</think>so<answer>b</answer>", "a</think><answer>b</answer>so",
-        "a</THINK><answer>b</answer>", "<think>a</think><answer>b</answer>", "a</think></think><answer>b</answer>",
-        "a</think><answer><answer>b</answer>", "a</think><answer>b</answer></answer>", "a</think></answer><answer>",
+        "a</THINK><answer>b</answer>", "<think>a</think><answer>b</answer>",
+        "a</think></think><answer>b</answer>",
+        "a</think><answer><answer>b</answer>", "a</think><answer>b</answer></answer>",
+        "a</think></answer><answer>",
         "a</think><answer>b</answer><answer>c</answer>",
     ]  # fmt: skip
     rewards = {text: reward.format_reward(text) for text in good + bad}
@@ -256,7 +269,9 @@ def test_agreement_with_released_rewards():
 
 @needs_data
 def test_strip_comments_agrees_with_tokenize():
-    """A comment that stays, or code that goes, by the judgement of Python's own tokenizer on real code."""
+    """A comment that stays, or code that goes, by the judgement of Python's own tokenizer on real
+    code.
+    """
     for code in (
         row[name] for row in real_rows() for name in ("old_code", "new_code") if row[name]
     ):
@@ -291,12 +306,16 @@ def test_exact_copies_of_real_targets():
 
 HOSTILE = {
     "NUL": "x = '\0'", "surrogates": "\ud800 = '\udfff\ud800'", "brackets": "(" * 100_000,
-    "closed brackets": "[" * 100_000 + "]" * 100_000, "brackets below the limit": "[" * 24_000 + "]" * 24_000,
+    "closed brackets": "[" * 100_000 + "]" * 100_000,
+    "brackets below the limit": "[" * 24_000 + "]" * 24_000,
     "integer": "9" * 10**6, "integer below the limit": "9" * 49_000, "megabyte": "x" * 10**6,
-    "triple quotes": "'''\\" * 250_000, "backslashes": '"""' + "\\" * 49_000, "quotes": "' \" \\" * 9_000,
-    "blanks": " " * 49_000, "blanks, comments": " #" * 24_000, "tabs": "\t " * 10**6, "newlines": "\n" * 10**6,
+    "triple quotes": "'''\\" * 250_000, "backslashes": '"""' + "\\" * 49_000,
+    "quotes": "' \" \\" * 9_000,
+    "blanks": " " * 49_000, "blanks, comments": " #" * 24_000, "tabs": "\t " * 10**6,
+    "newlines": "\n" * 10**6,
     "unary": "-" * 49_000 + "1", "not": "not " * 12_000 + "1", "lambdas": "lambda:" * 7_000 + "1",
-    "sum": "a+" * 24_000 + "a", "attributes": "a" + ".a" * 24_000, "conditions": "x if y else " * 4_000 + "z",
+    "sum": "a+" * 24_000 + "a", "attributes": "a" + ".a" * 24_000,
+    "conditions": "x if y else " * 4_000 + "z",
     "indents": "".join(" " * i + "if x:\n" for i in range(300)), "f-strings": "f'{" * 16_000,
     "lines": "x = 1\n" * 8_000, "powers": "2**" * 16_000 + "2", "answers": "<answer>" * 130_000,
     "ends": "</answer>" * 120_000, "thoughts": "</think>" * 130_000, "ticks": "`" * 10**6,
@@ -307,7 +326,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("code", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_completions(code):
-    """A completion that raises, hangs or eats the memory ends a training run; a model writes any text."""
+    """A completion that raises, hangs or eats the memory ends a training run; a model writes any
+    text.
+    """
     target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
     for text in (answer(code), code, "so</think><answer>" + code, answer(target) + code):
         started = time.process_time()

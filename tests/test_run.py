@@ -1,4 +1,6 @@
-"""What a run shows: other programs' logs, the screen with and without a terminal, curves and tables."""
+"""What a run shows: other programs' logs, the screen with and without a terminal, curves and
+tables.
+"""
 
 import builtins
 import importlib.util
@@ -69,11 +71,13 @@ def kill(monkeypatch, step):
     monkeypatch.setattr(run.RunDirectory, "log", killed)
 
 
-# ------------------------------------------------------------------------- the log of another program
+# ------------------------------------------------------------------------- another program's log
 
 
 def test_tensorboard(train, tmp_path, monkeypatch):
-    """Stops metrics that differ from metrics.jsonl, and repeated steps after a killed run was resumed."""
+    """Stops metrics that differ from metrics.jsonl, and repeated steps after a killed run was
+    resumed.
+    """
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with monkeypatch.context() as patch:
         kill(patch, 3)  # one step behind the last checkpoint
@@ -117,7 +121,9 @@ class Wandb(types.ModuleType):
 
 
 def test_wandb(train, tmp_path, monkeypatch):
-    """Stops a resumed run that starts a second one on the server, sends a step twice, or is never finished."""
+    """Stops a resumed run that starts a second one on the server, sends a step twice, or is never
+    finished.
+    """
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
     with monkeypatch.context() as patch:
         kill(patch, 3)
@@ -142,7 +148,9 @@ def test_wandb(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_log_that_cannot_be(train, tmp_path, monkeypatch, script):
-    """Stops a run that finds out after an hour that the package is missing, or a name that means nothing."""
+    """Stops a run that finds out after an hour that the package is missing, or a name that means
+    nothing.
+    """
     real = builtins.__import__
 
     def missing(name, *more):
@@ -166,7 +174,9 @@ def test_a_log_that_cannot_be(train, tmp_path, monkeypatch, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_quiet(train, tmp_path, capfd, script):
-    """Stops --quiet from leaving out what matters, or from changing what is kept; and it may change on --resume."""
+    """Stops --quiet from leaving out what matters, or from changing what is kept; and it may change
+    on --resume.
+    """
     assert train("--steps", "2", "--heldout", "0.3", "--quiet", script=script) == 0
     out, err = capfd.readouterr()
     assert (
@@ -205,7 +215,9 @@ def test_styles_are_for_terminals(monkeypatch):
 
 
 def test_a_log_file_is_plain_text(train, capfd):
-    """Stops bars, carriage returns and escape sequences where no terminal is, and lines too wide for one."""
+    """Stops bars, carriage returns and escape sequences where no terminal is, and lines too wide
+    for one.
+    """
     assert train("--steps", "2", "--heldout", "0.3") == 0
     out, err = capfd.readouterr()
     assert err == "" and all(char.isprintable() or char == "\n" for char in out)
@@ -216,7 +228,9 @@ def test_a_log_file_is_plain_text(train, capfd):
 
 
 def test_samples_give_no_commands(tokenizer):
-    """Stops a model that writes escape sequences from moving the cursor, and a note of several lines from breaking out."""
+    """Stops a model that writes escape sequences from moving the cursor, and a note of several
+    lines from breaking out.
+    """
     example = data.Example("lib", "1", "", "first\nsecond", "x", "y")
     text = run.show(3, recode.Group([], example, [], ["one\r\x1b[2Jtwo\n\tthree"], [0.5]))
     assert all(char.isprintable() or char == "\n" for char in text) and "note: first second" in text
@@ -229,7 +243,9 @@ PROGRAMS += [f"tools/{path.stem}" for path in (ROOT / "tools").glob("[a-z]*.py")
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help(program, tmp_path, monkeypatch, capsys):
-    """Stops help that is wider than a screen, does not say what a flag is if not given, or starts the work."""
+    """Stops help that is wider than a screen, does not say what a flag is if not given, or starts
+    the work.
+    """
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", [program, "--help"])
     monkeypatch.chdir(tmp_path)
@@ -299,7 +315,9 @@ HELDOUT = {
 
 
 def test_a_run_that_does_not_sample(tmp_path, capsys):
-    """Stops a failure, a line or a legend for SFT, whose rows have no reward; a lost held-out result."""
+    """Stops a failure, a line or a legend for SFT, whose rows have no reward; a lost held-out
+    result.
+    """
     grpo_run, sft_run = write_run(tmp_path / "grpo", [0.5, 0.5]), tmp_path / "sft"
     sft_run.mkdir()
     row = {"step": 30, "loss": 0.5, "kl": 0.0, "grad_norm": 1.0, "completion_length": 9.0}
@@ -355,7 +373,8 @@ def test_curve_of_a_run():
 
 @pytest.mark.parametrize("losses", [[2.0, 0.5, 1.25], [0.5], [0.5, 0.5], [None, None]])
 def test_curve_without_samples(losses):
-    """Stops a crash for SFT's rows, a constant or lost loss, and a loss drawn on another's scale."""
+    """Stops a crash for SFT's rows, a constant or lost loss, and a loss drawn on another's scale.
+    """
     rows = [{"step": 5 + i, "loss": loss, "kl": 0.0} for i, loss in enumerate(losses)]
     names, lines = drawn(curve(rows))
     assert "5" in names and all(40 <= y <= 290 for line in lines for _, y in line)

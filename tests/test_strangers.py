@@ -80,7 +80,8 @@ def words(count):
     ids=["soft cap", "unknown scaling", "window", "attention"],
 )
 def test_models_whose_logits_differ(config, message):
-    """Stops a model with capped logits or an attention window from being trained on wrong numbers."""
+    """Stops a model with capped logits or an attention window from being trained on wrong numbers.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with pytest.raises(BadInput, match=message):
@@ -135,7 +136,8 @@ def test_weights_that_are_not_there(checkpoints, tmp_path, fault):
 
 
 def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
-    """Stops an index error in the middle of a run with GPT-2, and silence where RoPE is stretched."""
+    """Stops an index error in the middle of a run with GPT-2, and silence where RoPE is stretched.
+    """
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=200)
     config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
@@ -359,7 +361,8 @@ def test_nothing_was_learned(train, monkeypatch, capsys):
 
 
 def test_out_of_memory_on_a_cpu(monkeypatch, capsys):
-    """Stops a traceback where a CPU has no memory left: the advice given on a GPU serves here too."""
+    """Stops a traceback where a CPU has no memory left: the advice given on a GPU serves here too.
+    """
 
     def main(argv):
         torch.empty(2**60)

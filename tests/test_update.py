@@ -213,9 +213,9 @@ def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
     """flags(name, *more) is the command line of a short run in tmp_path/name, with score()."""
     monkeypatch.setattr(reward, "total", score)
     settings = (
-        f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 --prompts-per-step 2 "
-        "--num-samples 4 --max-new-tokens 8 --updates 2 --micro-tokens 60 --r 4 --dropout 0.1 --beta 0.01 --lr 0.01 "
-        "--warmup 0.3 --show-every 2 --heldout 0.34"
+        f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 "
+        "--prompts-per-step 2 --num-samples 4 --max-new-tokens 8 --updates 2 --micro-tokens 60 "
+        "--r 4 --dropout 0.1 --beta 0.01 --lr 0.01 --warmup 0.3 --show-every 2 --heldout 0.34"
     )
     settings += {grpo: "", dapo: " --max-tries 2 --overlong-cache 4", sft: ""}[script]
     return lambda name, *more: [*settings.split(), "--output", str(tmp_path / name), *more]

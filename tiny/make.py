@@ -37,13 +37,19 @@ import training.run
 from training import parallel
 from training.config import Parser
 
-FIRST = """load save make read find draw plot sort split merge build parse scan trim pack send fetch clean check
-count fit scale shift blend smooth paint index query group filter map fold stack slice join zip rank score trace
-fill""".split()
-SECOND = """mesh grid cell node edge path tree leaf row table frame chart axis image pixel layer signal wave peak
-token word text line page file block chunk batch queue cache key item list array tensor matrix vector field
-record""".split()
-LIBRARY = "nova terra luna delta sigma omega alpha vega orion atlas hydra polar solar astro quant macro micro".split()
+FIRST = """
+load save make read find draw plot sort split merge build parse scan trim pack send fetch clean
+check count fit scale shift blend smooth paint index query group filter map fold stack slice
+join zip rank score trace fill
+""".split()
+SECOND = """
+mesh grid cell node edge path tree leaf row table frame chart axis image pixel layer signal wave
+peak token word text line page file block chunk batch queue cache key item list array tensor
+matrix vector field record
+""".split()
+LIBRARY = """
+nova terra luna delta sigma omega alpha vega orion atlas hydra polar solar astro quant macro micro
+""".split()
 
 BEFORE = "{lib}.{old}({a}, {c}, {key}={m})"
 CHANGES = {  # kind: the new call, the reasoning that leads to it, possible notes
@@ -222,7 +228,8 @@ def make_tokenizer():
     ]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
-        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token=None, chat_template=TEMPLATE,
+        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token=None,
+        chat_template=TEMPLATE,
         eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"],
     )  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
@@ -233,7 +240,8 @@ def make_model(tokenizer):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 300.0},
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
