@@ -312,23 +312,25 @@ def bench_sandbox():
 
 
 def bench_checkpoint(checkpoint, data):
-    """A whole GRPO step of a real model against TRL at its defaults, and where glibc keeps memory.
+    """A whole GRPO step of a real model, against TRL at its defaults and against ourselves.
 
     1 prompt x 8 completions of at most 160 tokens, DoRA r 64, beta 0.001; wall time, all cores.
+    glibc keeps freed memory for us, as in grpo.py; the other side has it with "memory kept" only.
     """
     spec = {"checkpoint": checkpoint, "data": data, "prompts": 1, "new_tokens": 160, "longest": 512}
-    name = f"step {Path(checkpoint).name} dora, beta 0.001, against TRL"
     fresh = spec | {"keep_memory": False}
-    settings = [spec, fresh, spec, fresh]
-    with contextlib.ExitStack() as stack:
-        scripts = ["bench_work.py", "bench_trl.py", "bench_trl.py", "bench_work.py"]
-        sides = [stack.enter_context(Side(script, **s)) for script, s in zip(scripts, settings)]
-        results = rounds(name, sides, 2)
-    notes = ("", " with freed memory kept", ": ours without that")
-    for note, theirs in zip(notes, results[1:], strict=True):
-        yield compared(name + note, ">= 3" if note == "" else "-", results[0], theirs)
-        peaks = [max(step["peak"] for step in steps) for steps in (results[0], theirs)]
-        yield row(f"{name}{note}: peak memory", peaks[1] / peaks[0], "-", *peaks, "MiB")
+    others = (  # who, script, spec, goal
+        ("TRL", "bench_trl.py", fresh, ">= 3"),
+        ("TRL, memory kept", "bench_trl.py", spec, "-"),
+        ("ours, memory not kept", "bench_work.py", fresh, "-"),
+    )
+    for who, script, settings, goal in others:  # two models at a time: memory
+        name = f"step {Path(checkpoint).name} dora, beta 0.001, against {who}"
+        with Side("bench_work.py", **spec) as ours, Side(script, **settings) as theirs:
+            results = rounds(name, [ours, theirs], 2)
+        yield compared(name, goal, *results)
+        peaks = [max(step["peak"] for step in steps) for steps in results]
+        yield row(f"{name}: peak memory", peaks[1] / peaks[0], "-", *peaks, "MiB")
 
 
 def bench_step(shape, adapter, beta, goal, min_rounds, no_checkpointing=False):
