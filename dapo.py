@@ -3,7 +3,7 @@
 A code model learns to obey an API update by comparing its own answers. For every prompt it samples
 a group of completions, and reward.py scores them; those better than their group's mean become more
 likely, the others less likely (GRPO: arXiv 2402.03300, DAPO: arXiv 2503.14476). For completion i
-and its token t, in the order in which a student meets them:
+and its token t:
 
     A_i    = (R_i - mean(R)) / (std(R) + 1e-4)     advantage within the group             (eq. 3)
     rho_it = exp(logp_it - old_it)                 ratio to the policy that sampled       (eq. 4)
@@ -18,19 +18,19 @@ and the bookkeeping around them:
     w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 2 parts of D                               (eq. 9)
 
-Three scripts share this text; a line that differs has the number of its equation.
+Three scripts share this text and these commands; each hunk of the diff names its equation.
 
     python grpo.py                                            embedded toy, minutes on a CPU
     python grpo.py --model Qwen/Qwen2.5-Coder-7B-Instruct     1 GPU
-    torchrun --nproc-per-node 8 grpo.py --prompts-per-step 8  N GPUs
+    torchrun --nproc-per-node 8 grpo.py --prompts-per-step 8  N GPUs, with --model as above
     diff grpo.py dapo.py                                      what DAPO changes
 
 Before you read:
-  1. In the first update after a rollout rho is exactly 1 and the clip never acts. The loss value is
-     then near 0 by construction; only its gradient matters.
+  1. In the first update after a rollout rho is exactly 1 and the clip never acts. The loss value
+     then says nothing (near 0 in GRPO, as a group's advantages sum to 0); its gradient matters.
   2. eq. 8 is computed over the whole update batch, before it is split into micro-batches, so loss
      and gradient do not depend on --micro-tokens or the number of GPUs.
-  3. A group whose rewards are all equal has advantage 0: only the KL term moves it.
+  3. A group whose rewards are all equal has advantage 0 and gives no policy gradient.
   4. old_it is recomputed by the trainer, not taken from the sampler: kernels differ in the last
      bits, and rho must be exactly 1 before the first update.
 """
@@ -55,12 +55,12 @@ class Config(training.config.Run):
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # rollouts, each followed by --updates optimizer steps
     prompts_per_step: int = 8  # eq. 1, P, prompts per rollout
-    max_tries: int = 10  # eq. 1, draws per rollout, before it goes on with the groups it has
+    max_tries: int = 10  # eq. 1, most draws per rollout; then it goes on with the groups it has
     num_samples: int = 8  # completions per prompt, the group size G
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut
-    temperature: float = 1.0  # of sampling, and of the probabilities that are trained
-    overlong_cache: int = 0  # eq. 2, L_cache, the last tokens, which cost reward; 0 for off
+    temperature: float = 1.0  # of sampling and of the log-probabilities
+    overlong_cache: int = 0  # eq. 2, L_cache, tokens before the limit that cost reward; 0 is off
     correctness: str = "es_star"  # second half of the reward: es_star, em_star, es, em or none
     # objective
     clip_low: float = 0.2  # eq. 5, how far rho may fall below 1

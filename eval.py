@@ -108,13 +108,13 @@ def parse(argv):
     add("--num-samples", default=5, type=int, metavar="X", help="completions per problem [5]")
     add("--temperature", default=0.8, type=float, metavar="X", help="0 is greedy [0.8]")
     add("--top-p", default=0.7, type=float, metavar="X", help="nucleus sampling [0.7]")
-    add("--k", type=int, nargs="+", metavar="X", help="of pass@k [1, and 5 if there are 5 samples]")
+    add("--k", type=int, nargs="+", metavar="X", help="k of pass@k [1, and 5 of 5 or more samples]")
     add("--max-new-tokens", type=int, metavar="X", help="cut longer ones [the model's, else 1024]")
     add("--batch", default=8, type=int, metavar="X", help="prompts sampled at once [8]")
     add("--seed", default=42, type=int, metavar="X", help="of the samples [42]")
     add("--dtype", default="auto", choices=CHOICES["dtype"], help="of frozen weights [auto]")
     add("--unsafe", action="store_true", help="run answers even without a sandbox [off]")
-    add = parser.add_argument_group("instead").add_argument
+    add = parser.add_argument_group("other modes").add_argument
     add("--references", action="store_true", help="judge the reference solutions [off]")
     add("--compare", nargs="+", metavar="RUN", help="compare finished evaluations [none]")
     args = parser.parse_args(argv)

@@ -1,13 +1,13 @@
 """Rewrite a Python file for a new version of a library, following update notes; print the diff.
 
-    python migrate.py old.py --model runs/grpo --library numpy --version 2.0 \\
+    python migrate.py old.py --model runs/7b --library numpy --version 2.0 \\
         --update "np.in1d was removed; use np.isin" > migration.patch
     git show HEAD:old.py | python migrate.py - --library numpy --version 2.0 --update-file notes.txt
 
 The model answers several times. Answers without code, or whose code does not parse, are dropped;
 of the others, the one most similar to the rest is taken. Nothing is run and no file is changed:
 read the diff and the warnings, then apply it with `git apply` or `patch -p1` at the root of the
-git work tree, or here if there is none; a note on stderr names the directory if it is another.
+git work tree; outside git, in the current directory. If it is another one, stderr names it.
 
 Exit status: 0 nothing to change, 1 changed, 2 bad input, 3 no usable answer.
 """

@@ -15,11 +15,11 @@ and the bookkeeping around them:
     w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 1 parts of D                               (eq. 9)
 
-Three scripts share this text; a line that differs has the number of its equation.
+Three scripts share this text and these commands; sft.py lacks what only samples need.
 
     python sft.py                                             embedded toy, minutes on a CPU
     python sft.py --model Qwen/Qwen2.5-Coder-7B-Instruct      1 GPU
-    torchrun --nproc-per-node 8 sft.py --prompts-per-step 8   N GPUs
+    torchrun --nproc-per-node 8 sft.py --prompts-per-step 8   N GPUs, with --model as above
     diff grpo.py sft.py                                       what is left of an RL step
 
 Before you read:

@@ -2,7 +2,7 @@
 
     python docs/naive_grpo.py
 
-trains all weights of the toy model in tiny/: a minute on a CPU, mean reward from 1.9 to 2.9. Every
+This trains all weights of the toy in tiny/: a minute on a CPU, mean reward from 1.9 to 2.9. Every
 prompt gets a group of completions, reward.py scores them, and those better than their group's mean
 become more likely. For completion i of N, with |o_i| tokens (EOS included), and its token t:
 

@@ -4,8 +4,7 @@
 
 A line holds means of the last ten steps, of sampled answers to training tasks, and the held-out
 result of a finished run: exact match before training, metrics after. The picture shows reward,
-exact match and stale rate by step, each point a mean of nine; not of sft.py, which trains without
-sampling.
+exact match and stale rate by step, each a mean of nine. sft.py samples nothing, so has no line.
 """
 
 import html

@@ -38,9 +38,9 @@ class Run:
     """Settings that every algorithm shares."""
 
     # model and data
-    model: str = TINY  # checkpoint directory or hub id, or a run, whose adapter is trained on
+    model: str = TINY  # checkpoint directory, hub id, or run, to go on from its adapter
     data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
-    heldout: str = ""  # JSONL file, or share of the update notes, measured before and after
+    heldout: str = ""  # JSONL file, or share of the notes to hold out; measured before and after
     resume: bool = False  # continue from the last checkpoint in --output
     seed: int = 42  # of the data order, the adapter and the samples
     # adapter
