@@ -9,7 +9,6 @@ have, and three prompts as the model sees them. A split is that of a run with --
 
 import json
 import statistics
-import textwrap
 from pathlib import Path
 
 from data import encode_prompt, encode_target, load_examples, split_heldout
@@ -17,6 +16,7 @@ from reward import strip_comments
 from training import loading, parallel
 from training.config import TINY, BadInput, Parser, Run, open_policy
 from training.files import write
+from training.run import excerpt
 
 
 def lengths(name, counts, limit, flag):
@@ -26,17 +26,6 @@ def lengths(name, counts, limit, flag):
     over = sum(count > limit for count in counts)
     line = f"{name:<10}{statistics.median(counts):8,.0f}{most:8,}{counts[-1]:8,}"
     return f"{line}{over:10,} over {flag} {limit:,}"
-
-
-def excerpt(prompt):
-    """At most 40 lines of 94 characters, without anything that a terminal would obey."""
-    lines = []
-    for line in prompt.expandtabs(4).split("\n"):
-        clean = "".join(char if char.isprintable() else "?" for char in line)
-        lines += textwrap.wrap(clean, 94, drop_whitespace=False) if clean else [""]
-    if len(lines) > 40:
-        lines[39:] = [f"... and {len(lines) - 39} lines more"]
-    return "\n".join(f"    | {line}" for line in lines)
 
 
 def usable(source):
@@ -73,8 +62,7 @@ def main(argv=None):
     add("--model", default=TINY, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
     add("--max-prompt-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 2048]")
     add("--max-new-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 1024]")
-    words = ("SHARE", "DIRECTORY")
-    add("--split", nargs=2, metavar=words, help="write train.jsonl and heldout.jsonl there [off]")
+    add("--split", nargs=2, metavar=("SHARE", "DIRECTORY"), help="write a split there [off]")
     args = parser.parse_args(argv)
     base, _, settings = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
@@ -90,7 +78,7 @@ def main(argv=None):
     print(lengths("reference", map(len, targets), target_limit, "--max-new-tokens"))
     for i in sorted({0, len(prompts) // 2, len(prompts) - 1}):
         print(f"\nprompt of usable row {i + 1:,}, without its reference:")
-        print(excerpt(tokenizer.decode(prompts[i])))
+        print(excerpt(tokenizer.decode(prompts[i]), 40))
     return 0
 
 

@@ -202,16 +202,22 @@ class Stop:
         tqdm.write("stopping after this step; once more to stop at once")
 
 
+def excerpt(text, most):
+    """At most so many lines for the screen, without anything that a terminal would obey."""
+    lines = []
+    for line in text.expandtabs(4).split("\n"):
+        clean = "".join(char if char.isprintable() else "?" for char in line)
+        lines += textwrap.wrap(clean, 94, drop_whitespace=False) if clean else [""]
+    if len(lines) > most:
+        lines[most - 1 :] = [f"... and {len(lines) - most + 1} lines more"]
+    return "\n".join(style(f"    | {line}", "2") for line in lines)
+
+
 def show(step, group):
-    """A sample completion for the screen: the update note, the answer, the reward."""
-    lines = [f"sample of step {step}, reward {group.rewards[0]:.2f}"]
-    lines.append(f"note: {' '.join(group.example.update_info.split())}")
-    lines += f"<think>{group.texts[0]}".split("\n")
-    shown = [""]
-    for line in lines[:20]:
-        clean = "".join(char if char.isprintable() else " " for char in line[:92])
-        shown.append(style(f"    | {clean}", "2"))
-    return "\n".join([*shown, ""])
+    """A sample completion for the screen: the reward, the update note, the answer."""
+    note = " ".join(group.example.update_info.split())
+    text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
+    return f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n"
 
 
 # ------------------------------------------------------------------------- --log-to
@@ -305,7 +311,8 @@ class RunDirectory:
         before = read_run(self.path)
         for name, now in vars(self.config).items():
             was = before.get(name, now)  # an older run lacks a new setting
-            if name not in MAY_CHANGE and was != now and not same_path(was, now):
+            same = was == now or os.path.realpath(str(was)) == os.path.realpath(str(now))
+            if name not in MAY_CHANGE and not same:
                 raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
 
     def create(self):
@@ -489,13 +496,6 @@ class RunDirectory:
         files = "metrics.jsonl, samples.jsonl, curve.svg, checkpoint/"
         print(f"done: {self.path}/ holds {files} and {kept}/")
         return 0
-
-
-def same_path(was, now):
-    """Whether two settings are paths of one file."""
-    if not isinstance(was, str) or not isinstance(now, str):
-        return False
-    return os.path.realpath(was) == os.path.realpath(now)
 
 
 def nothing_learned(rows):
