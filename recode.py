@@ -186,8 +186,8 @@ class Decoder:
         self.column = self.first + self.t  # where the new keys and values go
         self.bias.index_fill_(3, self.column, 0.0)
         positions = (self.lengths + self.t)[:, None]  # (B, 1)
-        last = forward(self.model, self.tokens[:, None], positions, self.attend)[:, 0]  # (B, d)
-        logits = self.model.get_output_embeddings()(last)  # (B, V)
+        hidden = forward(self.model, self.tokens[:, None], positions, self.attend)  # (B, 1, d)
+        logits = self.model.get_output_embeddings()(hidden)[:, 0]  # (B, V)
         scale = logit_scale(self.model)
         return logits if scale == 1 else logits * scale
 

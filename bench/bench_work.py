@@ -66,6 +66,7 @@ class Spec:
     checkpoint: str = ""  # directory of a real model, in place of shape, vocab and end
     data: str = ""  # its tasks
     keep_memory: bool = True  # with checkpoint: glibc keeps freed memory, as in grpo.py
+    onednn: bool = True  # with checkpoint: oneDNN decodes in fp32, as in grpo.py
 
 
 # ------------------------------------------------------------------------- model, tokenizer, tasks
@@ -151,8 +152,8 @@ def make_tasks(spec, vocab):
     return tasks
 
 
-def leave_glibc_alone():
-    """In place of loading.keep_freed_memory: TRL as its users run it."""
+def leave_alone(*_):
+    """In place of what loading.py does for our side: TRL as its users run it."""
 
 
 def workload(spec):
@@ -166,7 +167,9 @@ def workload(spec):
         return model, make_tokenizer(vocab), make_tasks(spec, vocab)
     torch.set_num_threads(os.cpu_count())
     if not spec.keep_memory:
-        loading.keep_freed_memory = leave_glibc_alone
+        loading.keep_freed_memory = leave_alone
+    if not spec.onednn:
+        loading.decode_with_onednn = leave_alone
     tokenizer = loading.load_tokenizer(spec.checkpoint)
     examples = data.load_examples(spec.data)[:64]
     tasks = data.encode_tasks(examples, tokenizer, spec.longest, {})
