@@ -26,13 +26,13 @@ Three scripts share this text and these commands; each hunk of the diff names it
     diff grpo.py dapo.py                                      what DAPO changes
 
 Before you read:
-  1. In the first update after a rollout rho is exactly 1 and the clip never acts. The loss value
+  1. In the first update after a rollout rho is 1 (dropout aside) and the clip never acts. The loss
      then says nothing (near 0 in GRPO, as a group's advantages sum to 0); its gradient matters.
   2. eq. 8 is computed over the whole update batch, before it is split into micro-batches, so loss
      and gradient do not depend on --micro-tokens or the number of GPUs.
   3. A group whose rewards are all equal has advantage 0 and gives no policy gradient.
   4. old_it is recomputed by the trainer, not taken from the sampler: kernels differ in the last
-     bits, and rho must be exactly 1 before the first update.
+     bits, and rho has to be 1 before the first update.
 """
 
 import math

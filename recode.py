@@ -110,10 +110,6 @@ def shared_prompt(model, prompt):
 # ------------------------------------------------------------------------- 2. sampling
 
 
-def on_gpu(model):
-    return model.device.type == "cuda"
-
-
 class Decoder:
     """Decodes the completions of P prompts, one token for all rows per step.
 
@@ -126,7 +122,7 @@ class Decoder:
 
     def __init__(self, model, prompts, num_samples):
         self.model = model
-        self.block = 256 if on_gpu(model) else 64  # columns to grow by; each width is a new graph
+        self.block = 256 if parallel.CUDA else 64  # columns to grow by; each width is a new graph
         device = model.device
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts]).to(device)  # (P,)
         last = torch.tensor([prompt[-1] for prompt in prompts]).to(device)  # (P,)
@@ -176,7 +172,7 @@ class Decoder:
             self.replay()
             return self.logits
         logits = self.step()
-        if Decoder.graphs and on_gpu(self.model):
+        if Decoder.graphs and parallel.CUDA:
             self.replay, self.logits = cuda_graph.capture_and_check(self.model, self.step, logits)
             Decoder.graphs = self.replay is not None
         return logits
@@ -257,7 +253,7 @@ def sample(
     tokens = logps.long()
     mask = logps.bool()
     eos = torch.tensor(eos, device=model.device)
-    worth = 0.5 if on_gpu(model) else 0.8  # dropping costs a new graph, or a copy of the cache
+    worth = 0.5 if parallel.CUDA else 0.8  # dropping costs a new graph, or a copy of the cache
     alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
     for t in range(max_new_tokens):
         rows = decoder.rows
@@ -280,7 +276,7 @@ def sample(
 
 # ------------------------------------------------------------------------- 3. log-probabilities
 
-MAX_LOGITS = 9_000_000  # at once: 36 MB in fp32; glibc would not give back less than 32 MiB
+MAX_LOGITS = 9_000_000  # of a chunk, at least: glibc would not give back less than 32 MiB
 MAX_LOGITS_GPU = 16 * MAX_LOGITS  # else the output layer is read more often than it is used
 
 
@@ -315,7 +311,7 @@ def completion_logps(model, cache, last, tokens, mask, temperature):
     hidden = forward(model, ids, positions, attend)[mask_T]  # (N, d)
     head = model.get_output_embeddings()
     temperature = temperature / logit_scale(model)
-    budget = MAX_LOGITS_GPU if on_gpu(model) else MAX_LOGITS
+    budget = MAX_LOGITS_GPU if parallel.CUDA else MAX_LOGITS
     parts = max(1, len(hidden) * head.weight.shape[0] // budget)
     chunks = []
     for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True):

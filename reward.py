@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 # A model writes any text, so every search takes linear time: *+ and ++ never backtrack.
-FORM = re.compile(
-    r"(?:[^<]++|<(?!/?think>))*+</think>\s*<answer>(?:[^<]++|<(?!/?answer>))*+</answer>\s*"
-)
+TEXT = "(?:[^<]++|<(?!/?(?:think|answer)>))*+"
+FORM = re.compile(rf"{TEXT}</think>\s*<answer>{TEXT}</answer>\s*")
 FENCE = "```python\n"
 FENCE_END = "\n```"
-FENCED = re.compile(f"{FENCE}(.*?){FENCE_END}", re.DOTALL)
+FENCED = re.compile(rf"{FENCE}(?:(.*?)\n)??```", re.DOTALL)  # may be empty
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 # Strings, comments with the blanks before them, other blanks. The scan runs from left to right, so
 # a quote in a comment and a "#" in a string are recognised for what they are. An unclosed string

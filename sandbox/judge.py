@@ -190,7 +190,8 @@ def honest(function):
 def joint_judge(job, test):
     """(status, reason, doubt), as in split_judge."""
     if spying := SPYING.search(job["code"]):
-        return "fail", f"not judged in one process: the program uses {spying[0]}", ""
+        name = "".join(spying[0].split())
+        return "fail", f"not judged in one process: the program uses {name}", ""
     scope = namespace("program")
     try:
         code = prepare(job, test, scope)
@@ -206,4 +207,6 @@ def joint_judge(job, test):
         watch.audit()
     except BaseException as error:
         return "fail", describe(error), ""
+    finally:
+        watch.restore()  # what sends the verdict
     return "pass", "", ""

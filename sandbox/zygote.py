@@ -67,7 +67,8 @@ def run_test(jobs, job):
             result = joint_judge(job, source)
         else:
             result = split_judge(job, source, Peer(reply[0], ask[1]))
-        os.write(verdict[1], os.read(secret[0], 16) + json.dumps(result).encode())  # < PIPE_BUF
+        word = json.dumps(result, ensure_ascii=False).encode()  # shorter than PIPE_BUF
+        os.write(verdict[1], os.read(secret[0], 16) + word)
 
     wire = () if job["joint"] else (reply[0], ask[1])
     spawn(judge, directory, job, secret[0], verdict[1], *wire)

@@ -132,7 +132,7 @@ BAD_SETTINGS = [
     ({"model": "none"}, "model: no directory 'none'"),
     ({"model": "no/such/directory"}, "model: no directory 'no/"),
     ({"model": ROOT / "grpo.py"}, "model: no directory"), ({"data": "none.jsonl"}, "none.jsonl"),
-    ({"data": ROOT}, "data: no file"), ({"data": []}, "file is empty"),
+    ({"data": ROOT}, "no file"), ({"data": []}, "file is empty"),
     ({"data": [ROWS[0], "{"]}, "line 2: not JSON"),
     ({"data": [ROWS[0], {"dependency": "x"}]}, "line 2: field 'new_version'"),
     ({"data": [ROWS[0] | {"new_code": "("}] * 2}, "no usable row in"),
@@ -147,12 +147,22 @@ def test_bad_settings(refused, changes, word):
     assert word in refused(**changes)
 
 
+def test_no_permission(script, monkeypatch, capsys):
+    """Stops a traceback where a file may not be read or written."""
+    monkeypatch.setattr(sys, "argv", ["grpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        parallel.run_main(lambda argv: open(ROOT / "tests" / "conftest.py" / "x"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 20] Not a directory: '")
+
+
 def test_bad_settings_of_one_script(script, refused):
     """Stops a group of one completion, which has no advantage, and a penalty longer than the
     completion.
     """
     if script is not sft:
         assert "at least 2" in refused(num_samples=1)
+    assert "no file 'none.jsonl'" in refused(heldout="none.jsonl")
     if script is dapo:
         assert "--overlong-cache 9" in refused(overlong_cache=9) and "--max-tries 0" in refused(
             max_tries=0
@@ -229,7 +239,10 @@ def test_paper_defaults(script, capsys):
     assert {name: value for name, value in paper.items() if name in vars(config)}.items() <= vars(
         config
     ).items()
+    config = training.config.parse_config(script.Config, ["--no-keep-activations"], "doc")
+    assert not config.keep_activations  # the toy's defaults.json turns it on
     config = training.config.parse_config(script.Config, [], "doc")
+    assert config.keep_activations
     assert Path(config.data).is_file() and Path(config.heldout).is_file()
     assert Path(config.model).resolve() == ROOT / "tiny"
     with pytest.raises(SystemExit) as stop:

@@ -177,11 +177,10 @@ def test_resume_in_bf16(train, tmp_path, adapter, monkeypatch, capsys):
 # ------------------------------------------------------------------------- memory
 
 
-def test_what_only_large_models_get(monkeypatch):
-    """Stops a toy that grows or changes, and a large model that gives memory back at every step."""
+def test_only_large_models_keep_freed_memory(monkeypatch):
+    """Stops the toy from growing, and a large model from giving memory back at every step."""
     called = []
-    monkeypatch.setattr(loading, "keep_freed_memory", lambda: called.append("memory"))
-    monkeypatch.setattr(loading, "decode_with_onednn", lambda model: called.append("onednn"))
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: called.append(1))
     size = loading.load_model(TINY).num_parameters()
     assert called == []
     monkeypatch.setattr(loading, "LARGE", size)
@@ -189,45 +188,47 @@ def test_what_only_large_models_get(monkeypatch):
     assert called == []
     monkeypatch.setattr(loading, "LARGE", size - 1)
     loading.load_model(TINY, "fp32")
-    assert called == ["memory", "onednn"]
-    loading.load_model(TINY, "bf16")
-    assert called == ["memory", "onednn", "memory"]  # in bf16 torch takes oneDNN itself
+    assert called == [1]
+    model = loading.load_model(TINY, "bf16")
+    assert called == [1, 1] and "forward" not in vars(model.lm_head)  # torch itself takes oneDNN
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_rows_of_a_decoding_step(monkeypatch, bias):
     """Stops oneDNN where a gradient is needed, and products that differ from nn.Linear's."""
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(48, 80, bias))
+    layer = nn.Linear(48, 80, bias)
     shapes = ((8, 48), (3, 1, 48), (4, 1, 48), (64, 1, 48), (65, 1, 48), (8, 2, 48))
     inputs = [torch.randn(shape) for shape in shapes]
     with torch.no_grad():
         expected = [layer(x) for x in inputs]
-    loading.decode_with_onednn(layer)
     x = inputs[3].clone().requires_grad_()
-    layer(x).sum().backward()
+    loading.few_rows_linear(layer, x).sum().backward()
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(x.grad, layer[0].weight.sum(0).expand_as(x), **close)
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x), **close)
     calls = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *args: calls.append(x.shape) or linear(x, *args))
     with torch.no_grad():
         for x, y in zip(inputs, expected):
-            torch.testing.assert_close(layer(x), y, **close)
+            torch.testing.assert_close(loading.few_rows_linear(layer, x), y, **close)
     assert calls == [shapes[0], shapes[1], shapes[4], shapes[5]]  # the others through oneDNN
 
 
-def test_decoding_with_onednn_samples_the_same():
-    """Stops other completions, or other log-probabilities, on a large model."""
-    model = loading.load_model(TINY, "fp32")
-    dora.add_dora(model, 4, 8.0, 0.0, ALL)
-    prompts = [[5, 6, 7], [8, 9]]
+def test_a_large_model_decodes_with_onednn(monkeypatch):
+    """Stops MKL in some layers, and other completions or log-probabilities than with MKL."""
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: None)
+    found = []
     settings = {"num_samples": 4, "max_new_tokens": 8, "eos": [], "seed": 3}
-    tokens, _, logps = recode.sample(model, prompts, **settings)
-    loading.decode_with_onednn(model)
-    again, _, logps_again = recode.sample(model, prompts, **settings)
-    assert torch.equal(tokens, again)
-    torch.testing.assert_close(logps, logps_again, rtol=1e-4, atol=1e-4)
+    for large in (loading.LARGE, 0):
+        monkeypatch.setattr(loading, "LARGE", large)
+        model = loading.load_model(TINY, "fp32")
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        assert all(("forward" in vars(module)) == (large == 0) for module in linear)
+        dora.add_dora(model, 4, 8.0, 0.0, ALL)
+        found.append(recode.sample(model, [[5, 6, 7], [8, 9]], **settings))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("libc, expected", [("glibc", [-3, -1, -2]), ("musl", []), ("", [])])

@@ -262,7 +262,7 @@ def test_a_graph_is_captured_without_fsdp(monkeypatch, capsys):
 
     monkeypatch.setattr("recode.Decoder.graphs", True)
     monkeypatch.setattr("training.cuda_graph.capture", capture)
-    monkeypatch.setattr("recode.on_gpu", lambda model: True)
+    monkeypatch.setattr(parallel, "CUDA", True)
     parallel.gather_weights(model)
     recode.sample(model, [[5, 6, 7]], 2, 1, [3])
     assert not capsys.readouterr().err

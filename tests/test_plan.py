@@ -104,7 +104,7 @@ def test_plan_is_a_program(capsys):
         plan.main(["7B"])
     assert plan.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "\n".join(lines[2:]) == plan.table() and len(lines[4:]) == len(plan.SIZES)
+    assert "\n".join(lines[2:]) + "\n" == plan.table() and len(lines[4:]) == len(plan.SIZES)
     assert {line.count("|") for line in lines[2:]} == {6}
 
 
@@ -215,7 +215,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parallel.run_main(main)
     printed = capsys.readouterr().err
-    assert stop.value.code == 1 and printed.startswith(
+    assert stop.value.code == 2 and printed.startswith(
         "error: CUDA out of memory. Tried to allocate 2.00 GiB."
     )
     for flag in (

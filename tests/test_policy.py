@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 import grpo
-from training import cuda_graph, dora
+from training import cuda_graph, dora, parallel
 import recode
 from conftest import FAMILIES
 from tools import export
@@ -417,7 +417,7 @@ def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(recode.Decoder, "graphs", True)
-    monkeypatch.setattr(recode, "on_gpu", lambda model: True)
+    monkeypatch.setattr(parallel, "CUDA", True)
     found = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

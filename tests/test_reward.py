@@ -167,6 +167,8 @@ def test_format_reward():
         "a</think><answer><answer>b</answer>", "a</think><answer>b</answer></answer>",
         "a</think></answer><answer>",
         "a</think><answer>b</answer><answer>c</answer>",
+        "a</think><answer><think>b</think></answer>",
+        "<answer>a</answer></think><answer>b</answer>",
     ]  # fmt: skip
     rewards = {text: reward.format_reward(text) for text in good + bad}
     assert rewards == dict.fromkeys(good, 1.0) | dict.fromkeys(bad, -1.0)
@@ -184,6 +186,8 @@ def test_format_reward():
         ("so</think>\n```python\nx = 12\n```", 1, 1, 2, 2, -1),  # no answer tags
         ("so\n```python\nx = 12\n```", 0, 0, -2, -2, -1),  # never stopped thinking
         (answer("x = 12\n" + "#" * reward.MAX_CODE), 0, 0, -2, -2, 1),  # too long to be an answer
+        ("</think><answer>```python\n```\n```python\nx = 12\n```</answer>", 1, 1, 2, 2, 1),
+        ("</think><answer>```python\nx = 12\n```\n```python\n```</answer>", 0, 0, -1.5, -1.5, 1),
     ],
 )
 def test_values_by_hand(completion, es, em, es_star, em_star, form):

@@ -349,7 +349,10 @@ def test_runs_that_are_none(tmp_path):
     (tmp_path / "empty/metrics.jsonl").write_text("")
     with pytest.raises(BadInput, match="with a step"):
         tools.compare.main([str(tmp_path / "empty"), *output])
-    (tmp_path / "empty/metrics.jsonl").write_text('{"step": 1, "e')
+    (tmp_path / "empty/metrics.jsonl").write_text("not JSON\n")
+    with pytest.raises(BadInput, match="metrics.jsonl, line 1: not JSON"):
+        tools.compare.main([str(tmp_path / "empty"), *output])
+    (tmp_path / "empty/metrics.jsonl").write_text('{"loss": 1}\n{"step": 1, "e')
     with pytest.raises(BadInput, match="with a step"):
         tools.compare.main([str(tmp_path / "empty"), *output])
     assert not (tmp_path / "x.svg").exists()

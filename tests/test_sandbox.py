@@ -362,12 +362,23 @@ def test_modules_are_restored_before_the_test(auto, patch):
         "import math; math.isclose = lambda *a, **k: True",
         "import unittest; unittest.TestCase.assertTrue = lambda *a: None",
         "import unittest; unittest.case.isinstance = unittest.case.bool = lambda *a: True",
+        "import json; json.dumps = lambda *a, **k: '[\"pass\", \"\", \"\"]'",
     ],
 )
 def test_modules_are_compared_after_the_test(auto, change):
     """Stops the same patches when they are made only once the test calls the program."""
     code = OWN.replace("return Own", f"{change}; return Own").replace("= n", "= n + 1")
     assert auto.run(code, ["import math, unittest\n" + LOOK[0]]).status == "fail"
+
+
+def test_long_reasons_arrive(auto):
+    """Stops a program from ending the zygote by a reason that does not fit the pipe."""
+    test = ["def test_f():\n    f()"]
+    code = "def f():\n    return type('\U0001f600' * 300, (), {})()"
+    assert auto.run(code, test).status != "error"
+    code = f"import sys\nx = (sys{' ' * 5000}.\n modules)\n{OWN}def f(): return make"
+    result = auto.run(code, test)
+    assert result.status == "fail" and result.reason.isprintable() and len(result.reason) <= 300
 
 
 def test_liars_and_spies_are_refused(auto):

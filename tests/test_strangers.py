@@ -25,6 +25,7 @@ from transformers import (
     StableLmConfig,
 )
 
+import eval
 import grpo
 import recode
 import reward
@@ -146,6 +147,9 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
     flags = ["--model", str(tmp_path / "gpt2"), "--adapter", "none", "--beta", "0", "--steps", "1"]
     with pytest.raises(BadInput, match="--max-new-tokens: up to .* the context is 200"):
         train(*flags, "--max-new-tokens", "150")
+    evaluation = ["--model", str(tmp_path / "gpt2"), "--data", str(ROOT / "tiny" / "heldout.jsonl")]
+    with pytest.raises(BadInput, match="--max-new-tokens: up to .* the context is 200"):
+        eval.main([*evaluation, "--output", str(tmp_path / "e"), "--max-new-tokens", "150"])
     checks.check_context(
         random_model("qwen2"), [([5] * 200, None)], grpo.Config(max_new_tokens=4000)
     )

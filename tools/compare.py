@@ -8,21 +8,20 @@ exact match and stale rate by step, each a mean of nine. sft.py samples nothing,
 """
 
 import html
-import json
 from pathlib import Path
 from statistics import fmean
 
 from training import parallel
 from training.config import BadInput, Parser, read_settings
 from training.curve import SERIES, known, panel, smooth, svg
-from training.files import write
+from training.files import json_rows, write
 
 
 def read_metrics(run):
     """The rows of a run's metrics.jsonl, oldest first, without a last line half written."""
     path = Path(run) / "metrics.jsonl"
-    content = path.read_text() if path.is_file() else ""
-    rows = [json.loads(line) for line in content.rpartition("\n")[0].splitlines()]
+    content = path.read_bytes() if path.is_file() else b""
+    rows = [row for _, row in json_rows(path, content.rpartition(b"\n")[0]) if "step" in row]
     if not rows:
         raise BadInput(f"{run}: no metrics.jsonl with a step there; give run directories")
     return rows

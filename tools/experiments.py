@@ -13,6 +13,7 @@ The control is GRPO with a random reward. After Ctrl-C or kill -9 the same comma
 
 import json
 import random
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,6 +23,7 @@ import grpo
 import reward
 import sft
 import training.run
+from tasks.table import markdown
 from training import dora, loading, parallel
 from training.config import ROOT, TINY, BadInput, Parser, read_settings
 from training.files import write
@@ -74,7 +76,8 @@ def train(path, steps):
     argv += ["--steps", str(steps)]
     if (path / "config.json").is_file():
         argv.append("--resume")
-    return script.main(argv + flags.split())
+    sys.argv = [f"{script.__name__}.py", *argv, *flags.split()]  # named if the run is stopped
+    return script.main(sys.argv[1:])
 
 
 def run(path, steps):
@@ -96,7 +99,7 @@ def run(path, steps):
 def table(results):
     """{row: [result per seed]} as Markdown: mean and, over several seeds, standard deviation."""
     columns = list(results["base"][0])
-    lines = [f"| | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
+    lines = [["", *columns]]
     for name, seeds in results.items():
         cells = [name]
         for column in columns:
@@ -104,8 +107,8 @@ def table(results):
             digits = 0 if column == "seconds" else 3
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(lines)
 
 
 def main(argv=None):

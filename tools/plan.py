@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import grpo
 import recode
+from tasks.table import markdown
 from training import parallel
 from training.config import Parser
 
@@ -74,8 +75,7 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
 
 def table():
     """Peak memory per GPU of the largest step as Markdown, one prompt per GPU."""
-    lines = ["| | DoRA, any number of GPUs | full, 1 GPU | full, 2 GPUs | full, 8 GPUs |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [["", "DoRA, any number of GPUs", "full, 1 GPU", "full, 2 GPUs", "full, 8 GPUs"]]
     full = grpo.Config(adapter="none", beta=0.0)
     for name, size in SIZES.items():
         x = shape(*size)
@@ -84,15 +84,15 @@ def table():
             L = config.max_prompt_tokens
             peak = memory(x, config, L, 1, N)["peak"]
             cells.append(f"{peak / 1e9:.0f} GB")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def main(argv=None):
     """Print the table. The exit status is 0."""
     Parser(__doc__).parse_args(argv)
     print("prompt of 2,048 tokens, 8 answers of 1,024, bf16: peak memory per GPU\n")
-    print(table())
+    print(table(), end="")
     return 0
 
 

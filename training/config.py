@@ -182,12 +182,14 @@ def add_flags(parser, Config, used):
         flag = "--" + name.replace("_", "-")
         kind = type(getattr(Config, name))
         default = used[name]
+        settings = {"dest": name, "default": default}
         if kind is bool:
             text = f"{comment} [{'on' if default else 'off'}]"
-            add(flag, action="store_true", default=default, help=text)
+            add(flag, action="store_true", help=text, **settings)
+            add(f"--no-{flag[2:]}", action="store_false", help=argparse.SUPPRESS, **settings)
         else:
             text = f"{comment} [{'none' if default == '' else default}]".replace("%", "%%")
-            add(flag, default=default, type=kind, metavar="X", help=text)
+            add(flag, type=kind, metavar="X", help=text, **settings)
 
 
 def parse_config(Config, argv, doc):
@@ -206,7 +208,7 @@ def parse_config(Config, argv, doc):
         if name not in defaults or not isinstance(value, wanted):
             raise BadInput(f"--model {model}: its {name!r}: {value!r} is no setting of this script")
     parser = Parser(doc)
-    parser.epilog = f"Defaults in brackets are those used with --model {model}."
+    parser.epilog = f"Defaults in brackets are those used with --model {model}; --no-X turns X off."
     add_flags(parser, Config, used)
     config = Config(**vars(parser.parse_args(argv)))
     check(config)

@@ -41,7 +41,7 @@ class DoRALinear(nn.Module):
         self.scale = alpha / r
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.first = []  # A, B and m at the start of training, if it began with an adapter
+        self.first = []  # A, B and m as they were loaded
         kwargs = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **kwargs))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **kwargs))
@@ -134,12 +134,6 @@ def trained(layer):
     return [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None]
 
 
-def keep_reference(model):
-    """Make the policy as it is now the one that reference() returns to."""
-    for layer in dora_layers(model).values():
-        layer.first = [p.detach().clone() for p in trained(layer)]
-
-
 @torch.no_grad()
 def exchange(model):
     """Make `model` the policy that training started from; the next call undoes it."""
@@ -227,4 +221,6 @@ def load_adapter(model, directory, dropout=0.0):
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    for layer in dora_layers(model).values():
+        layer.first = [p.detach().clone() for p in trained(layer)]  # what reference() returns to
     return model

@@ -86,13 +86,6 @@ def few_rows_linear(self, x):
     return F.linear(x, self.weight, self.bias)
 
 
-def decode_with_onednn(model):
-    """Give all linear layers few_rows_linear() as their forward."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.forward = functools.partial(few_rows_linear, module)
-
-
 def load_model(model, dtype="auto"):
     """The causal language model of a directory or hub id, in eval mode, on the GPU if there is one.
 
@@ -119,7 +112,9 @@ def load_model(model, dtype="auto"):
     if device == "cpu" and size > LARGE:
         keep_freed_memory()
         if dtype == "fp32" and torch.backends.mkldnn.is_available():
-            decode_with_onednn(loaded)
+            for module in loaded.modules():
+                if isinstance(module, nn.Linear):
+                    module.forward = functools.partial(few_rows_linear, module)
     return loaded.to(device).eval()
 
 
@@ -171,5 +166,5 @@ def write_model(model, tokenizer, directory, what):
         model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD)
         tokenizer.save_pretrained(directory)
     except (OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then --resume")
+        raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then try again")
     write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())

@@ -94,21 +94,21 @@ def run_main(main):
         if dist.is_initialized():  # not after an error: it would wait for ranks that never come
             dist.destroy_process_group()
         sys.exit(status)
-    except BadInput as error:
-        report(error)
+    except BrokenPipeError:  # the reader of our output, e.g. head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (BadInput, OSError) as error:
+        report(first_line(error))
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         first = first_line(error)
         memory = (torch.OutOfMemoryError, MemoryError)
         if isinstance(error, memory) or "can't allocate memory" in first:
             report(f"{first} {OUT_OF_MEMORY}")
-            sys.exit(1)
+            sys.exit(2)
         if WORLD == 1 or not store().check(["failed"]):
             raise
         sys.exit(2)  # another rank has reported why it gave up
-    except BrokenPipeError:  # the reader of our output, e.g. head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         if RANK == 0:
             print("\nstopped", file=sys.stderr)

@@ -37,7 +37,7 @@ from training.curve import curve
 from training.files import append, lock, unlock, write
 from training.loading import load_model, load_tokenizer, write_model
 
-MAX_NONFINITE = 3  # steps in a row without a finite update, before a run gives up
+MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
 MAY_CHANGE = (  # between a run and its --resume
     "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload",
@@ -115,7 +115,6 @@ def make_trainable(model, config, adapter):
         what = f"{name}, r {config.r}, on {config.targets}"
         if adapter:
             dora.load_adapter(model, adapter, config.dropout)
-            dora.keep_reference(model)
         else:
             dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
     total = sum(p.numel() for p in model.parameters())
@@ -551,10 +550,11 @@ def dry_run(model, tasks, optimizer, config, update):
         groups.append(recode.Group(longest, None, completions))
     update(model, optimizer, recode.make_batch(groups, torch.randn(P, G), model.device), config)
     updated = time.perf_counter()
-    hours = (updated - started) * config.steps / 3600
+    tries = getattr(config, "max_tries", 1) if type(config).num_samples > 1 else 0  # 0: sft.py
+    hours = (tries * (sampled - started) + updated - sampled) * config.steps / 3600
     print(f"dry run   one step of {P} x {G} completions of {T:,} tokens, prompt {len(longest):,}")
     print(f"          {sampled - started:.1f} s to sample, {updated - sampled:.1f} s to update")
-    print(f"          {config.steps:,} steps: {hours:.1f} h at most")
+    print(f"          {config.steps:,} steps: {hours:.1f} h at most, held-out tasks aside")
     peak = peak_bytes(model.device)
     print(f"          peak {peak / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
     if model.device.type == "cuda":
