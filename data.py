@@ -65,7 +65,7 @@ def locate(source):
         return path
     if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
         way_out = "give a JSONL file or a hub id like zjunlp/ReCode-Train-Data"
-        raise BadInput(f"no file {source!r}; {way_out}")
+        raise BadInput(f"data: no file {source!r}; {way_out}")
     return fetch(source, source.split("/")[1].lower() + ".jsonl")
 
 

@@ -1033,7 +1033,7 @@ def test_a_closed_pipe_ends_quietly(monkeypatch):
     (["--model", "./none"], "model: no directory './none'"),
     (["--model", "tests/none"], "model: no directory 'tests/none'"),
     (["--adapter", "tests/none"], "tests/none/adapter_config.json: cannot be read"),
-    (["--data", "tests/none.jsonl"], "no file 'tests/none.jsonl'"),
+    (["--data", "tests/none.jsonl"], "data: no file 'tests/none.jsonl'"),
     (["--compare", "none"], "none"), (["--compare", "tests", "tiny"], "--compare tests"),
     (["--speed", "9"], "--speed"),
 ])  # fmt: skip
