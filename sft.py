@@ -50,7 +50,7 @@ class Config(training.config.Run):
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
     prompts_per_step: int = 1  # eq. 1, P, references per step
-    num_samples: int = 1  # eq. 1, always 1: a prompt has one reference
+    num_samples: int = 1  # eq. 1, not used: a prompt has one reference
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer held-out answers are cut; references never are
     temperature: float = 1.0  # of sampling and of the log-probabilities
@@ -59,9 +59,6 @@ class Config(training.config.Run):
     beta: float = 0.0  # eq. 7, weight of the KL penalty
     updates: int = 1  # eq. 9, U, optimizer steps per draw, each on its part of the references
     lr: float = 5e-5  # peak learning rate of AdamW, cosine to 0
-
-    def __post_init__(self):
-        self.num_samples = 1  # eq. 1
 
 
 def advantages(rewards):

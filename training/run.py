@@ -539,7 +539,8 @@ def dry_run(model, tasks, optimizer, config, update):
     before = peak_bytes(model.device)
     started = time.perf_counter()
     longest = max((prompt for prompt, _ in tasks), key=len)
-    P, G, T = config.prompts_per_step, config.num_samples, config.max_new_tokens
+    samples = type(config).num_samples > 1  # not sft.py, where a prompt has one reference
+    P, G, T = config.prompts_per_step, config.num_samples if samples else 1, config.max_new_tokens
     mine = len(parallel.share(range(P)))
     tokens, _, _ = recode.sample(model, [longest] * mine, G, T, [], config.temperature, 0)
     sampled = time.perf_counter()
@@ -550,7 +551,7 @@ def dry_run(model, tasks, optimizer, config, update):
         groups.append(recode.Group(longest, None, completions))
     update(model, optimizer, recode.make_batch(groups, torch.randn(P, G), model.device), config)
     updated = time.perf_counter()
-    tries = getattr(config, "max_tries", 1) if type(config).num_samples > 1 else 0  # 0: sft.py
+    tries = getattr(config, "max_tries", 1) if samples else 0
     hours = (tries * (sampled - started) + updated - sampled) * config.steps / 3600
     print(f"dry run   one step of {P} x {G} completions of {T:,} tokens, prompt {len(longest):,}")
     print(f"          {sampled - started:.1f} s to sample, {updated - sampled:.1f} s to update")
