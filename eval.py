@@ -13,10 +13,10 @@ is shown as it is. --compare pairs the runs by problem.
 
     pass@k           the share of problems that one of k samples solves, see tasks/table.py
     UPass@k          the same, where right means: passes with the update and fails without it
-    pass_if_formed   the share that is right of the answers with the right form
+    pass_if_formed   the share that is right of the answers in the right format
     reward, es_star, em_star, stale         of migrations, see reward.py; reward = format + es_star
 
-A problem without a value, such as pass_if_formed where no answer has the form, is left out.
+A problem without a value, such as pass_if_formed where no answer has the format, is left out.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The reward: does the answer have the right form, and how close is its code to the reference?
+"""The reward: does the answer have the right format, and how close is its code to the reference?
 
     total = format + correctness, between -3 and 3                                        (eq. 1)
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,9 @@ class Parser(argparse.ArgumentParser):
         raw = argparse.RawDescriptionHelpFormatter
         form = functools.partial(raw, max_help_position=28, width=columns)
         settings = {"formatter_class": form, "allow_abbrev": False, "add_help": add_help}
+        main = sys.modules["__main__"].__spec__  # None for a script
+        if main and main.name.startswith("tools."):
+            settings["prog"] = f"python -m {main.name}"
         super().__init__(description=description, **settings)
 
     def error(self, message):

@@ -406,8 +406,7 @@ class RunDirectory:
         self.append("metrics.jsonl", row)
         self.rows.append(row)
         self.other_log.add(row)
-        heads = ""
-        cells = ""
+        heads = cells = ""
         for name, heading, width, form in COLUMNS:
             if name in row or "reward" in row:  # sft.py samples nothing
                 value = row.get(name)  # None where nothing finite is known
