@@ -376,7 +376,7 @@ def test_long_reasons_arrive(auto):
     test = ["def test_f():\n    f()"]
     code = "def f():\n    return type('\U0001f600' * 300, (), {})()"
     assert auto.run(code, test).status != "error"
-    code = f"import sys\nx = (sys{' ' * 5000}.\n modules)\n{OWN}def f(): return make"
+    code = f"import sys\nx = (sys{' ' * 5000}.\n modules)\n{OWN}def f(): return Own(1)"
     result = auto.run(code, test)
     assert result.status == "fail" and result.reason.isprintable() and len(result.reason) <= 300
 

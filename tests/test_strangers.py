@@ -375,7 +375,7 @@ def test_out_of_memory_on_a_cpu(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parallel.run_main(main)
     said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.startswith("error: ") and "--micro-tokens" in said
+    assert stop.value.code == 2 and said.startswith("error: ") and "--micro-tokens" in said
 
 
 def test_a_closed_pipe():
