@@ -81,7 +81,7 @@ def evaluate(problems, directory, box, args):
                 if model is None:
                     model = loading.load_policy(args.model, args.adapter, args.dtype)
                     checks.check_policy(model, tokenizer, args.model)
-                    checks.check_context(model, [(prompt, None) for _, prompt, _ in work], args)
+                    checks.check_context(model, [prompt for _, prompt, _ in work], args)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done, "give the same command again")

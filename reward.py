@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 # A model writes any text, so every search takes linear time: *+ and ++ never backtrack.
-TEXT = "(?:[^<]++|<(?!/?(?:think|answer)>))*+"
-FORM = re.compile(rf"{TEXT}</think>\s*<answer>{TEXT}</answer>\s*")
+UNTAGGED = "(?:[^<]++|<(?!/?(?:think|answer)>))*+"
+FORM = re.compile(rf"{UNTAGGED}</think>\s*<answer>{UNTAGGED}</answer>\s*")
 FENCE = "```python\n"
 FENCE_END = "\n```"
 FENCED = re.compile(rf"{FENCE}(?:(.*?)\n)??```", re.DOTALL)  # may be empty

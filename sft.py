@@ -15,7 +15,7 @@ and the bookkeeping around them:
     w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 1 parts of D                               (eq. 9)
 
-Three scripts share this text and these commands; sft.py lacks what only samples need.
+Three scripts share this text and these commands; sft.py leaves out what only sampling needs.
 
     python sft.py                                             embedded toy, minutes on a CPU
     python sft.py --model Qwen/Qwen2.5-Coder-7B-Instruct      1 GPU

@@ -44,6 +44,11 @@ def random_model(family, vocab_size=97, **overrides):
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
+def cells(line):
+    """The cells of a line of a Markdown table, without the blanks that align them."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "tiny")

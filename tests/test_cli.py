@@ -147,7 +147,7 @@ def test_bad_settings(refused, changes, word):
     assert word in refused(**changes)
 
 
-def test_no_permission(script, monkeypatch, capsys):
+def test_no_permission(monkeypatch, capsys):
     """Stops a traceback where a file may not be read or written."""
     monkeypatch.setattr(sys, "argv", ["grpo.py"])
     with pytest.raises(SystemExit) as stop:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, cells
 
 import data
 import eval
@@ -243,20 +243,16 @@ def test_table_by_group():
     assert list(groups) == ["all", *(f"lib{i}" for i in range(21))]
 
 
-def cells_of(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
 def test_table_has_a_line_per_metric():
     """Stops a table too wide for the screen, without a metric, or with a reversed interval."""
     found = [problem(f"p{i}", "lib", "kind", update="x") for i in range(20)]
     shown = tasks.table.show(table_of(found, ["uu"] * 10 + ["uf"] * 9 + ["nf"], ks=(1, 2)))
     head, rule, *lines, empty, end = shown.splitlines()
-    assert cells_of(head) == ["mean [95 % interval]", "all (20)"] and set(rule) == {"|", "-", " "}
-    assert [cells_of(line)[0] for line in lines] == [
+    assert cells(head) == ["mean [95 % interval]", "all (20)"] and set(rule) == {"|", "-", " "}
+    assert [cells(line)[0] for line in lines] == [
         "pass@1", "pass@2", "UPass@1", "UPass@2", "pass_if_formed", "format", "no_code", "cut",
     ]  # fmt: skip
-    values = {cells_of(line)[0]: cells_of(line)[1] for line in lines}
+    values = {cells(line)[0]: cells(line)[1] for line in lines}
     assert values["format"] == "100.0 [83.9, 100.0]"
     assert values["cut"] == "0.0 [0.0, 16.1]"
     assert values["pass@1"][:5] == "72.5 " and values["pass@2"] == "95.0 [76.4, 99.1]"
@@ -302,7 +298,7 @@ def test_compare_by_hand(tmp_path, write_table):
         write_table(run, "codeupdatearena", found, verdicts)
     write_table("grpo", "humaneval+", [problem("h0")], ["p"])
     runs = [str(tmp_path / run) for run in ("base", "grpo", "sft")]
-    head, _, *lines = [cells_of(line) for line in tasks.table.compare(runs).splitlines()]
+    head, _, *lines = [cells(line) for line in tasks.table.compare(runs).splitlines()]
     assert head == ["", *runs]
     table = {line[0]: line[1:] for line in lines}
     assert table["codeupdatearena pass@1"] == [
@@ -328,7 +324,7 @@ def test_compare_pairs_what_both_runs_have(tmp_path, write_table):
             table["problems"][f"p{i}"]["pass_if_formed"] = value
         path.write_text(json.dumps(table))
     shown = tasks.table.compare([str(tmp_path / run) for run in known]).splitlines()
-    table = {cells_of(line)[0]: cells_of(line)[1:] for line in shown}
+    table = {cells(line)[0]: cells(line)[1:] for line in shown}
     base, grpo, none = table["migration pass_if_formed"]
     assert base == "33.3" and grpo == "66.7 +50.0 [+0.0, +100.0]" and none == "-"
 
@@ -720,8 +716,8 @@ def test_migrations_from_end_to_end(command, write_rows, rows, monkeypatch, tmp_
                 assert name not in result["table"][group]
     assert result["problems"]["3"]["pass_if_formed"] is None
     shown = (tmp_path / "run/migration/table.md").read_text().splitlines()
-    assert cells_of(shown[0])[1:] == ["all (6)", "change (4)", "no change (2)"]
-    table = {cells_of(line)[0]: cells_of(line)[1:] for line in shown if line.startswith("|")}
+    assert cells(shown[0])[1:] == ["all (6)", "change (4)", "no change (2)"]
+    table = {cells(line)[0]: cells(line)[1:] for line in shown if line.startswith("|")}
     assert [cell.split()[0] for cell in table["stale"]] == ["16.7", "25.0", "0.0"]
     half = "50.0 [9.5, 90.5]"  # one of two
     assert table["pass_if_formed"] == ["50.0 [15.0, 85.0]", half, half]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, cells
 
 import reward
 import sft
@@ -133,11 +133,6 @@ def test_other_steps(tmp_path, monkeypatch):
         experiments.main(output)
     monkeypatch.setattr(experiments, "run", None)
     assert experiments.main(["--steps", "1", *output]) == 0
-
-
-def cells(line):
-    """The cells of a line of a Markdown table, without the blanks that align them."""
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_table_by_hand():

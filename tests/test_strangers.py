@@ -150,9 +150,7 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
     evaluation = ["--model", str(tmp_path / "gpt2"), "--data", str(ROOT / "tiny" / "heldout.jsonl")]
     with pytest.raises(BadInput, match="--max-new-tokens: up to .* the context is 200"):
         eval.main([*evaluation, "--output", str(tmp_path / "e"), "--max-new-tokens", "150"])
-    checks.check_context(
-        random_model("qwen2"), [([5] * 200, None)], grpo.Config(max_new_tokens=4000)
-    )
+    checks.check_context(random_model("qwen2"), [[5] * 200], grpo.Config(max_new_tokens=4000))
     assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
 
 

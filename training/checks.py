@@ -32,9 +32,9 @@ def check_policy(model, tokenizer, name):
         raise BadInput(f"model: {kind} computes other logits, by {error:.2f}; not supported")
 
 
-def check_context(model, tasks, config):
+def check_context(model, prompts, config):
     """Refuse lengths beyond learned positions; warn where RoPE goes beyond its context."""
-    longest = max(len(prompt) for prompt, _ in tasks) + config.max_new_tokens
+    longest = max(map(len, prompts)) + config.max_new_tokens
     context = getattr(model.config, "max_position_embeddings", None)
     if context and longest > context:
         text = f"up to {longest:,} tokens with the completion; the context is {context:,}"

@@ -225,6 +225,11 @@ def parse_config(Config, argv, doc):
     return config
 
 
+def group_size(config):
+    """Completions per prompt in a step: samples, or in sft.py the one reference."""
+    return config.num_samples if type(config).num_samples > 1 else 1
+
+
 def check(config):
     """Raise BadInput, naming the flag, where the values of `config` make no sense."""
     for name, value in vars(config).items():
@@ -243,7 +248,7 @@ def check(config):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     cache = getattr(config, "overlong_cache", 0)
     full = config.adapter == "none"
-    alone = config.num_samples == 1 and type(config).num_samples > 1  # sft.py compares nothing
+    alone = group_size(config) == 1 < type(config).num_samples
     rules = (
         (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
         (alone, "--num-samples 1: advantages compare the samples of a group; give at least 2"),

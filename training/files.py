@@ -61,8 +61,7 @@ def write(path, content):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
             beside.unlink()
-        reason = getattr(error, "strerror", None)
-        reason = reason if reason else "torch.save failed, as it does on a full disk"
+        reason = getattr(error, "strerror", None) or "torch.save failed, as on a full disk"
         raise BadInput(f"cannot write {path}: {reason}; what was there is unharmed")
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import recode
 from training import checks, dora, parallel
-from training.config import BadInput, open_policy, read_run, read_settings
+from training.config import BadInput, first_line, group_size, open_policy, read_run, read_settings
 from training.curve import curve
 from training.files import append, lock, unlock, write
 from training.loading import load_model, load_tokenizer, write_model
@@ -72,7 +72,7 @@ def set_up(config):
     print(f"model     {config.model}{more}", flush=True)
     model = load_model(base, config.dtype)
     checks.check_policy(model, tokenizer, base)
-    checks.check_context(model, train + heldout, config)
+    checks.check_context(model, [prompt for prompt, _ in train + heldout], config)
     make_trainable(model, config, adapter)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
@@ -81,7 +81,7 @@ def set_up(config):
         settings = read_settings(defaults).items()
         text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
         print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
-    size = f"{config.prompts_per_step} x {config.num_samples}"
+    size = f"{config.prompts_per_step} x {group_size(config)}"
     print(f"run       {run.path}: {config.steps:,} steps of {size} completions")
     if not config.dry_run:
         run.create()
@@ -131,10 +131,8 @@ def make_trainable(model, config, adapter):
 def make_optimizer(model, config):
     """AdamW on what is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.offload:  # ten times as fast on a CPU; the adapter's cached norm cannot follow it
-        settings["fused"] = True
-    return torch.optim.AdamW(parameters, **settings)
+    fused = config.offload or None  # ten times as fast on a CPU; an adapter's norm cannot follow it
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def learning_rate(step, config):
@@ -246,8 +244,7 @@ def start_wandb(config):
     try:
         return wandb.init(**settings)
     except wandb.Error as error:
-        why = " ".join(str(error).split())
-        raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
+        raise BadInput(f"--log-to wandb: {first_line(error)}; or set WANDB_MODE=offline")
 
 
 class OtherLog:
@@ -538,8 +535,7 @@ def dry_run(model, tasks, optimizer, config, update):
     before = peak_bytes(model.device)
     started = time.perf_counter()
     longest = max((prompt for prompt, _ in tasks), key=len)
-    samples = type(config).num_samples > 1  # not sft.py, where a prompt has one reference
-    P, G, T = config.prompts_per_step, config.num_samples if samples else 1, config.max_new_tokens
+    P, G, T = config.prompts_per_step, group_size(config), config.max_new_tokens
     mine = len(parallel.share(range(P)))
     tokens, _, _ = recode.sample(model, [longest] * mine, G, T, [], config.temperature, 0)
     sampled = time.perf_counter()
@@ -550,7 +546,7 @@ def dry_run(model, tasks, optimizer, config, update):
         groups.append(recode.Group(longest, None, completions))
     update(model, optimizer, recode.make_batch(groups, torch.randn(P, G), model.device), config)
     updated = time.perf_counter()
-    tries = getattr(config, "max_tries", 1) if samples else 0
+    tries = getattr(config, "max_tries", 1) if G > 1 else 0  # sft.py does not sample
     hours = (tries * (sampled - started) + updated - sampled) * config.steps / 3600
     print(f"dry run   one step of {P} x {G} completions of {T:,} tokens, prompt {len(longest):,}")
     print(f"          {sampled - started:.1f} s to sample, {updated - sampled:.1f} s to update")
