@@ -2,8 +2,11 @@
 
 An answer is right when it passes all unit tests with the update. It is "updated" when it also
 fails without it, i.e. without the one statement that puts the new function into its library.
-Rows of all three releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports},
-or one flat object.
+
+An answer is run behind the reference's imports, unlike in the benchmark's own code: half of the
+signatures that it asks for use typing's List or Tuple, and some tests use np without importing it.
+
+Rows of all releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports}, flat.
 """
 
 import ast
@@ -43,10 +46,9 @@ and has to pass this test, among others:
 
 
 def split_functions(where, row, field, prefix=""):
-    """[(name, source)] of a field's top-level functions whose names begin with `prefix`.
+    """([(name, source)] of a field's top-level functions named `prefix`..., its other code).
 
-    All its other code, e.g. imports, is put in front of each. Python's own parser finds the ends:
-    blank lines also occur within functions.
+    Python's own parser finds the ends: blank lines also occur within functions.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # odd escapes in their strings
@@ -54,8 +56,8 @@ def split_functions(where, row, field, prefix=""):
     except (SyntaxError, ValueError) as error:
         raise broken(where, field, f"does not parse ({error})")
     lines = row[field].split("\n")
-    shared = ""
     found = []
+    others = ""  # imports, mostly
     for node in nodes:
         decorators = getattr(node, "decorator_list", [])
         first = min(part.lineno for part in (node, *decorators))
@@ -63,17 +65,18 @@ def split_functions(where, row, field, prefix=""):
         if isinstance(node, ast.FunctionDef) and node.name.startswith(prefix):
             found.append((node.name, source))
         else:
-            shared += source + "\n"
+            others += source + "\n"
     if not found:
         raise broken(where, field, f"defines no function {prefix}".rstrip())
-    return [(name, shared + source) for name, source in found]
+    return found, others
 
 
 def update_statement(where, row):
     """The statement that puts the new function into its library; the kind of update tells how."""
     path = row["function_path"]
     kind = row["update_type"]  # action-place or action-place-aspect
-    name, _ = split_functions(where, row, "implementation")[-1]
+    functions, _ = split_functions(where, row, "implementation")
+    name, _ = functions[-1]
     parent = path.rpartition(".")[0]
     if not parent:
         raise broken(where, "function_path", f"{path!r} names no library")
@@ -103,14 +106,16 @@ def load(source, no_update=False):
         for row in flatten(where, line):
             imports = "prog_syn_imports" if "prog_syn_imports" in row else "imports"
             check_texts(where, row, [imports, *FIELDS])
-            tests = [test for _, test in split_functions(where, row, "unit_tests", "test")]
+            tests, others = split_functions(where, row, "unit_tests", "test")
+            _, known = split_functions(where, row, "ref_solution")
             problem = Problem(
                 name=row["prog_syn_id"], package=row["package"], update_type=row["update_type"],
                 note="" if no_update else NOTE.format_map(row),
-                question=QUESTION.format_map(row | {"test": tests[0]}),
+                question=QUESTION.format_map(row | {"test": others + tests[0][1]}),
                 reference=row["ref_solution"], control=row["ref_solution"],
-                setup=f"{row[imports]}\n{row['implementation']}\n",
-                update=update_statement(where, row), tests=tuple(tests),
+                setup=f"{row[imports]}\n{known}\n{row['implementation']}\n",
+                update=update_statement(where, row),
+                tests=tuple(others + source for _, source in tests),
             )  # fmt: skip
             problems.append(problem)
     return problems

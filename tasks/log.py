@@ -9,8 +9,7 @@ from training import parallel
 from training.config import BadInput, read_settings
 from training.files import write
 
-# settings that no sample depends on
-MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")
+MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")  # no sample depends on it
 
 
 def claim(directory, args):
@@ -22,8 +21,7 @@ def claim(directory, args):
         for file in sorted([path, *path.glob("*")]):
             if file.is_file():
                 large = file.stat().st_size > 100_000_000  # weights: their time has to do
-                content = str(file.stat().st_mtime_ns).encode() if large else file.read_bytes()
-                digest.update(content)
+                digest.update(str(file.stat().st_mtime_ns).encode() if large else file.read_bytes())
         settings[f"files of {name}"] = digest.hexdigest()
     if any(directory.glob("samples*.jsonl")):
         before = read_settings(directory / "config.json")

@@ -3,6 +3,7 @@
 Tests that run code need the sandbox's Linux. ../shared/data may hold two of the benchmarks.
 """
 
+import colorsys
 import contextlib
 import errno
 import gzip
@@ -357,11 +358,25 @@ def test_three_schemas_are_one(write_rows):
     one = flat[0]
     assert one.package == "colorsys" and one.update_type == "add-argument"
     assert one.reference == SOLVED["ref_solution"]
-    assert one.setup == f"{UPDATE['imports']}\n{UPDATE['implementation']}\n"
+    assert one.setup == f"{UPDATE['imports']}\nimport colorsys\n\n{UPDATE['implementation']}\n"
     assert all(UPDATE[name] in one.note for name in ("description", "signature", "docstring"))
     assert one.control == one.reference and one.update == "colorsys.rgb_to_yiq = rgb_to_yiq"
     assert "{r, g, b}" in one.question
     assert one.tests[0] in one.question and one.tests[1] not in one.question
+
+
+def test_an_answer_may_use_the_names_of_the_signature(write_rows, monkeypatch):
+    """Stops answers that are wrong only because they begin, as they are told, with a signature that
+    uses typing's List: half of CodeUpdateArena's.
+    """
+    code = "def luma(r, g, b) -> List[float]:\n    return colorsys.rgb_to_yiq(r, g, b, 255)[0]\n"
+    row = arena_rows("flat")[0]
+    row["ref_solution"] = f"from typing import List\nimport colorsys\n\n{code}"
+    (one,) = tasks.load("codeupdatearena", write_rows([row]))
+    monkeypatch.setattr(colorsys, "rgb_to_yiq", colorsys.rgb_to_yiq)  # puts it back afterwards
+    names = {}
+    exec(f"{one.setup}\n{one.update}\n{code}\n{one.tests[0]}", names)
+    names["test_white"]()
 
 
 def test_tests_are_split_by_the_parser(write_rows):

@@ -72,8 +72,7 @@ def train(path, steps):
         return rng.uniform(-3, 3) - grade.format
 
     reward.CORRECTNESS["random"] = at_random
-    argv = ["--seed", seed, "--output", str(path), "--heldout", "", "--quiet"]
-    argv += ["--steps", str(steps)]
+    argv = ["--steps", str(steps), "--seed", seed, "--output", str(path), "--heldout=", "--quiet"]
     if (path / "config.json").is_file():
         argv.append("--resume")
     sys.argv = [f"{script.__name__}.py", *argv, *flags.split()]  # named if the run is stopped
@@ -91,8 +90,7 @@ def run(path, steps):
         model = dora.load_adapter(model, path / "adapter")
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
-    result = measure(model) | {"seconds": seconds}
-    write(path / "result.json", json.dumps(result, indent=2).encode())
+    write(path / "result.json", json.dumps(measure(model) | {"seconds": seconds}).encode())
     return 0
 
 

@@ -159,9 +159,7 @@ def evaluate(model, tokenizer, tasks, config):
         batch = tasks[start : start + size]
         greedy += recode.sample_groups(model, tokenizer, batch, best, start)
         sampled += recode.sample_groups(model, tokenizer, batch, one, start)
-    metrics = recode.summarize(greedy)
-    metrics["reward"] = recode.summarize(sampled)["reward"]
-    return metrics, greedy
+    return recode.summarize(greedy) | {"reward": recode.summarize(sampled)["reward"]}, greedy
 
 
 def table(before, after):
