@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import recode
 from training import checks, dora, parallel
-from training.config import BadInput, first_line, group_size, open_policy, read_run, read_settings
+from training.config import BadInput, group_size, open_policy, read_run, read_settings
 from training.curve import curve
 from training.files import append, lock, unlock, write
 from training.loading import load_model, load_tokenizer, write_model
@@ -242,7 +242,8 @@ def start_wandb(config):
     try:
         return wandb.init(**settings)
     except wandb.Error as error:
-        raise BadInput(f"--log-to wandb: {first_line(error)}; or set WANDB_MODE=offline")
+        why = " ".join(str(error).split())
+        raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
 
 
 class OtherLog:
