@@ -45,38 +45,42 @@ and has to pass this test, among others:
 """
 
 
-def split_functions(where, row, field, prefix=""):
-    """([(name, source)] of a field's top-level functions named `prefix`..., its other code).
-
-    Python's own parser finds the ends: blank lines also occur within functions.
-    """
+def statements(where, row, field):
+    """The top-level statements of a field's code, as ast nodes."""
     try:
         with warnings.catch_warnings(action="ignore"):  # odd escapes in their strings
-            nodes = ast.parse(row[field]).body
+            return ast.parse(row[field]).body
     except (SyntaxError, ValueError) as error:
         raise broken(where, field, f"does not parse ({error})")
+
+
+def split_functions(where, row, field, prefix=""):
+    """[(name, source)] of a field's top-level functions whose names begin with `prefix`.
+
+    All its other code, e.g. imports, is put in front of each. Python's own parser finds the ends:
+    blank lines also occur within functions.
+    """
     lines = row[field].split("\n")
+    shared = ""
     found = []
-    others = ""  # imports, mostly
-    for node in nodes:
+    for node in statements(where, row, field):
         decorators = getattr(node, "decorator_list", [])
         first = min(part.lineno for part in (node, *decorators))
         source = "\n".join(lines[first - 1 : node.end_lineno])
         if isinstance(node, ast.FunctionDef) and node.name.startswith(prefix):
             found.append((node.name, source))
         else:
-            others += source + "\n"
-    if not found and field != "ref_solution":  # which may also be a class or a lambda
+            shared += source + "\n"
+    if not found:
         raise broken(where, field, f"defines no function {prefix}".rstrip())
-    return found, others
+    return [(name, shared + source) for name, source in found]
 
 
 def update_statement(where, row):
     """The statement that puts the new function into its library; the kind of update tells how."""
     path = row["function_path"]
     kind = row["update_type"]  # action-place or action-place-aspect
-    functions, _ = split_functions(where, row, "implementation")
-    name, _ = functions[-1]
+    name, _ = split_functions(where, row, "implementation")[-1]
     parent = path.rpartition(".")[0]
     if not parent:
         raise broken(where, "function_path", f"{path!r} names no library")
@@ -106,16 +110,16 @@ def load(source, no_update=False):
         for row in flatten(where, line):
             imports = "prog_syn_imports" if "prog_syn_imports" in row else "imports"
             check_texts(where, row, [imports, *FIELDS])
-            tests, others = split_functions(where, row, "unit_tests", "test")
-            _, known = split_functions(where, row, "ref_solution")
+            tests = [test for _, test in split_functions(where, row, "unit_tests", "test")]
+            known = statements(where, row, "ref_solution")
+            known = [ast.unparse(x) for x in known if isinstance(x, ast.Import | ast.ImportFrom)]
             problem = Problem(
                 name=row["prog_syn_id"], package=row["package"], update_type=row["update_type"],
                 note="" if no_update else NOTE.format_map(row),
-                question=QUESTION.format_map(row | {"test": others + tests[0][1]}),
+                question=QUESTION.format_map(row | {"test": tests[0]}),
                 reference=row["ref_solution"], control=row["ref_solution"],
-                setup=f"{row[imports]}\n{known}\n{row['implementation']}\n",
-                update=update_statement(where, row),
-                tests=tuple(others + source for _, source in tests),
+                setup="\n".join([row[imports], *known, row["implementation"], ""]),
+                update=update_statement(where, row), tests=tuple(tests),
             )  # fmt: skip
             problems.append(problem)
     return problems

@@ -358,7 +358,7 @@ def test_three_schemas_are_one(write_rows):
     one = flat[0]
     assert one.package == "colorsys" and one.update_type == "add-argument"
     assert one.reference == SOLVED["ref_solution"]
-    assert one.setup == f"{UPDATE['imports']}\nimport colorsys\n\n{UPDATE['implementation']}\n"
+    assert one.setup == f"{UPDATE['imports']}\nimport colorsys\n{UPDATE['implementation']}\n"
     assert all(UPDATE[name] in one.note for name in ("description", "signature", "docstring"))
     assert one.control == one.reference and one.update == "colorsys.rgb_to_yiq = rgb_to_yiq"
     assert "{r, g, b}" in one.question
@@ -420,6 +420,7 @@ BAD_ARENA = [
     ({"unit_tests": "x = 1"}, "defines no function test"),
     ({"unit_tests": "def helper(): pass"}, "defines no function test"),
     ({"implementation": "x"}, "defines no function;"),
+    ({"ref_solution": "def"}, "'ref_solution' does not parse"),
     ({"update_type": "deprecate-function"}, "'deprecate-function' has no rule"),
     ({"update_type": ""}, "'' has no rule"), ({"function_path": "rgb_to_yiq"}, "names no library"),
 ]  # fmt: skip

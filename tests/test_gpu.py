@@ -152,7 +152,7 @@ def test_a_dry_run_measures_its_own_peak(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: events.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 8e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 8e9)
     monkeypatch.setattr(recode, "sample", sample)
     monkeypatch.setattr(recode, "make_batch", lambda *args: None)
     model = types.SimpleNamespace(device=torch.device("cuda"), modules=list)

@@ -81,8 +81,7 @@ def table():
         x = shape(*size)
         cells = [name]
         for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
-            L = config.max_prompt_tokens
-            peak = memory(x, config, L, 1, N)["peak"]
+            peak = memory(x, config, config.max_prompt_tokens, 1, N)["peak"]
             cells.append(f"{peak / 1e9:.0f} GB")
         lines.append(cells)
     return markdown(lines)

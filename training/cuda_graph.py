@@ -36,6 +36,5 @@ def capture_and_check(model, step, expected):
         problem = "a CUDA graph gave other logits"
     except RuntimeError as error:
         problem = f"no CUDA graph: {first_line(error)}"
-    effect = "decoding goes on without graphs, several times slower"
-    print(f"warning   {problem}; {effect}", file=sys.stderr)
+    print(f"warning   {problem}; decoding without graphs is much slower", file=sys.stderr)
     return None, None

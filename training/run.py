@@ -440,8 +440,7 @@ class RunDirectory:
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            way_out = "start again with another --output"
-            raise BadInput(f"--resume: {self.checkpoint} is damaged; {way_out}")
+            raise BadInput(f"--resume: {self.checkpoint} is damaged; give another --output")
         parallel.load_state(model, optimizer, saved)
         if parallel.RANK == 0:
             for name, size in saved["files"].items():
@@ -553,6 +552,5 @@ def dry_run(model, tasks, optimizer, config, update):
     peak = peak_bytes(model.device)
     print(f"          peak {peak / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
     if model.device.type == "cuda":
-        reserved = torch.cuda.max_memory_reserved(model.device)
-        print(f"          reserved by torch {reserved / 1e9:.2f} GB")
+        print(f"          reserved by torch {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
     return 0
