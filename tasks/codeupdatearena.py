@@ -111,8 +111,8 @@ def load(source, no_update=False):
             imports = "prog_syn_imports" if "prog_syn_imports" in row else "imports"
             check_texts(where, row, [imports, *FIELDS])
             tests = [test for _, test in split_functions(where, row, "unit_tests", "test")]
-            known = statements(where, row, "ref_solution")
-            known = [ast.unparse(x) for x in known if isinstance(x, ast.Import | ast.ImportFrom)]
+            nodes = statements(where, row, "ref_solution")
+            known = [ast.unparse(x) for x in nodes if isinstance(x, ast.Import | ast.ImportFrom)]
             problem = Problem(
                 name=row["prog_syn_id"], package=row["package"], update_type=row["update_type"],
                 note="" if no_update else NOTE.format_map(row),

@@ -248,7 +248,7 @@ def check(config):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     cache = getattr(config, "overlong_cache", 0)
     full = config.adapter == "none"
-    alone = group_size(config) == 1 < type(config).num_samples
+    alone = config.num_samples == 1 and type(config).num_samples > 1  # sft.py compares nothing
     rules = (
         (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
         (alone, "--num-samples 1: advantages compare the samples of a group; give at least 2"),

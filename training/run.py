@@ -534,8 +534,8 @@ def dry_run(model, tasks, optimizer, config, update):
     started = time.perf_counter()
     longest = max((prompt for prompt, _ in tasks), key=len)
     P, G, T = config.prompts_per_step, group_size(config), config.max_new_tokens
-    mine = len(parallel.share(range(P)))
-    tokens, _, _ = recode.sample(model, [longest] * mine, G, T, [], config.temperature, 0)
+    mine = parallel.share([longest] * P)
+    tokens, _, _ = recode.sample(model, mine, G, T, [], config.temperature, 0)
     sampled = time.perf_counter()
     rows = tokens.tolist()
     groups = []
