@@ -33,7 +33,7 @@ from transformers.masking_utils import sdpa_mask
 
 import data
 import reward
-from training import cuda_graph, parallel
+from training import cuda_graph, loading, parallel
 from training.config import BadInput
 
 # ------------------------------------------------------------------------- 1. prompts
@@ -238,39 +238,39 @@ def sample(
 ):  # fmt: skip
     """Sample `num_samples` completions of each prompt.
 
-    prompts: list of P lists of ids. eos: list of ids that end a completion. seed: an int, or a list
-    of P ints; prompt i's random numbers depend only on its own seed (seed + i for an int).
-    Returns tokens (B, T) int64, mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples
-    and T the longest completion. Row i * num_samples + j is completion j of prompt i. The mask
-    covers a completion and its EOS; outside it all is 0. Temperature 0 is greedy and equals
-    transformers' generate. Training never uses top_p: it would score under a different
-    distribution than it sampled from. progress(tokens, finished rows) is called after every step.
+    prompts: P lists of ids. eos: list of ids that end a completion. seed: P ints, or an int for
+    seed + i; prompt i's random numbers depend only on its own seed. Returns tokens (B, T) int64,
+    mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and T the longest completion.
+    Row i * num_samples + j is completion j of prompt i. The mask covers a completion and its EOS;
+    outside it all is 0. Temperature 0 is greedy and equals generate. Training never uses top_p: it
+    would score under another distribution. progress(tokens, finished rows) is called at each step.
     """
     model.eval()
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(model.device)
-    decoder = Decoder(model, prompts, num_samples)
     logps = torch.zeros_like(noise)  # (B, T)
     tokens = logps.long()
     mask = logps.bool()
     eos = torch.tensor(eos, device=model.device)
     worth = 0.5 if parallel.CUDA else 0.8  # dropping costs a new graph, or a copy of the cache
-    alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
-    for t in range(max_new_tokens):
-        rows = decoder.rows
-        new, new_logps = pick(decoder.logits_at(t), temperature, noise[rows, t, None], top_p)
-        tokens[rows, t] = new
-        logps[rows, t] = new_logps
-        mask[rows, t] = alive
-        decoder.tokens.copy_(new)  # in place: a captured graph reads this address
-        alive &= ~torch.isin(new, eos)
-        left = int(alive.sum())
-        if progress:
-            progress(t + 1, len(noise) - left)
-        if left == 0:
-            break
-        if left <= worth * len(rows):
-            decoder.drop_finished(alive)
-            alive = alive[alive]
+    with loading.packed_weights(model):
+        decoder = Decoder(model, prompts, num_samples)
+        alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
+        for t in range(max_new_tokens):
+            rows = decoder.rows
+            new, new_logps = pick(decoder.logits_at(t), temperature, noise[rows, t, None], top_p)
+            tokens[rows, t] = new
+            logps[rows, t] = new_logps
+            mask[rows, t] = alive
+            decoder.tokens.copy_(new)  # in place: a captured graph reads this address
+            alive &= ~torch.isin(new, eos)
+            left = int(alive.sum())
+            if progress:
+                progress(t + 1, len(noise) - left)
+            if left == 0:
+                break
+            if left <= worth * len(rows):
+                decoder.drop_finished(alive)
+                alive = alive[alive]
     return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
 

@@ -66,7 +66,7 @@ class Spec:
     checkpoint: str = ""  # directory of a real model, in place of shape, vocab and end
     data: str = ""  # its tasks
     keep_memory: bool = True  # with checkpoint: glibc keeps freed memory, as in grpo.py
-    onednn: bool = True  # with checkpoint: oneDNN decodes in fp32, as in grpo.py
+    pack: bool = True  # with checkpoint: sampling packs the weights, as in grpo.py
 
 
 # ------------------------------------------------------------------------- model, tokenizer, tasks
@@ -168,8 +168,8 @@ def workload(spec):
     torch.set_num_threads(os.cpu_count())
     if not spec.keep_memory:
         loading.keep_freed_memory = leave_alone
-    if not spec.onednn:
-        loading.few_rows_linear = torch.nn.Linear.forward
+    if not spec.pack:
+        loading.packed_weights = contextlib.nullcontext
     tokenizer = loading.load_tokenizer(spec.checkpoint)
     examples = data.load_examples(spec.data)[:64]
     tasks = data.encode_tasks(examples, tokenizer, spec.longest, {})

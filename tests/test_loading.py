@@ -7,7 +7,6 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, SCRIPTS
 from torch import nn
 
@@ -189,46 +188,61 @@ def test_only_large_models_keep_freed_memory(monkeypatch):
     monkeypatch.setattr(loading, "LARGE", size - 1)
     loading.load_model(TINY, "fp32")
     assert called == [1]
-    model = loading.load_model(TINY, "bf16")
-    assert called == [1, 1] and "forward" not in vars(model.lm_head)  # torch itself takes oneDNN
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_rows_of_a_decoding_step(monkeypatch, bias):
-    """Stops oneDNN where a gradient is needed, and products that differ from nn.Linear's."""
-    torch.manual_seed(0)
-    layer = nn.Linear(48, 80, bias)
-    shapes = ((8, 48), (3, 1, 48), (4, 1, 48), (64, 1, 48), (65, 1, 48), (8, 2, 48))
-    inputs = [torch.randn(shape) for shape in shapes]
-    with torch.no_grad():
-        expected = [layer(x) for x in inputs]
-    x = inputs[3].clone().requires_grad_()
-    loading.few_rows_linear(layer, x).sum().backward()
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x), **close)
-    calls = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *args: calls.append(x.shape) or linear(x, *args))
-    with torch.no_grad():
-        for x, y in zip(inputs, expected):
-            torch.testing.assert_close(loading.few_rows_linear(layer, x), y, **close)
-    assert calls == [shapes[0], shapes[1], shapes[4], shapes[5]]  # the others through oneDNN
+# ------------------------------------------------------------------------- packed weights
 
 
-def test_a_large_model_decodes_with_onednn(monkeypatch):
-    """Stops MKL in some layers, and other completions or log-probabilities than with MKL."""
+def packed(model):
+    """For every linear layer, whether it uses a packed copy of its weights."""
+    return ["forward" in vars(m) for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_packed_weights_give_the_same_logits(monkeypatch, dtype):
+    """Stops a lost bias, a copy that is older than the weights, and copies that stay."""
+    if dtype == "bf16" and not loading.native_bf16():
+        pytest.skip("this CPU has no native bf16")
+    monkeypatch.setattr(loading, "LARGE", 0)
     monkeypatch.setattr(loading, "keep_freed_memory", lambda: None)
+    model = loading.load_model(TINY, dtype)
+    dora.add_dora(model, 4, 8.0, 0.0, ALL)
+    close = {"rtol": 0, "atol": 1e-4 if dtype == "fp32" else 0.25}  # of logits up to 20
+    for rows in (1, 3, 70):
+        ids = torch.arange(12 * rows).view(rows, 12) % 300
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1)
+            expected = model(ids).logits
+            with loading.packed_weights(model):
+                assert all(packed(model))
+                torch.testing.assert_close(model(ids).logits, expected, **close)
+        assert not any(packed(model))
+    with pytest.raises(KeyboardInterrupt), loading.packed_weights(model):
+        raise KeyboardInterrupt
+    assert not any(packed(model))
+
+
+def test_a_large_model_samples_from_packed_weights(monkeypatch):
+    """Stops a sampler that does not pack, or packs for a small model, and other completions."""
+    model = loading.load_model(TINY, "fp32")
+    dora.add_dora(model, 4, 8.0, 0.0, ALL)
     found = []
-    settings = {"num_samples": 4, "max_new_tokens": 8, "eos": [], "seed": 3}
     for large in (loading.LARGE, 0):
         monkeypatch.setattr(loading, "LARGE", large)
-        model = loading.load_model(TINY, "fp32")
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        assert all(("forward" in vars(module)) == (large == 0) for module in linear)
-        dora.add_dora(model, 4, 8.0, 0.0, ALL)
-        found.append(recode.sample(model, [[5, 6, 7], [8, 9]], **settings))
+        seen = []
+        found.append(
+            recode.sample(
+                model, [[5, 6, 7], [8, 9]], num_samples=4, max_new_tokens=8, eos=[], seed=3,
+                progress=lambda *_: seen.append(packed(model)),
+            )
+        )  # fmt: skip
+        assert len(seen) == 8 and all(all(row) if large == 0 else not any(row) for row in seen)
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------- freed memory
 
 
 @pytest.mark.parametrize("libc, expected", [("glibc", [-3, -1, -2]), ("musl", []), ("", [])])

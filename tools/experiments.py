@@ -24,6 +24,7 @@ import reward
 import sft
 import training.run
 from tasks.table import markdown
+from tools.compare import read_metrics
 from training import dora, loading, parallel
 from training.config import ROOT, TINY, BadInput, Parser, read_settings
 from training.files import write
@@ -88,7 +89,7 @@ def run(path, steps):
         if status:
             return status
         model = dora.load_adapter(model, path / "adapter")
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(path)
     seconds = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
     write(path / "result.json", json.dumps(measure(model) | {"seconds": seconds}).encode())
     return 0

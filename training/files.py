@@ -14,12 +14,12 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from training.config import BadInput, first_line
 
+hub_logging.set_verbosity_error()  # no line for every retry; BadInput reports the last error
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name
 
 
 def fetch(hub_id, name):
     """The local path of file `name` of a data set on the hub, downloaded once and cached."""
-    hub_logging.set_verbosity_error()  # silences retries; the final error is reported below
     try:
         return Path(hf_hub_download(hub_id, name, repo_type="dataset"))
     except (OSError, HfHubHTTPError) as error:  # no network, no such data set, no such file in it

@@ -13,6 +13,7 @@ continues as if nothing had happened.
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -220,12 +221,7 @@ def show(step, group):
 
 def check_log(name):
     """Raise BadInput if the program of --log-to is not installed."""
-    try:
-        if name == "tensorboard":
-            import torch.utils.tensorboard  # noqa: F401
-        elif name == "wandb":
-            import wandb  # noqa: F401
-    except ImportError:
+    if name and not importlib.util.find_spec(name):
         raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
 
 
@@ -323,8 +319,6 @@ class RunDirectory:
         began = os.path.relpath(".", self.path.resolve())
         settings = dataclasses.asdict(self.config) | {"began_in": began}
         write(self.path / "config.json", json.dumps(settings, indent=2).encode())
-        for name in LOGS:
-            (self.path / name).touch()
 
     def begin(self, model, tokenizer, optimizer, heldout):
         """(step, position, nonfinite) to start with: from the checkpoint, or of a new run.
@@ -335,7 +329,7 @@ class RunDirectory:
             return self.load(model, optimizer)
         if parallel.RANK == 0:
             for name in LOGS:
-                os.truncate(self.path / name, 0)
+                (self.path / name).write_bytes(b"")
         if heldout:
             self.before = self.measure(0, model, tokenizer, heldout)
         self.save(model, optimizer, 0, 0, 0)  # from here on there is something to resume
