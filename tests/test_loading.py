@@ -198,11 +198,15 @@ def packed(model):
     return ["forward" in vars(m) for m in model.modules() if isinstance(m, nn.Linear)]
 
 
+def skip_without(dtype):
+    if dtype == "bf16" and not loading.native_bf16():
+        pytest.skip("this CPU has no native bf16")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_packed_weights_give_the_same_logits(monkeypatch, dtype):
     """Stops a lost bias, a copy that is older than the weights, and copies that stay."""
-    if dtype == "bf16" and not loading.native_bf16():
-        pytest.skip("this CPU has no native bf16")
+    skip_without(dtype)
     monkeypatch.setattr(loading, "LARGE", 0)
     monkeypatch.setattr(loading, "keep_freed_memory", lambda: None)
     model = loading.load_model(TINY, dtype)
@@ -221,6 +225,17 @@ def test_packed_weights_give_the_same_logits(monkeypatch, dtype):
     with pytest.raises(KeyboardInterrupt), loading.packed_weights(model):
         raise KeyboardInterrupt
     assert not any(packed(model))
+
+
+@pytest.mark.parametrize("dtype, size", [("fp32", 2_000_000_000), ("bf16", 4_000_000_000)])
+def test_a_model_of_8_gb_is_not_packed(monkeypatch, dtype, size):
+    """Stops a 7B model from being in a laptop's memory twice."""
+    skip_without(dtype)
+    model = loading.load_model(TINY, dtype)
+    for parameters, expected in ((size - 1, True), (size, False)):
+        monkeypatch.setattr(model, "num_parameters", lambda: parameters)
+        with loading.packed_weights(model):
+            assert set(packed(model)) == {expected}
 
 
 def test_a_large_model_samples_from_packed_weights(monkeypatch):

@@ -84,9 +84,9 @@ def packed_weights(model):
     Sampling reads all weights at every token; packed, they are read about 1.5 times as fast. The
     copies take as much memory as the weights, but none is left when training needs it.
     """
-    large = model.device.type == "cpu" and model.num_parameters() > LARGE
+    large = LARGE < model.num_parameters() < 8e9 / model.dtype.itemsize  # at most 8 GB of copies
     fast = torch.backends.mkldnn.is_available() and (model.dtype == torch.float32 or native_bf16())
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
     with contextlib.ExitStack() as stack:
         for layer in linear if large and fast else ():
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # 8 rows
