@@ -240,10 +240,10 @@ def sample(
 
     prompts: P lists of ids. eos: list of ids that end a completion. seed: P ints, or an int for
     seed + i; prompt i's random numbers depend only on its own seed. Returns tokens (B, T) int64,
-    mask (B, T) bool and logps (B, T) fp32 with B = P * num_samples and T the longest completion.
-    Row i * num_samples + j is completion j of prompt i. The mask covers a completion and its EOS;
-    outside it all is 0. Temperature 0 is greedy and equals generate. Training never uses top_p: it
-    would score under another distribution. progress(tokens, finished rows) is called at each step.
+    mask (B, T) bool and logps (B, T) fp32; B = P * num_samples, T is the longest completion.
+    Completion j of prompt i is row i * num_samples + j. The mask covers a completion and its EOS;
+    the rest is 0. Temperature 0 is greedy and equals transformers' generate. Training never uses
+    top_p: it scores the full distribution. progress(tokens, finished rows) follows each step.
     """
     model.eval()
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(model.device)

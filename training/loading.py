@@ -89,7 +89,7 @@ def packed_weights(model):
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
     with contextlib.ExitStack() as stack:
         for layer in linear if large and fast else ():
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # 8 rows
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # for 8 rows
             args = {"W": weight, "B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}
             layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, **args)
             stack.callback(delattr, layer, "forward")

@@ -13,7 +13,7 @@ continues as if nothing had happened.
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -219,16 +219,17 @@ def show(step, group):
 # ------------------------------------------------------------------------- --log-to
 
 
-def check_log(name):
-    """Raise BadInput if the program of --log-to is not installed."""
-    if name and not importlib.util.find_spec(name):
+def log_module(name):
+    """The module behind --log-to; BadInput if it cannot be imported."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError:
         raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
 
 
 def start_wandb(config):
     """A run on wandb's server; after --resume the same one."""
-    import wandb
-
+    wandb = log_module("wandb")
     path = Path(config.output)
     name = path / "wandb" / "id"  # of the run on the server
     if not name.is_file():
@@ -249,10 +250,9 @@ class OtherLog:
         self.writer = None
         self.run = None
         if config.log_to == "tensorboard" and parallel.RANK == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
             path = Path(config.output) / "tensorboard"
-            self.writer = SummaryWriter(path, purge_step=step)  # forgets rows of later steps
+            writer = log_module("tensorboard").SummaryWriter
+            self.writer = writer(path, purge_step=step)  # forgets rows of later steps
         elif config.log_to == "wandb" and parallel.RANK == 0:
             self.run = start_wandb(config)
 
@@ -286,7 +286,8 @@ class RunDirectory:
         self.rows = []  # of metrics.jsonl
         self.before = {}  # held-out metrics before training
         self.first = True  # no step of this process has been logged yet
-        check_log(config.log_to)
+        if config.log_to:
+            log_module(config.log_to)  # fail now, not after the first measurement
         if config.resume:
             self.check_settings()
         elif not config.dry_run:
