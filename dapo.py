@@ -61,7 +61,7 @@ class Config(training.config.Run):
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling and of the log-probabilities
     overlong_cache: int = 0  # eq. 2, L_cache, tokens before the limit that cost reward; 0 is off
-    correctness: str = "es_star"  # second half of the reward: es_star, em_star, es, em or none
+    correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
     # objective
     clip_low: float = 0.2  # eq. 5, how far rho may fall below 1
     clip_high: float = 0.28  # eq. 5, how far rho may rise above 1
@@ -74,7 +74,9 @@ def advantages(rewards):
     """How much better each completion is than its group. rewards, result: (groups, num_samples)."""
     mean = rewards.mean(1, keepdim=True)  # (groups, 1)
     std = rewards.std(1, keepdim=True)
-    return (rewards - mean) / (std + 1e-4)  # eq. 3
+    A = (rewards - mean) / (std + 1e-4)  # eq. 3, (groups, num_samples)
+    # The mean of equal numbers is rounded, so their A may be 0.002, and Adam ignores the scale.
+    return A * (rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True))
 
 
 def surrogate(logps, old_logps, advantages, config):

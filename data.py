@@ -16,9 +16,11 @@ completion that SFT copies: the reference after an empty thought.
     python -m tools.check_data my.jsonl    checks a data set of your own
 """
 
+import ast
 import random
 import re
-from dataclasses import dataclass, fields
+import warnings
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -138,6 +140,44 @@ def split_heldout(heldout, examples, seed):
     chosen = set(notes[:count])
     train = [e for e in examples if (e.dependency, e.update_info) not in chosen]
     return train, [e for e in examples if (e.dependency, e.update_info) in chosen]
+
+
+def names(code, library):
+    """The set of all names in Python code, without the library's own and its import aliases.
+
+    Of a dotted name every part counts: np.linalg.norm has linalg and norm. `code` must parse.
+    """
+    with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
+        nodes = list(ast.walk(ast.parse(code)))
+    found = set()
+    own = {library.lower()}
+    for node in nodes:
+        for field in ("id", "attr", "arg", "name", "module", "asname"):
+            found.update((getattr(node, field, None) or "").split("."))
+        if isinstance(node, ast.alias) and node.name.split(".")[0].lower() == library.lower():
+            own.update((node.name.lower(), (node.asname or node.name).lower()))
+    return {name for name in found if name and name.lower() not in own}
+
+
+def unrelated(examples, count, seed):
+    """Up to `count` examples whose note names nothing in their code: they ask for no change.
+
+    The code is that of one example, the note that of another one of the same library.
+    """
+    rng = random.Random(seed)
+    found = []
+    for example in rng.sample(examples, len(examples)):
+        if len(found) == count:
+            break
+        library = example.dependency.lower()
+        if reward.parses(example.old_code):
+            used = names(example.old_code, library)
+            same = [other for other in examples if other.dependency.lower() == library]
+            notes = [other for other in same if not used & reward.words(other.update_info)]
+            if notes:
+                note = rng.choice(notes)
+                found.append(replace(note, old_code=example.old_code, new_code=example.old_code))
+    return found
 
 
 def encode_messages(system, user, tokenizer):

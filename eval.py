@@ -14,7 +14,9 @@ is shown as it is. --compare pairs the runs by problem.
     pass@k           the share of problems that one of k samples solves, see tasks/table.py
     UPass@k          the same, where right means: passes with the update and fails without it
     pass_if_formed   the share that is right of the answers in the right format
-    reward, es_star, em_star, stale         of migrations, see reward.py; reward = format + es_star
+    reward, es_star, em_star, stale, obeys  of migrations, see reward.py; reward = format + es_star
+    determined       exact match where note and old code hold every word of the reference
+    unchanged        exact match where the note asks for no change
 
 A problem without a value, such as pass_if_formed where no answer has the format, is left out.
 """

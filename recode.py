@@ -501,13 +501,18 @@ def sample_groups(model, tokenizer, tasks, config, position):
 
 
 def summarize(groups):
-    """Means over all answers: format (a share), es, em, stale (each in [0, 1]) and reward."""
+    """Means over all answers: format (a share), es, em, stale, obeys (in [0, 1]) and reward.
+
+    obeys is None where no note names anything.
+    """
     grades = [grade for group in groups for grade in group.grades]
+    obeys = [grade.obeys for grade in grades if grade.obeys is not None]
     return {
         "format": mean(grade.format > 0 for grade in grades),
         "es": mean(grade.es for grade in grades),
         "em": mean(grade.em for grade in grades),
         "stale": mean(grade.stale for grade in grades),
+        "obeys": mean(obeys) if obeys else None,
         "reward": mean(value for group in groups for value in group.rewards),
     }
 

@@ -7,10 +7,20 @@
     EM       1 if a == b, else 0                        exact match
     ES*      3.5 ES - 1.5, or -2 without code that parses                                 (eq. 3)
     EM*      3.5 EM - 1.5, or -2 without code that parses                                 (eq. 4)
+    gain     1 - Levenshtein(a, b) / Levenshtein(c, b)  share of the requested edit made  (eq. 5)
+    gain*    3.5 max(gain, 0) - 1.5; -2 for a copy of c, and without code that parses     (eq. 6)
 
-a and b are the answer's code and the reference, both without comments and blank lines. ES* is the
-paper's correctness; the others are its ablation. A completion is what the model wrote after the
-prompt's open "<think>", so it starts inside the think block.
+a, b and c are the answer's code, the reference and the old code, all without comments and blank
+lines. ES* is the paper's correctness; ES, EM and EM* are its ablation. ES* gives a copy of the old
+code a high reward; gain* is ES* with the zero moved, so that a copy earns nothing. Where no change
+is asked for (b equals c), gain* is ES*. A completion is what the model wrote after the prompt's
+open "<think>", so it starts inside the think block.
+
+Exact match hardly sees whether a model follows the note, because most references hold more than the
+note says. So an answer is also graded by the names that it uses; no reward looks at this:
+
+    needed   (words(b) - words(c)) & words(note)        the new names that the note gives
+    obeys    1 if the code parses and has every needed word, else 0; None if none is      (eq. 7)
 
 A reward of your own is a function of an answer's Grade and of the whole example:
 
@@ -32,6 +42,7 @@ FORM = re.compile(rf"{UNTAGGED}</think>\s*<answer>{UNTAGGED}</answer>\s*")
 FENCE = "```python\n"
 FENCE_END = "\n```"
 FENCED = re.compile(rf"{FENCE}(?:(.*?)\n)??```", re.DOTALL)  # may be empty
+WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 # Strings, comments with the blanks before them, other blanks. The scan runs from left to right, so
 # a quote in a comment and a "#" in a string are recognised for what they are. An unclosed string
@@ -138,6 +149,8 @@ class Grade:
     es: float = 0.0  # edit similarity to the reference, in [0, 1]
     em: float = 0.0  # 1.0 if the code equals the reference
     stale: float = 0.0  # 1.0 if it repeats the old code although the update asks for a change
+    gain: float | None = None  # share of the requested edit that was made; None if none is asked
+    obeys: float | None = None  # 1.0 if it has all new names of the note, else 0.0; None: no name
 
     @property
     def es_star(self):
@@ -147,25 +160,61 @@ class Grade:
     def em_star(self):
         return 3.5 * self.em - 1.5 if self.parses else -2.0  # eq. 4
 
+    @property
+    def gain_star(self):
+        if self.gain is None:
+            return self.es_star
+        if self.stale or not self.parses:
+            return -2.0
+        return 3.5 * max(self.gain, 0.0) - 1.5  # eq. 6
+
+
+def words(text):
+    """The set of all words in a text: identifiers, and keywords or English words like them."""
+    return set(WORD.findall(text))
+
+
+def needed(example):
+    """The words that an answer needs to follow the note: the reference's new ones that it names."""
+    old = words(strip_comments(example.old_code))
+    return (words(strip_comments(example.new_code)) - old) & words(getattr(example, "update_info", ""))
+
+
+def determined(example):
+    """Whether the note and the old code hold every word and number of the reference."""
+    given = re.findall(r"\w+", f"{strip_comments(example.old_code)} {example.update_info}")
+    return set(re.findall(r"\w+", strip_comments(example.new_code))) <= set(given)
+
 
 def grade(completion, example):
-    """The Grade of a completion; `example` needs the text fields old_code and new_code."""
+    """The Grade of a completion; `example` needs the texts old_code and new_code.
+
+    Without an update_info there is no name to use, and obeys is None.
+    """
     form = format_reward(completion)
     code = extract_code(completion)
+    wanted = needed(example)
     if code is None:
-        return Grade(completion, form)
+        return Grade(completion, form, obeys=0.0 if wanted else None)
     answer = strip_comments(code)
     old = strip_comments(example.old_code)
     reference = strip_comments(example.new_code)
     es = similarity(answer, reference)
     em = float(answer == reference)
+    valid = parses(code)
+    gain = obeys = None
+    if old != reference:
+        gain = 1 - levenshtein(answer, reference) / levenshtein(old, reference)  # eq. 5
+    if wanted:
+        obeys = float(valid and wanted <= words(answer))  # eq. 7
     stale = float(answer == old and old != reference)
-    return Grade(completion, form, code, parses(code), es, em, stale)
+    return Grade(completion, form, code, valid, es, em, stale, gain, obeys)
 
 
 CORRECTNESS = {  # name -> function of a Grade and the whole example
     "es_star": lambda grade, example: grade.es_star,
     "em_star": lambda grade, example: grade.em_star,
+    "gain": lambda grade, example: grade.gain_star,
     "es": lambda grade, example: grade.es,
     "em": lambda grade, example: grade.em,
     "none": lambda grade, example: 0.0,  # rewards the format alone

@@ -54,7 +54,7 @@ class Config(training.config.Run):
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer held-out answers are cut; references never are
     temperature: float = 1.0  # of sampling and of the log-probabilities
-    correctness: str = "es_star"  # second half of the reward: es_star, em_star, es, em or none
+    correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
     # objective
     beta: float = 0.0  # eq. 7, weight of the KL penalty
     updates: int = 1  # eq. 9, U, optimizer steps per draw, each on its part of the references

@@ -18,6 +18,10 @@ import numpy as np
 
 from training.config import BadInput, read_settings
 
+SCORES = (  # of an answer, besides whether it is right
+    "reward", "es_star", "em_star", "stale", "obeys", "determined", "unchanged", "format",
+    "no_code", "cut",
+)  # fmt: skip
 RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2)}  # the others are shares
 Z = 1.96
 
@@ -37,7 +41,7 @@ def metrics(rows, ks):
             right = sum(row[field] for row in rows)
             result |= {f"{name}@{k}": pass_at_k(len(rows), right, k) for k in ks}
     values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
-    for name in ("reward", "es_star", "em_star", "stale", "format", "no_code", "cut"):
+    for name in SCORES:
         if name in rows[0]:
             values[name] = [row[name] for row in rows if row[name] is not None]
     for name, known in values.items():

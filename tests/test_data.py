@@ -14,11 +14,13 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from pathlib import Path
 
 import pytest
 
 import data
 import grpo
+import reward
 from tools import check_data
 from conftest import ROOT, ROWS, SHARED
 from data import Example
@@ -492,7 +494,40 @@ def test_own_data_set_is_split(write_rows, rows, tmp_path, capsys):
     assert f"split     {tmp_path}/new/mine/heldout.jsonl: {len(parts[1])} rows" in lines
     kept = {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
     message = refusal(check_data.main, [source, "--split", "0.5", str(tmp_path / "new/mine")])
-    assert f"{tmp_path}/new/mine: exists already" in message and len(kept) == 2
+    assert f"{tmp_path}/new/mine: exists already" in message and len(kept) == 3
     assert kept == {path: path.read_bytes() for path in (tmp_path / "new/mine").iterdir()}
     assert "0.01" in refusal(check_data.main, [source, "--split", "0.01", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_notes_that_do_not_concern_the_code(rows, write_rows, tmp_path, capsys):
+    """Stops a contrast row whose note names something in the code, or that asks for a change, and
+    a held-out code or note in training."""
+    library = {"dependency": "Numpy", "new_version": "2.0", "description": ""}
+    rows = []
+    for i in range(40):
+        code = f"import numpy as np\nprint(np.f{i % 20}(x{i}, key{i}=1).a{i})"
+        texts = {"update_info": f"numpy.f{i % 20} has gone, key{i} stays", "old_code": code}
+        rows.append(library | texts | {"new_code": code + ".T"})
+    target = str(tmp_path / "mine")
+    source = write_rows(rows)
+    look(capsys, source, "--split", "0.25", target, "--contrast", "20")
+    files = ("train", "heldout", "unrelated")
+    train, heldout, unrelated = [data.load_examples(f"{target}/{name}.jsonl") for name in files]
+    assert len(train) == 30 + 20 and len(heldout) == len(unrelated) == 10
+    for made, source_rows in ((train[30:], train[:30]), (unrelated, heldout)):
+        assert {e.old_code for e in made} <= {e.old_code for e in source_rows}
+        assert {e.update_info for e in made} <= {e.update_info for e in source_rows}
+        for e in made:
+            assert e.new_code == e.old_code
+            i = int(e.old_code.rpartition(".a")[2])
+            assert not {f"f{i % 20}", f"key{i}"} & reward.words(e.update_info)
+    message = refusal(check_data.main, [source, "--split", "0.25", target + "2", "--contrast", "99"])
+    assert "--contrast 99" in message and not Path(target + "2").exists()
+    refusal(check_data.main, [source, "--contrast", "5"])
+
+
+def test_names_of_the_library_itself_concern_no_note():
+    """Stops "numpy" and "np" in a note from making every piece of code its subject."""
+    code = "import numpy as np\nimport numpy.linalg as la\nla.norm(np.in1d(a, b=c))  # isin"
+    assert data.names(code, "Numpy") == {"linalg", "norm", "in1d", "a", "b", "c"}

@@ -173,9 +173,12 @@ def test_norm_is_computed_once_per_rollout(monkeypatch):
     assert layers <= len(norms) <= 2 * layers and len({id(x) for x in norms}) == layers
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 def test_norm_follows_the_weights(options):
-    """Stops a cached norm from surviving an optimizer step or a loaded checkpoint."""
+    """Stops a cached norm from surviving a loaded checkpoint or an optimizer step.
+
+    A fused step does not raise Tensor._version, which alone decided once: the norm was 43 % off.
+    """
     torch.manual_seed(0)
     layer = dora.DoRALinear(nn.Linear(24, 40).requires_grad_(False), r=4, alpha=4.0, dropout=0.0)
     start = copy.deepcopy(layer.state_dict())

@@ -193,13 +193,16 @@ def test_format_reward():
 def test_values_by_hand(completion, es, em, es_star, em_star, form):
     """A slip in eq. 1 to 4, or a rate that pays for code that does not parse."""
     correctness = {"es": es, "em": em, "es_star": es_star, "em_star": em_star, "none": 0}
+    correctness["gain"] = -2 if es == 5 / 6 else em_star  # a copy; the edit is one character
     assert correctness.keys() == reward.CORRECTNESS.keys()
     for name, value in correctness.items():
         example = data.Example("lib", "2", "", "note", "x = 1", "x = 12")
         graded = reward.grade(completion, example)
         assert reward.CORRECTNESS[name](graded, example) == pytest.approx(value, abs=1e-12)
         assert reward.total(graded, example, name) == pytest.approx(form + value, abs=1e-12)
-        assert reward.score(completion, "x = 12", name) == pytest.approx(form + value, abs=1e-12)
+        if name != "gain":  # without old code its edit is the whole reference
+            score = reward.score(completion, "x = 12", name)
+            assert score == pytest.approx(form + value, abs=1e-12)
     assert reward.score(completion, "x = 12") == pytest.approx(form + es_star, abs=1e-12)
 
 
@@ -210,6 +213,86 @@ def test_stale():
     assert reward.grade(answer("new()"), update).stale == reward.grade("old()", update).stale == 0.0
     same = SimpleNamespace(old_code="same()", new_code="same()  # still")
     assert reward.grade(answer("same()"), same).stale == 0.0
+
+
+def gain_by_definition(code, example):
+    """OBEY's gain from a Levenshtein distance that is not ours: the plain dynamic programme."""
+    def distance(a, b):
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            last, row[0] = row[0], i
+            for j, y in enumerate(b, 1):
+                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+        return row[-1]
+
+    return 1 - distance(code, example.new_code) / distance(example.old_code, example.new_code)
+
+
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("np.isin(a, b)", 2.0),  # the reference
+        ("np.in1d(a, b)", -2.0),  # a copy
+        ("np.in1d(a, b)  # np.isin", -2.0),  # a copy with a comment
+        ("np.isi(a, b)", None),  # most of the edit
+        ("np.in1d(a, b, True)", -1.5),  # a step away earns no less than no step
+        ("np.isin(a, b", -2.0),  # does not parse
+    ],
+)
+def test_gain(code, expected):
+    """Stops a copy, or an answer that is merely similar, from earning more than the format."""
+    example = SimpleNamespace(old_code="np.in1d(a, b)", new_code="np.isin(a, b)")
+    graded = reward.grade(answer(code), example)
+    if expected is None:
+        expected = 3.5 * gain_by_definition(code, example) - 1.5
+        assert graded.gain == pytest.approx(gain_by_definition(code, example))
+        assert -1.5 < expected < 2.0
+    assert reward.total(graded, example, "gain") == pytest.approx(1.0 + expected)
+
+
+def test_gain_where_no_change_is_asked_for():
+    """Stops a right copy from being punished: without a requested edit gain is ES*."""
+    same = SimpleNamespace(old_code="f(x)", new_code="f(x)  # as before")
+    for code in ("f(x)", "f(y)", "f("):
+        graded = reward.grade(answer(code), same)
+        assert graded.gain is None
+        assert reward.total(graded, same, "gain") == reward.total(graded, same, "es_star")
+    assert reward.grade("no code", same).gain_star == -2.0
+
+
+@pytest.mark.parametrize(
+    "note, completion, obeys",
+    [
+        ("Use isin and assume_unique.", answer("np.isin(a, assume_unique=True)"), 1.0),
+        ("Use isin and assume_unique.", answer("np.isin(a)"), 0.0),  # one of two names
+        ("Use isin.", answer("np.in1d(a)  # isin"), 0.0),  # only in a comment
+        ("Use isin.", answer("np.isin2(a)"), 0.0),  # a longer word
+        ("Use isin.", answer("np.isin(a"), 0.0),  # does not parse
+        ("Use isin.", "isin", 0.0),  # no code
+        ("Use isin.", answer("isin"), 1.0),  # wrong, but it uses the name
+        ("in1d was removed.", answer("np.in1d(a)"), None),  # names nothing new
+        ("in1d was removed.", "no code", None),
+    ],
+)
+def test_obeys(note, completion, obeys):
+    """Stops `obeys` from counting comments, parts of words, or rows whose note names nothing."""
+    new = "np.isin(a, assume_unique=True)  # faster"
+    example = SimpleNamespace(old_code="np.in1d(a)", new_code=new, update_info=note)
+    assert reward.grade(completion, example).obeys == obeys
+
+
+@needs_data
+def test_obeys_and_determined_on_the_real_held_out_rows():
+    """Stops another reading of the definitions: of 140 rows 82 name something, 52 are determined.
+
+    Counted by another program before this one was written (numbers are words of a reference, too).
+    """
+    heldout = data.split_heldout("0.1", data.load_examples(str(REAL)), 42)[1]
+    plain = reward.strip_comments
+    change = [e for e in heldout if plain(e.old_code) != plain(e.new_code)]
+    assert len(change) == 140
+    assert sum(bool(reward.needed(e)) for e in change) == 82
+    assert sum(reward.determined(e) for e in change) == 52
 
 
 def test_strip_comments_keeps_strings():

@@ -1,17 +1,20 @@
 """Checks a data set of your own before you train on it.
 
     python -m tools.check_data my.jsonl --model Qwen/Qwen2.5-Coder-7B-Instruct
-    python -m tools.check_data my.jsonl --split 0.1 mine    also write mine/{train,heldout}.jsonl
+    python -m tools.check_data my.jsonl --split 0.1 mine    also write the split into mine/
 
 Prints how many rows are usable, which are dropped and why, how many tokens prompts and references
-have, and three prompts as the model sees them. A split is that of a run with --heldout 0.1.
+have, and three prompts as the model sees them. A split is that of a run with --heldout 0.1, in
+train.jsonl and heldout.jsonl; unrelated.jsonl has up to 100 held-out codes, each with a held-out
+note that does not concern it, so the right answer is the old code. --contrast N adds N such rows,
+made of training rows, to train.jsonl.
 """
 
 import json
 import statistics
 from pathlib import Path
 
-from data import encode_prompt, encode_target, load_examples, split_heldout
+from data import encode_prompt, encode_target, load_examples, split_heldout, unrelated
 from reward import strip_comments
 from training import loading, parallel
 from training.config import TINY, BadInput, Parser, Run, open_policy
@@ -44,11 +47,20 @@ def usable(source):
     return examples
 
 
-def write_split(examples, share, directory):
-    """Write train.jsonl and heldout.jsonl into a new directory, split as by a run's --heldout."""
+UNRELATED = 100  # rows of unrelated.jsonl
+
+
+def write_split(examples, share, directory, contrast):
+    """Write a split as by a run's --heldout into a new directory: train, heldout, unrelated."""
     if Path(directory).exists():
         raise BadInput(f"--split {directory}: exists already; give a new directory")
-    for name, some in zip(("train", "heldout"), split_heldout(share, examples, Run.seed)):
+    train, heldout = split_heldout(share, examples, Run.seed)
+    added = unrelated(train, contrast, Run.seed)
+    if len(added) < contrast:
+        raise BadInput(f"--contrast {contrast}: the training rows give {len(added):,} at most")
+    files = {"train": train + added, "heldout": heldout}
+    files["unrelated"] = unrelated(heldout, UNRELATED, Run.seed)
+    for name, some in files.items():
         path = Path(directory) / f"{name}.jsonl"
         write(path, b"".join(json.dumps(vars(example)).encode() + b"\n" for example in some))
         print(f"split     {path}: {len(some):,} rows")
@@ -63,12 +75,16 @@ def main(argv=None):
     add("--max-prompt-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 2048]")
     add("--max-new-tokens", type=int, metavar="X", help="limit [the checkpoint's, or 1024]")
     add("--split", nargs=2, metavar=("SHARE", "DIRECTORY"), help="write a split there [off]")
+    text = "also train on N rows whose note does not concern the code [0]"
+    add("--contrast", type=int, default=0, metavar="N", help=text)
     args = parser.parse_args(argv)
+    if args.contrast < 0 or (args.contrast and not args.split):
+        raise BadInput(f"--contrast {args.contrast}: at least 0, and only with --split")
     base, _, settings = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
     examples = usable(args.data)
     if args.split:
-        write_split(examples, *args.split)
+        write_split(examples, *args.split, args.contrast)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     targets = [encode_target(example, tokenizer) for example in examples]
     prompt_limit = args.max_prompt_tokens or settings.get("max_prompt_tokens", 2048)

@@ -10,7 +10,7 @@ with an adapter puts that one back instead. Adapter files are PEFT's, in both di
 Differences from PEFT:
   1. BA is never formed: the rows of
      ||W + sBA||^2 = ||W||^2 + 2s <W, BA> + s^2 ||BA||^2   need small products only         (eq. 2)
-  2. The norm is computed once per change of A and B, not at every token.
+  2. The norm is computed once per optimizer step, not at every token.
   3. Dropout acts on the input of A only; in PEFT also on inputs of W where m is not the norm.
 """
 
@@ -23,10 +23,23 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from training import parallel
 from training.config import BadInput, read_settings
 from training.files import write
+
+
+steps = 0  # of all optimizers so far
+
+
+def count_step(optimizer, args, kwargs):
+    """Fused optimizers do not raise a tensor's _version, so cached norms need this count, too."""
+    global steps
+    steps += 1
+
+
+register_optimizer_step_post_hook(count_step)
 
 
 class DoRALinear(nn.Module):
@@ -51,35 +64,37 @@ class DoRALinear(nn.Module):
             squares = base.weight.detach().float().square().sum(1)  # (out,)
             self.register_buffer("squares", squares, persistent=False)
             self.magnitude = nn.Parameter(squares.sqrt())  # with B = 0 the layer is exactly W
-        self.cached_norm = None, None  # versions of A and B, and the norm that belongs to them
-        self.cached_parts = None, None  # versions of all three, and what parts() returned
+        self.cached_norm = None, None  # version(), and the norm that belongs to it
+        self.cached_parts = None, None  # version() and dtype, and what parts() returned
+
+    def version(self):
+        """A value that changes whenever A, B or m do: by an optimizer, or in place."""
+        return steps, *(p._version for p in trained(self))
 
     @torch.no_grad()
     def norm(self):
         """||W + sBA|| of every row, (out,), recomputed only when A or B have changed."""
-        versions = self.lora_A._version, self.lora_B._version
-        if self.cached_norm[0] != versions:
+        version = self.version()
+        if self.cached_norm[0] != version:
             A, B, s = self.lora_A, self.lora_B, self.scale
             cross = (B * (self.base.weight.float() @ A.T)).sum(1)  # <W, BA> of every row
             gram = (B @ (A @ A.T) * B).sum(1)  # ||BA||^2 of every row
             norm = (self.squares + 2 * s * cross + s * s * gram).sqrt()  # eq. 2
-            self.cached_norm = versions, norm
+            self.cached_norm = version, norm
         return self.cached_norm[1]
 
     def parts(self, dtype):
         """A, B transposed and gain - 1 in `dtype`; cached where no gradient is needed."""
-        magnitude = self.magnitude
-        m_version = None if magnitude is None else magnitude._version
-        versions = self.lora_A._version, self.lora_B._version, m_version, dtype
+        version = self.version(), dtype
         frozen = not torch.is_grad_enabled()
-        if frozen and self.cached_parts[0] == versions:
+        if frozen and self.cached_parts[0] == version:
             return self.cached_parts[1]
         gain = None
-        if magnitude is not None:
-            gain = (magnitude / self.norm() - 1).to(dtype)  # gain - 1: bf16 is coarse near 1
+        if self.magnitude is not None:
+            gain = (self.magnitude / self.norm() - 1).to(dtype)  # gain - 1: bf16 is coarse near 1
         parts = self.lora_A.to(dtype), self.lora_B.to(dtype).T, gain
         if frozen:
-            self.cached_parts = versions, parts
+            self.cached_parts = version, parts
         return parts
 
     def forward(self, x):

@@ -48,7 +48,8 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 COLUMNS = (  # metric, heading, width and format of a step's row on the screen
     ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
     ("format", "format", 7, ".2f"), ("es", "ES", 6, ".3f"), ("em", "exact", 6, ".2f"),
-    ("stale", "stale", 6, ".2f"), ("loss", "loss", 8, ".4f"), ("kl", "kl", 8, ".5f"),
+    ("stale", "stale", 6, ".2f"), ("obeys", "obeys", 6, ".2f"),
+    ("loss", "loss", 8, ".4f"), ("kl", "kl", 8, ".5f"),
     ("clip_fraction", "clip", 6, ".3f"), ("grad_norm", "grad", 6, ".2f"), ("lr", "lr", 9, ".1e"),
     ("completion_length", "tokens", 7, ".1f"), ("tokens_per_second", "tok/s", 6, ".0f"),
 )  # fmt: skip
@@ -132,7 +133,7 @@ def make_trainable(model, config, adapter):
 def make_optimizer(model, config):
     """AdamW on what is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = config.offload or None  # ten times as fast on a CPU; an adapter's norm cannot follow it
+    fused = config.offload or None  # ten times as fast on a CPU
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
@@ -164,11 +165,13 @@ def evaluate(model, tokenizer, tasks, config):
 
 
 def table(before, after):
-    """The held-out metrics side by side, as text."""
-    names = {"em": "exact match", "stale": "stale rate", "format": "format", "es": "ES"}
-    names["reward"] = "sampled reward"
+    """The held-out metrics side by side, as text; obeys only where a note names something."""
+    names = {"em": "exact match", "stale": "stale rate", "obeys": "obeys", "format": "format"}
+    names |= {"es": "ES", "reward": "sampled reward"}
     rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
     for key, name in names.items():
+        if after[key] is None:
+            continue
         change = after[key] - before[key]
         rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")
     return "\n".join(rows)
