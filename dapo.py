@@ -43,14 +43,17 @@ from pathlib import Path
 import torch
 
 import data
-import recode
-import training.config
+import dora
+import lib.config
+import rollout
+import training.dry_run
 import training.run
-from training import dora, parallel
+import training.setup
+from lib import parallel
 
 
 @dataclass
-class Config(training.config.Run):
+class Config(lib.config.Run):
     # rollout
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # rollouts, each followed by --updates optimizer steps
@@ -120,7 +123,7 @@ def make_batch(groups, config, device):
         excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
         rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
     A = advantages(rewards) if groups else rewards.view(0, config.num_samples)  # eq. 3
-    return recode.make_batch(groups, A, device)
+    return rollout.make_batch(groups, A, device)
 
 
 def collect(model, tokenizer, tasks, position, config):
@@ -130,13 +133,13 @@ def collect(model, tokenizer, tasks, position, config):
     tries = 0
     while len(kept) < config.prompts_per_step and tries < config.max_tries:  # eq. 1
         drawn = data.draw(tasks, position, config.prompts_per_step - len(kept), config.seed)
-        groups = recode.sample_groups(model, tokenizer, drawn, config, position)
+        groups = rollout.sample_groups(model, tokenizer, drawn, config, position)
         # eq. 1; != lets NaN rewards pass, so that a run whose weights have overflowed stops
         kept += [group for group in groups if max(group.rewards) != min(group.rewards)]
         sampled += groups
         position += len(drawn)
         tries += 1
-    metrics = recode.describe(sampled)
+    metrics = rollout.describe(sampled)
     metrics["tries"] = tries
     metrics["groups"] = len(kept)
     return make_batch(kept, config, model.device), metrics, sampled, position
@@ -151,7 +154,7 @@ def accumulate(model, batch, config):
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    for part, logps in recode.micro_batches(model, batch, config):
+    for part, logps in rollout.micro_batches(model, batch, config):
         old_logps = logps.detach() if part.old_logps is None else part.old_logps
         J = objective(logps, old_logps, part.ref_logps, part.advantages, config)
         loss = -(weights[part.rows] * J).sum()  # eq. 9
@@ -168,10 +171,10 @@ def accumulate(model, batch, config):
 def update(model, optimizer, batch, config):
     """--updates optimizer steps, each on its part of D; a non-finite one is skipped."""
     if config.updates > 1:  # with one update the policy has not moved: old_logps is logps
-        batch.old_logps = recode.batch_logps(model, batch, config)
+        batch.old_logps = rollout.batch_logps(model, batch, config)
     if config.beta:
         with dora.reference(model):
-            batch.ref_logps = recode.batch_logps(model, batch, config)
+            batch.ref_logps = rollout.batch_logps(model, batch, config)
     totals = Counter(skipped=0)
     parts = batch.split(config.prompts_per_step // config.updates)
     for part in parts:  # eq. 9
@@ -188,11 +191,11 @@ def update(model, optimizer, batch, config):
 
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
-    config = training.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.run.set_up(config)
-    optimizer = training.run.make_optimizer(model, config)
+    config = lib.config.parse_config(Config, argv, __doc__)
+    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
+    optimizer = training.setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.run.dry_run(model, tasks, optimizer, config, update)
+        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
     with run.progress(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -201,7 +204,7 @@ def main(argv=None):
             parallel.seed_dropout(config.seed, step)
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             run.lap("sample")
-            metrics["lr"] = training.run.learning_rate(step, config)
+            metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             metrics |= update(model, optimizer, batch, config)
             run.lap("update")

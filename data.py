@@ -26,8 +26,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 import reward
-from training.config import BadInput, first_line
-from training.files import HUB_ID, fetch, json_rows
+from lib.config import BadInput, first_line
+from lib.files import HUB_ID, fetch, json_rows
 
 SYSTEM = (
     "You migrate code to a new version of a library. Follow the update notes you are given, "

@@ -30,21 +30,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import recode
+import rollout
 import tasks
+from lib import loading, parallel
+from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
+from lib.files import append, write
 from tasks import judging, table
 from tasks.log import claim, read_log
 from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
-from training import checks, loading, parallel
-from training.config import CHOICES, TINY, BadInput, Parser, open_policy
-from training.files import append, write
+from training import setup
 
 
 def complete(model, tokenizer, batch, args):
     """Sample a batch of (problem, prompt, seed): a row (dict) for each completion."""
     problems, prompts, seeds = zip(*batch)
     n = args.num_samples
-    answers = recode.sample_answers(
+    answers = rollout.sample_answers(
         model, tokenizer, prompts, n, args.max_new_tokens, args.temperature, seeds, args.top_p
     )
     rows = []
@@ -82,8 +83,8 @@ def evaluate(problems, directory, box, args):
             if not keys <= log.keys():
                 if model is None:
                     model = loading.load_policy(args.model, args.adapter, args.dtype)
-                    checks.check_policy(model, tokenizer, args.model)
-                    checks.check_context(model, [prompt for _, prompt, _ in work], args)
+                    setup.check_policy(model, tokenizer, args.model)
+                    setup.check_context(model, [prompt for _, prompt, _ in work], args)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done, "give the same command again")

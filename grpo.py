@@ -43,14 +43,17 @@ from pathlib import Path
 import torch
 
 import data
-import recode
-import training.config
+import dora
+import lib.config
+import rollout
+import training.dry_run
 import training.run
-from training import dora, parallel
+import training.setup
+from lib import parallel
 
 
 @dataclass
-class Config(training.config.Run):
+class Config(lib.config.Run):
     # rollout
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # rollouts, each followed by --updates optimizer steps
@@ -113,7 +116,7 @@ def make_batch(groups, config, device):
     """The update batch: every completion with its advantage."""
     rewards = torch.tensor([group.rewards for group in groups])  # eq. 2, (groups, num_samples)
     A = advantages(rewards) if groups else rewards.view(0, config.num_samples)  # eq. 3
-    return recode.make_batch(groups, A, device)
+    return rollout.make_batch(groups, A, device)
 
 
 def collect(model, tokenizer, tasks, position, config):
@@ -123,12 +126,12 @@ def collect(model, tokenizer, tasks, position, config):
     tries = 0
     while len(kept) < config.prompts_per_step:  # eq. 1
         drawn = data.draw(tasks, position, config.prompts_per_step - len(kept), config.seed)
-        groups = recode.sample_groups(model, tokenizer, drawn, config, position)
+        groups = rollout.sample_groups(model, tokenizer, drawn, config, position)
         kept += groups  # eq. 1
         sampled += groups
         position += len(drawn)
         tries += 1
-    metrics = recode.describe(sampled)
+    metrics = rollout.describe(sampled)
     metrics["tries"] = tries
     metrics["groups"] = len(kept)
     return make_batch(kept, config, model.device), metrics, sampled, position
@@ -143,7 +146,7 @@ def accumulate(model, batch, config):
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    for part, logps in recode.micro_batches(model, batch, config):
+    for part, logps in rollout.micro_batches(model, batch, config):
         old_logps = logps.detach() if part.old_logps is None else part.old_logps
         J = objective(logps, old_logps, part.ref_logps, part.advantages, config)
         loss = -(weights[part.rows] * J).sum()  # eq. 9
@@ -160,10 +163,10 @@ def accumulate(model, batch, config):
 def update(model, optimizer, batch, config):
     """--updates optimizer steps, each on its part of D; a non-finite one is skipped."""
     if config.updates > 1:  # with one update the policy has not moved: old_logps is logps
-        batch.old_logps = recode.batch_logps(model, batch, config)
+        batch.old_logps = rollout.batch_logps(model, batch, config)
     if config.beta:
         with dora.reference(model):
-            batch.ref_logps = recode.batch_logps(model, batch, config)
+            batch.ref_logps = rollout.batch_logps(model, batch, config)
     totals = Counter(skipped=0)
     parts = batch.split(config.prompts_per_step // config.updates)
     for part in parts:  # eq. 9
@@ -180,11 +183,11 @@ def update(model, optimizer, batch, config):
 
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
-    config = training.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.run.set_up(config)
-    optimizer = training.run.make_optimizer(model, config)
+    config = lib.config.parse_config(Config, argv, __doc__)
+    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
+    optimizer = training.setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.run.dry_run(model, tasks, optimizer, config, update)
+        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
     with run.progress(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -193,7 +196,7 @@ def main(argv=None):
             parallel.seed_dropout(config.seed, step)
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             run.lap("sample")
-            metrics["lr"] = training.run.learning_rate(step, config)
+            metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             metrics |= update(model, optimizer, batch, config)
             run.lap("update")

@@ -22,13 +22,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-import recode
 import reward
+import rollout
+from lib import loading, parallel
+from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
+from lib.files import diff_path, read_text, unified
 from tasks.migration import review
-from training import checks, loading, parallel
-from training.config import CHOICES, TINY, BadInput, Parser, open_policy
-from training.files import diff_path, read_text, unified
-from training.run import style
+from training import setup
+from training.screen import style
 
 BLANK = "\ufeff \t\r\n\f"  # may surround the code, and is kept
 
@@ -74,7 +75,7 @@ def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=
             line.set_postfix_str(f"{finished} of {num_samples} answers finished", refresh=False)
             line.update()
 
-        answers = recode.sample_answers(model, tokenizer, prompts, *settings, progress=progress)
+        answers = rollout.sample_answers(model, tokenizer, prompts, *settings, progress=progress)
     codes = [reward.extract_code(answer.text) or "" for answer in answers]
     plain = [reward.strip_comments(code) for code in codes]
     usable = [i for i, code in enumerate(codes) if plain[i] and reward.parses(code)]
@@ -184,7 +185,7 @@ def main(argv=None):
     base, adapter, settings = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
     model = loading.load_policy(base, adapter, args.dtype)
-    checks.check_policy(model, tokenizer, base)
+    setup.check_policy(model, tokenizer, base)
     limit = answer_limit(model, tokenizer, example, settings, args)
     sampling = args.num_samples, limit, args.temperature, args.seed
     new_code, details = migrate(model, tokenizer, example, *sampling)

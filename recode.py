@@ -17,24 +17,17 @@ must be full softmax attention: no sliding window, no soft cap.
 """
 
 import contextlib
-import dataclasses
-import math
-from statistics import fmean as mean
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-import data
-import reward
-from training import cuda_graph, loading, parallel
-from training.config import BadInput
+from lib import loading, parallel, speed
+from lib.config import BadInput
 
 # ------------------------------------------------------------------------- 1. prompts
 
@@ -173,7 +166,7 @@ class Decoder:
             return self.logits
         logits = self.step()
         if Decoder.graphs and parallel.CUDA:
-            self.replay, self.logits = cuda_graph.capture_and_check(self.model, self.step, logits)
+            self.replay, self.logits = speed.capture_and_check(self.model, self.step, logits)
             Decoder.graphs = self.replay is not None
         return logits
 
@@ -328,201 +321,3 @@ def token_logps(model, prompts, tokens, mask, temperature=1.0):
         cache = prefill(model, prompt)
         rows.append(completion_logps(model, cache, prompt[-1], row, kept, temperature))
     return torch.cat(rows)  # (B, T)
-
-
-@dataclasses.dataclass
-class Batch:
-    """B completions of P prompts with all that an update needs; tensors are (B, T) or (B,)."""
-
-    prompts: list
-    group: torch.Tensor  # the prompt of each row
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    advantages: torch.Tensor
-    old_logps: torch.Tensor | None = None
-    ref_logps: torch.Tensor | None = None
-    rows: torch.Tensor | None = None  # of a part: its rows in the batch that it was selected from
-
-    def select(self, rows):
-        """The part with `rows` only, an index tensor, in that order; prompts and group stay."""
-        part = {"rows": rows}
-        for name in ("group", "tokens", "mask", "advantages", "old_logps", "ref_logps"):
-            value = getattr(self, name)
-            part[name] = None if value is None else value[rows]
-        return dataclasses.replace(self, **part)
-
-    def split(self, size):
-        """Parts of `size` prompts each; the last one may have fewer."""
-        parts = []
-        for start in range(0, len(self.prompts), size):
-            part = self.select((self.group // size == start // size).nonzero()[:, 0])
-            part.prompts = self.prompts[start : start + size]
-            part.group = part.group - start
-            parts.append(part)
-        return parts
-
-
-def make_batch(groups, advantages, device):
-    """The Batch of all completions of some Groups; advantages (groups, num_samples)."""
-    rows = [torch.tensor(ids) for group in groups for ids in group.completions]
-    tokens = torch.zeros(0, 0, dtype=torch.long)  # DAPO may find no group
-    if rows:
-        tokens = pad_sequence(rows, batch_first=True)  # (B, T)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
-    group = torch.arange(len(groups)).repeat_interleave(advantages.shape[1])  # (B,)
-    tensors = [x.to(device) for x in (group, tokens, mask, advantages.flatten())]
-    return Batch([each.prompt for each in groups], *tensors)
-
-
-def split_by_budget(lengths, budget):
-    """Split lengths, longest first, into passes [start, end) of rows of similar length.
-
-    Rows times the longest is at most `budget`, unless there is one row only; a row of less than
-    half the longest starts a new pass, as it would be mostly padding.
-    """
-    start = 0
-    for i, length in enumerate(lengths):
-        longest = lengths[start]
-        over = (i + 1 - start) * longest > budget
-        if i > start and (over or 2 * length < longest):
-            yield start, i
-            start = i
-    if lengths:
-        yield start, len(lengths)
-
-
-def micro_batches(model, batch, config):
-    """Yield this rank's rows of a Batch as (part, its log-probabilities (B, T)), prompt by prompt.
-
-    A rank takes every WORLD-th prompt. Call backward() before the next part: the shared prompt's
-    own backward runs inside this iterator, after its last rows. A pass has one prompt's rows, of
-    similar length, and at most config.micro_tokens tokens, unless one row alone has more.
-    """
-    parallel.gather_weights(model)
-    for i in parallel.share(range(len(batch.prompts))):
-        rows = (batch.group == i).nonzero()[:, 0]
-        lengths, order = batch.mask[rows].sum(1).sort(descending=True, stable=True)
-        prompt = batch.prompts[i]
-        with shared_prompt(model, prompt) as cache:
-            for start, end in split_by_budget(lengths.tolist(), config.micro_tokens):
-                part = batch.select(rows[order[start:end]])
-                passed = part.tokens, part.mask, config.temperature
-                yield part, completion_logps(model, cache, prompt[-1], *passed)
-
-
-@torch.no_grad()
-def batch_logps(model, batch, config):
-    """The log-probabilities of a Batch without gradient or dropout, (B, T), on every rank."""
-    model.eval()
-    logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    for part, found in micro_batches(model, batch, config):
-        logps[part.rows] = found
-    return parallel.sum_ranks(logps)
-
-
-# ------------------------------------------------------------------------- 4. groups and rewards
-
-
-class Answer(NamedTuple):
-    """One sampled completion."""
-
-    ids: list  # token ids, with the EOS
-    text: str  # without the EOS
-    cut: bool  # whether it was cut at max_new_tokens
-    logp: float  # log-probability of the completion
-
-
-def eos_ids(model, tokenizer):
-    """The ids that end a completion, list[int]: generate's and the tokenizer's own."""
-    listed = model.generation_config.eos_token_id  # an int, a list of ints, or None
-    if not isinstance(listed, list):
-        listed = [] if listed is None else [listed]
-    return sorted({tokenizer.eos_token_id, *listed})
-
-
-def sample_answers(
-    model, tokenizer, prompts, num_samples, max_new_tokens, temperature=1.0, seed=0, top_p=1.0,
-    progress=None,
-):  # fmt: skip
-    """sample() as a list of Answers; answer j of prompt i has index i * num_samples + j."""
-    eos = eos_ids(model, tokenizer)
-    tokens, mask, logps = sample(
-        model, prompts, num_samples, max_new_tokens, eos, temperature, seed, top_p, progress
-    )
-    answers = []
-    for row, kept, logp in zip(tokens.cpu(), mask.cpu(), logps.sum(1).tolist(), strict=True):
-        ids = row[kept].tolist()
-        plain = [i for i in ids if i not in eos]
-        text = tokenizer.decode(plain, clean_up_tokenization_spaces=False)
-        answers.append(Answer(ids, text, ids[-1] not in eos, logp))
-    return answers
-
-
-@dataclasses.dataclass
-class Group:
-    """One task and its completions, lists of ids with their EOS; the rest if they were sampled."""
-
-    prompt: list
-    example: data.Example
-    completions: list
-    texts: list = ()
-    rewards: list = ()
-    cut: list = ()  # whether a completion was cut at max_new_tokens
-    grades: list = ()
-
-
-def sample_groups(model, tokenizer, tasks, config, position):
-    """Sample and score config.num_samples completions of every task: a list of Groups.
-
-    Every rank samples its share. Task i of the stream uses a seed of its own, so any rank may
-    sample it.
-    """
-    parallel.gather_weights(model)
-    first = config.seed * 1_000_003 + position  # a prime keeps (seed, position) apart
-    n = config.num_samples
-    mine = parallel.share(tasks)
-    seeds = parallel.share(range(first, first + len(tasks)))
-    answers = []
-    if mine:  # there may be fewer tasks than ranks
-        prompts = [prompt for prompt, _ in mine]
-        settings = n, config.max_new_tokens, config.temperature, seeds
-        answers = sample_answers(model, tokenizer, prompts, *settings)
-    overflow = not all(math.isfinite(answer.logp) for answer in answers)
-    groups = []
-    for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
-        completions, texts, cut, _ = zip(*answers[i * n : (i + 1) * n])
-        grades = [reward.grade(text, example) for text in texts]
-        rewards = [reward.total(grade, example, config.correctness) for grade in grades]
-        if overflow:  # of the weights: rewards of NaN stop the run
-            rewards = [math.nan] * n
-        groups.append(Group(prompt, example, completions, texts, rewards, cut, grades))
-    return parallel.gather(groups)
-
-
-def summarize(groups):
-    """Means over all answers: format (a share), es, em, stale, obeys (in [0, 1]) and reward.
-
-    obeys is None where no note names anything.
-    """
-    grades = [grade for group in groups for grade in group.grades]
-    obeys = [grade.obeys for grade in grades if grade.obeys is not None]
-    return {
-        "format": mean(grade.format > 0 for grade in grades),
-        "es": mean(grade.es for grade in grades),
-        "em": mean(grade.em for grade in grades),
-        "stale": mean(grade.stale for grade in grades),
-        "obeys": mean(obeys) if obeys else None,
-        "reward": mean(value for group in groups for value in group.rewards),
-    }
-
-
-def describe(groups):
-    """The metrics of a rollout: those of summarize(), spread within groups, lengths; floats."""
-    metrics = summarize(groups)
-    lengths = [len(ids) for group in groups for ids in group.completions]
-    metrics["reward_std"] = mean(torch.tensor(group.rewards).std().item() for group in groups)
-    metrics["no_spread"] = mean(max(group.rewards) == min(group.rewards) for group in groups)
-    metrics["completion_length"] = mean(lengths)
-    metrics["truncated"] = mean(cut for group in groups for cut in group.cut)
-    return metrics

@@ -38,14 +38,17 @@ from pathlib import Path
 import torch
 
 import data
-import recode
-import training.config
+import dora
+import lib.config
+import rollout
+import training.dry_run
 import training.run
-from training import dora, parallel
+import training.setup
+from lib import parallel
 
 
 @dataclass
-class Config(training.config.Run):
+class Config(lib.config.Run):
     # rollout
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
@@ -98,7 +101,7 @@ def token_weights(mask, config):
 def make_batch(groups, config, device):
     """The update batch: every reference with its advantage."""
     rewards = torch.zeros(len(groups), 1)  # (groups, 1)
-    return recode.make_batch(groups, advantages(rewards), device)  # eq. 3
+    return rollout.make_batch(groups, advantages(rewards), device)  # eq. 3
 
 
 def collect(model, tokenizer, tasks, position, config):
@@ -107,7 +110,7 @@ def collect(model, tokenizer, tasks, position, config):
     groups = []
     for prompt, example in drawn:
         target = data.encode_target(example, tokenizer)
-        groups.append(recode.Group(prompt, example, [target]))  # eq. 1
+        groups.append(rollout.Group(prompt, example, [target]))  # eq. 1
     lengths = [len(group.completions[0]) for group in groups]
     metrics = {"completion_length": sum(lengths) / len(lengths)}
     return make_batch(groups, config, model.device), metrics, groups, position + len(drawn)
@@ -122,7 +125,7 @@ def accumulate(model, batch, config):
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0)
     model.train()
-    for part, logps in recode.micro_batches(model, batch, config):
+    for part, logps in rollout.micro_batches(model, batch, config):
         J = objective(logps, part.ref_logps, part.advantages, config)
         loss = -(weights[part.rows] * J).sum()  # eq. 9
         loss.backward()  # before the next part: the prompts' own backward runs inside the iterator
@@ -137,7 +140,7 @@ def update(model, optimizer, batch, config):
     """--updates optimizer steps, each on its part of D; a non-finite one is skipped."""
     if config.beta:
         with dora.reference(model):
-            batch.ref_logps = recode.batch_logps(model, batch, config)
+            batch.ref_logps = rollout.batch_logps(model, batch, config)
     totals = Counter(skipped=0)
     parts = batch.split(config.prompts_per_step // config.updates)
     for part in parts:  # eq. 9
@@ -154,11 +157,11 @@ def update(model, optimizer, batch, config):
 
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
-    config = training.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.run.set_up(config)
-    optimizer = training.run.make_optimizer(model, config)
+    config = lib.config.parse_config(Config, argv, __doc__)
+    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
+    optimizer = training.setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.run.dry_run(model, tasks, optimizer, config, update)
+        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
     with run.progress(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -167,7 +170,7 @@ def main(argv=None):
             parallel.seed_dropout(config.seed, step)
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             run.lap("sample")
-            metrics["lr"] = training.run.learning_rate(step, config)
+            metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             metrics |= update(model, optimizer, batch, config)
             run.lap("update")

@@ -245,7 +245,7 @@ def log_probabilities(kind):
     import torch
     from conftest import random_model
 
-    from training import dora
+    import dora
     import recode
 
     torch.set_num_threads(1)

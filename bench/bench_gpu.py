@@ -22,6 +22,7 @@ from statistics import median
 
 import bench_work as work
 import torch
+
 from bench import Side, compared, rounds, row, say
 
 

@@ -34,9 +34,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers.utils import logging
 
 import data
+import dora
 import grpo
 import recode
-from training import dora, loading
+from lib import loading
 
 PAD, EOS, UNK = 0, 1, 2
 SHAPES = {  # name: vocabulary, hidden size, MLP size, layers, heads, KV heads

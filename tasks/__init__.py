@@ -12,8 +12,8 @@ what is done already, and table.py makes the table.
 
 from collections import Counter
 
+from lib.config import BadInput
 from tasks import codeupdatearena, humaneval, migration
-from training.config import BadInput
 
 TASKS = ("migration", "codeupdatearena", "humaneval", "humaneval+")
 SOURCES = {"codeupdatearena": codeupdatearena.HUB_ID, "humaneval+": humaneval.HUB_ID}

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from training import parallel
-from training.config import BadInput
+from lib import parallel
+from lib.config import BadInput
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
 

@@ -5,9 +5,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from training import parallel
-from training.config import BadInput, read_settings
-from training.files import write
+from lib import parallel
+from lib.config import BadInput, read_settings
+from lib.files import write
 
 MAY_CHANGE = ("output", "k", "batch", "unsafe", "references", "compare")  # no sample depends on it
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import data
 import reward
-from training.config import BadInput
-from training.files import fetch, json_rows
+from lib.config import BadInput
+from lib.files import fetch, json_rows
 
 SYSTEM = "You write Python code. {}Think first, then answer."
 OBEY = (

@@ -16,7 +16,7 @@ from statistics import fmean as mean
 
 import numpy as np
 
-from training.config import BadInput, read_settings
+from lib.config import BadInput, read_settings
 
 SCORES = (  # of an answer, besides whether it is right
     "reward", "es_star", "em_star", "stale", "obeys", "determined", "unchanged", "format",

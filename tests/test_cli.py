@@ -23,9 +23,10 @@ import dapo
 import reward
 import sft
 from conftest import FAMILIES, ROOT, ROWS, SCRIPTS
-from training.config import BadInput
-from training import files, parallel, run
-import training.config
+from lib.config import BadInput
+from lib import files, parallel
+from training import run, setup
+import lib.config
 
 SMALL = {"steps": 2, "prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 8, "r": 4}
 
@@ -233,14 +234,14 @@ def test_paper_defaults(script, capsys):
         "targets": "q_proj,v_proj", "lr": 5e-5, "warmup": 0.03, "weight_decay": 0.0,
         "max_grad_norm": 1.0,
     }  # fmt: skip
-    config = training.config.parse_config(script.Config, ["--model", "some/model"], "doc")
+    config = lib.config.parse_config(script.Config, ["--model", "some/model"], "doc")
     paper |= OTHERWISE[script.__name__]
     assert {name: value for name, value in paper.items() if name in vars(config)}.items() <= vars(
         config
     ).items()
-    config = training.config.parse_config(script.Config, ["--no-keep-activations"], "doc")
+    config = lib.config.parse_config(script.Config, ["--no-keep-activations"], "doc")
     assert not config.keep_activations  # the toy's defaults.json turns it on
-    config = training.config.parse_config(script.Config, [], "doc")
+    config = lib.config.parse_config(script.Config, [], "doc")
     assert config.keep_activations
     assert Path(config.data).is_file() and Path(config.heldout).is_file()
     assert Path(config.model).resolve() == ROOT / "tiny"
@@ -427,7 +428,7 @@ def test_overflowed_weights(script, checkpoint, settings, monkeypatch):
         make(model, *args)
         model.model.norm.weight.data.fill_(torch.nan)
 
-    monkeypatch.setattr(run, "make_trainable", overflowed)
+    monkeypatch.setattr(setup, "make_trainable", overflowed)
     assert script.main(flags(settings | {"model": checkpoint, "steps": 9})) == 1
     assert [row["skipped"] for row in metrics(settings["output"])] == [1, 1, 1]
 

@@ -8,8 +8,9 @@ from test_grpo import GOLDEN
 import dapo
 import data
 import recode
+import rollout
 import reward
-from training import loading
+from lib import loading
 
 CASES = [case for case in GOLDEN["cases"] if "dapo" in case["name"]]
 
@@ -81,7 +82,7 @@ ORDER = [task[0] for task in data.draw(TASKS, 0, 20, 42)]
 def collect(checkpoints, tokenizer, monkeypatch):
     """collect(scores, **settings) runs dapo.collect on TASKS; `scores` are one tuple per group."""
     model = loading.load_model(checkpoints["qwen2"])
-    monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
+    monkeypatch.setattr(rollout, "eos_ids", lambda *_: list(range(0, 600, 5)))
 
     def run(scores, **settings):
         stream = iter([score for group in scores for score in group])
@@ -173,8 +174,8 @@ def test_overlong_by_hand(cache, soft, monkeypatch):
     lengths, seen = (10, 80, 81, 90, 99, 100), []
     ids, rewards = [[6] * n for n in lengths], [0.0, 1, 2, 3, 4, 5]
     grades = [reward.grade("x", TASKS[0][1])] * 6
-    group = recode.Group([5], TASKS[0][1], ids, ["x"] * 6, rewards, [False] * 6, grades)
-    monkeypatch.setattr(recode, "sample_groups", lambda *_: [group])
+    group = rollout.Group([5], TASKS[0][1], ids, ["x"] * 6, rewards, [False] * 6, grades)
+    monkeypatch.setattr(rollout, "sample_groups", lambda *_: [group])
     monkeypatch.setattr(dapo, "advantages", lambda rewards: seen.append(rewards) or rewards)
     config = dapo.Config(
         prompts_per_step=1, updates=1, num_samples=6, max_new_tokens=100, overlong_cache=cache
@@ -201,7 +202,7 @@ def test_an_empty_rollout_changes_nothing(checkpoints):
     model = loading.load_model(checkpoints["qwen2"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    batch = recode.make_batch([], torch.zeros(0, 8), "cpu")
+    batch = rollout.make_batch([], torch.zeros(0, 8), "cpu")
     metrics = dapo.update(model, optimizer, batch, dapo.Config())
     assert metrics == {"skipped": 0}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -221,9 +222,9 @@ def test_a_short_rollout_is_split_between_groups(checkpoints, monkeypatch):
     monkeypatch.setattr(
         dapo.parallel, "all_reduce", lambda _, sums: sums
     )  # one process: nothing to reduce
-    monkeypatch.setattr(recode, "batch_logps", lambda *_: torch.zeros(20, 3))
-    batch = recode.make_batch(
-        [recode.Group([5], None, [[6, 7, 8]] * 4)] * 5, torch.ones(5, 4), "cpu"
+    monkeypatch.setattr(rollout, "batch_logps", lambda *_: torch.zeros(20, 3))
+    batch = rollout.make_batch(
+        [rollout.Group([5], None, [[6, 7, 8]] * 4)] * 5, torch.ones(5, 4), "cpu"
     )
     config = dapo.Config(prompts_per_step=6, updates=2, num_samples=4)
     metrics = dapo.update(model, torch.optim.AdamW([parameter]), batch, config)

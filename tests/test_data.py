@@ -24,7 +24,7 @@ import reward
 from tools import check_data
 from conftest import ROOT, ROWS, SHARED
 from data import Example
-from training.config import BadInput
+from lib.config import BadInput
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
 
@@ -390,7 +390,7 @@ def test_hub(hub, tmp_path):
 REFUSED = """
 import sys, time; time.sleep = lambda seconds: None  # between the hub's retries
 import grpo
-from training import parallel
+from lib import parallel
 rows, output = sys.argv[1:]
 for source in (["--data", rows, "--model", "acme/none"], ["--data", "acme/None"]):
     sys.argv[1:] = ["--output", output, *source]

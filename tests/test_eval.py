@@ -30,8 +30,8 @@ import tasks.judging
 import tasks.migration
 import tasks.problem
 import tasks.table
-from training import files, loading, parallel
-from training.config import BadInput
+from lib import files, loading, parallel
+from lib.config import BadInput
 
 UPDATE = {  # of our own making: a function of the standard library gets a second argument
     "description": "colorsys.rgb_to_yiq takes a scale.",

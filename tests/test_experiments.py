@@ -14,7 +14,7 @@ import reward
 import sft
 import training.run
 from tools import experiments
-from training.config import BadInput
+from lib.config import BadInput
 
 METRICS = {"em": 0.5, "stale": 0.25, "format": 1.0, "reward": 2.0}
 COLUMNS = [column for _, columns in experiments.SPLITS for column in columns.values()]

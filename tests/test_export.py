@@ -8,8 +8,8 @@ import torch
 
 import sft
 from tools import export
-from training import loading
-from training.config import BadInput
+from lib import loading
+from lib.config import BadInput
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
 import recode
-import training.run
-from training import cuda_graph, dora, loading
+import rollout
+import training.dry_run
+import dora
+from lib import loading
+from lib import speed
 
 VIEWS = """
 view reshape expand permute transpose slice select unsqueeze squeeze alias detach t unbind split
@@ -97,8 +100,8 @@ def test_training_attention_has_no_mask_and_no_repeated_keys(monkeypatch):
     noted = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": note})
     monkeypatch.setattr(recode, "F", noted)
     model = dora.add_dora(random_model("qwen2"), 4, 4.0, 0.0, "q_proj,v_proj")
-    group = recode.Group([5, 6, 7], None, [[8, 9, 3], [10, 3]])
-    batch = recode.make_batch([group], torch.randn(1, 2), "cpu")
+    group = rollout.Group([5, 6, 7], None, [[8, 9, 3], [10, 3]])
+    batch = rollout.make_batch([group], torch.randn(1, 2), "cpu")
     grpo.accumulate(model, batch, grpo.Config(beta=0.0))
     assert len(seen) == 4 and {(heads, keys) for heads, keys, _ in seen} == {(4, 2)}
     for _, _, settings in seen:
@@ -123,7 +126,7 @@ def test_a_failed_capture_restores_the_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.__setitem__(0, stream))
     with pytest.raises(RuntimeError, match="capture failed"):
-        cuda_graph.capture(lambda: None)
+        speed.capture(lambda: None)
     assert streams == ["main"]
 
 
@@ -154,10 +157,10 @@ def test_a_dry_run_measures_its_own_peak(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 8e9)
     monkeypatch.setattr(recode, "sample", sample)
-    monkeypatch.setattr(recode, "make_batch", lambda *args: None)
+    monkeypatch.setattr(rollout, "make_batch", lambda *args: None)
     model = types.SimpleNamespace(device=torch.device("cuda"), modules=list)
     config = grpo.Config(num_samples=2, max_new_tokens=3)
-    training.run.dry_run(model, [([5, 6], None)], None, config, lambda *args: None)
+    training.dry_run.dry_run(model, [([5, 6], None)], None, config, lambda *args: None)
     assert events[0] == "reset" and events[1:] == ["read", "sample", "read"]
     out = capsys.readouterr().out
     assert "peak 7.00 GB; before the step 2.00 GB" in out and "reserved by torch 8.00 GB" in out

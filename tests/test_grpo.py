@@ -10,10 +10,10 @@ from conftest import SHARED
 import dapo
 import data
 import grpo
-import recode
+import rollout
 import reward
-from docs import naive_grpo
-from training import loading
+import naive_grpo
+from lib import loading
 
 # ------------------------------------------------------------------------- the objective
 
@@ -152,7 +152,7 @@ def test_collect_keeps_equal_prompts_apart(checkpoints, tokenizer, monkeypatch):
     scores, asked = iter([1.0, 2.0, 3.0, 6.0, 2.0, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0, 4.0]), []
     ask = lambda grade, example, _: asked.append(example.new_code) or next(scores)
     monkeypatch.setattr(reward, "total", ask)
-    monkeypatch.setattr(recode, "eos_ids", lambda *_: list(range(0, 600, 5)))
+    monkeypatch.setattr(rollout, "eos_ids", lambda *_: list(range(0, 600, 5)))
     config = grpo.Config(prompts_per_step=3, num_samples=4, max_new_tokens=8)
     batch, metrics, groups, position = grpo.collect(model, tokenizer, [a, b, a], 3, config)
     expected = grpo.advantages(

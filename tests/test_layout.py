@@ -12,23 +12,23 @@ from conftest import ROOT
 
 EXCLUDED = ("tests", "bench", "tiny", "runs", "figures")  # not part of the code to read
 LAYERS = (  # a module imports from its own layer and those before it
-    ("reward", "sandbox", "training.config", "training.files"),
-    ("data", "training.parallel"),
-    ("training.dora", "training.loading", "training.curve", "training.cuda_graph"),
+    ("reward", "sandbox", "lib.config", "lib.files"),
+    ("data", "lib.parallel"),
+    ("dora", "lib.loading", "training.curve", "lib.speed"),
     ("recode",),
-    ("training.checks",),
-    ("training.run",),
+    ("rollout",),
+    ("training",),
     ("grpo", "dapo", "sft", "eval", "migrate", "tasks"),
-    ("tools", "docs"),
+    ("tools",),
 )
 INDEPENDENT = ("reward", "sandbox")  # these import none of our modules
 PROGRAMS = ("grpo", "dapo", "sft", "eval", "migrate")  # only tools import these
 OPTIONAL = ("tensorboard", "torch.utils.tensorboard", "wandb", "peft", "rapidfuzz")
 LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
-MAX_FILES = 8  # at the top level
-MAX_TOP_LINES = 1950  # in total at the top level
-MAX_LINES = 6070  # of all Python but EXCLUDED; the goal is 4300
+MAX_FILES = 11  # at the top level
+MAX_TOP_LINES = 2400  # in total at the top level
+MAX_LINES = 5800  # of all Python but EXCLUDED
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100
 
@@ -275,8 +275,8 @@ TREE = {  # a tree without a defect
     "sandbox/__init__.py": "from sandbox.wire import read\n",
     "sandbox/wire.py": "import os\n",
     "training/__init__.py": '"""What any run needs."""\n',
-    "training/config.py": "import reward\n",
-    "training/parallel.py": "from training.config import BadInput\n",
+    "lib/config.py": "import reward\n",
+    "lib/parallel.py": "from lib.config import BadInput\n",
     "tools/plan.py": "import eval\nfrom eval import main\n",
     "tests/test_eval.py": "f = lambda: 0\n",
     ".venv/lib/long.py": "#" * 200 + "\n",
@@ -307,13 +307,13 @@ def test_a_good_tree_passes(tmp_path):
         (unknown_modules, "training/extra.py", "import os\n", "training/extra.py"),
         (upward_imports, "data.py", "from training import run\nimport recode\n", "recode"),
         (upward_imports, "recode.py", "def f():\n    import eval\n", "recode.py:2: recode imports"),
-        (upward_imports, "training/parallel.py", "import recode\n", "above"),
+        (upward_imports, "lib/parallel.py", "import recode\n", "above"),
         (upward_imports, "sandbox/wire.py", "from reward import parses\n", "none of our modules"),
         (upward_imports, "sandbox/wire.py", "from .. import reward\n", "none of our modules"),
         (upward_imports, "grpo.py", "from eval import main\n", "the program eval"),
         (upward_imports, "tasks/migration.py", "import eval\n", "the program eval"),
         (upward_imports, "docs/naive.py", "import eval\n", "the program eval"),
-        (import_cycles, "reward.py", "import training.config\n", "training.config"),
+        (import_cycles, "reward.py", "import lib.config\n", "lib.config"),
         (import_cycles, "sandbox/wire.py", "def f():\n    from . import run\n", "sandbox"),
         (local_imports, "data.py", "def f():\n    import reward\n", "data.py:2: f imports reward"),
         (local_imports, "data.py", "class A:\n    def f(self):\n        import json\n", "json"),

@@ -1,4 +1,4 @@
-"""training/loading.py: in which dtype a model is loaded, and that all of a run works in bf16 too.
+"""lib/loading.py: in which dtype a model is loaded, and that all of a run works in bf16 too.
 """
 
 import json
@@ -14,8 +14,9 @@ import grpo
 import migrate
 import recode
 import reward
-from training import config, dora, loading, parallel
-from training.config import BadInput
+import dora
+from lib import config, loading, parallel
+from lib.config import BadInput
 
 TINY = str(ROOT / "tiny")
 IDS = torch.arange(5, 45)[None]  # (1, 40)

@@ -20,8 +20,9 @@ import data
 import grpo
 import migrate
 import recode
-from training import dora, loading, parallel
-from training.config import BadInput, open_policy
+import dora
+from lib import loading, parallel
+from lib.config import BadInput, open_policy
 
 EXAMPLE = data.Example(**ROWS[0])
 MODEL = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))

@@ -1,4 +1,4 @@
-"""docs/naive_grpo.py against grpo.py: the same algorithm, so the same numbers."""
+"""naive_grpo.py against grpo.py: the same algorithm, so the same numbers."""
 
 import copy
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import data
 import grpo
 import recode
-from docs import naive_grpo
+import naive_grpo
 
 CONFIG = grpo.Config()
 
@@ -155,4 +155,4 @@ def test_it_learns(monkeypatch, capsys):
 
 def test_it_stays_small():
     """Stops the file for beginners from growing into a second grpo.py."""
-    assert len((ROOT / "docs" / "naive_grpo.py").read_text().splitlines()) <= 105
+    assert len((ROOT / "naive_grpo.py").read_text().splitlines()) <= 105

@@ -1,4 +1,4 @@
-"""training/parallel.py: two ranks (gloo) give the results of one process, for every algorithm.
+"""lib/parallel.py: two ranks (gloo) give the results of one process, for every algorithm.
 
 A rank that fails ends the job.
 """
@@ -24,13 +24,13 @@ from test_update import brute_force, policy, ragged, same, score
 import dapo
 import data
 import grpo
-from training import parallel
+from lib import parallel
 import recode
 import reward
 from training import run
 import sft
-from training import loading
-import training.config
+from lib import loading
+import lib.config
 
 CASES = [(script, adapter) for script in (grpo, dapo, sft) for adapter in ("dora", "none")]
 NAMES = [f"{script.__name__}-{adapter}" for script, adapter in CASES]
@@ -261,7 +261,7 @@ def test_a_graph_is_captured_without_fsdp(monkeypatch, capsys):
         return lambda: None, step()
 
     monkeypatch.setattr("recode.Decoder.graphs", True)
-    monkeypatch.setattr("training.cuda_graph.capture", capture)
+    monkeypatch.setattr("training.speed.capture", capture)
     monkeypatch.setattr(parallel, "CUDA", True)
     parallel.gather_weights(model)
     recode.sample(model, [[5, 6, 7]], 2, 1, [3])
@@ -286,7 +286,7 @@ def test_refused(flags, world, word, monkeypatch):
     """Stops a KL penalty to a policy that no longer exists, and ranks with nothing to do."""
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(data.BadInput, match=word):
-        training.config.parse_config(grpo.Config, flags.split(), "")
+        lib.config.parse_config(grpo.Config, flags.split(), "")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_iter
 import grpo
 from tools import plan
 import recode
+import rollout
 import data
-from training import dora
-from training import loading
-from training import parallel
-from training.config import BadInput
+import dora
+from lib import loading
+from lib import parallel
+from lib.config import BadInput
 
 
 def shape_of(config, rank=64):
@@ -160,8 +161,8 @@ def test_training_memory_matches_the_tensors_alive(layers, keep, prompts, monkey
     config = grpo.Config(num_samples=8, max_new_tokens=64, micro_tokens=512, beta=0.0)
     config.keep_activations = keep
     tokens = torch.randint(4, 97, (prompts, 8, 64)).tolist()
-    groups = [recode.Group([5] * 64, None, completions) for completions in tokens]
-    batch = recode.make_batch(groups, torch.randn(prompts, 8), "cpu")
+    groups = [rollout.Group([5] * 64, None, completions) for completions in tokens]
+    batch = rollout.make_batch(groups, torch.randn(prompts, 8), "cpu")
     with Alive(model) as alive:
         grpo.accumulate(model, batch, config)
     formula = plan.memory(shape_of(model.config, 4), config, 64, prompts, b=2, logits=0)

@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 import grpo
-from training import cuda_graph, dora, parallel
+import dora
+from lib import parallel
+from lib import speed
 import recode
+import rollout
 from conftest import FAMILIES
 from tools import export
 
@@ -418,7 +421,7 @@ def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
 
         return replay, out
 
-    monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(speed, "capture", capture)
     monkeypatch.setattr(recode.Decoder, "graphs", True)
     monkeypatch.setattr(parallel, "CUDA", True)
     found = recode.sample(model, PROMPTS, 4, 90, [3, 7], seed=2)
@@ -504,12 +507,12 @@ def test_a_shared_prompt_changes_nothing(family, checkpointed):
     )
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = recode.Batch(prompts, group, tokens, mask, torch.zeros(9))
+    batch = rollout.Batch(prompts, group, tokens, mask, torch.zeros(9))
     for budget in (1, 12, 20, 1000):
         model.zero_grad()
         model.train()
         order = []
-        for part, logps in recode.micro_batches(model, batch, grpo.Config(micro_tokens=budget)):
+        for part, logps in rollout.micro_batches(model, batch, grpo.Config(micro_tokens=budget)):
             torch.testing.assert_close(logps, expected[part.rows], atol=1e-5, rtol=1e-5)
             (logps * weights[part.rows]).sum().backward()
             lengths = part.mask.sum(1)
@@ -527,9 +530,9 @@ def test_a_shared_prompt_runs_once(monkeypatch):
     note = lambda model, prompt: seen.append(prompt) or real(model, prompt)
     monkeypatch.setattr(recode, "prefill", note)
     group, tokens = torch.arange(4).repeat_interleave(3), torch.ones(12, 6, dtype=torch.long)
-    batch = recode.Batch(PROMPTS, group, tokens, tokens > 0, torch.zeros(12))
+    batch = rollout.Batch(PROMPTS, group, tokens, tokens > 0, torch.zeros(12))
     assert (
-        len(list(recode.micro_batches(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1
+        len(list(rollout.micro_batches(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1
     )
     assert seen == PROMPTS
 

@@ -30,7 +30,7 @@ from torch.distributed.run import get_args_parser
 
 import data
 import migrate
-import training.config
+import lib.config
 
 README = (ROOT / "README.md").read_text()
 PAGES = {  # in the README's order, in which their commands also run
@@ -116,7 +116,7 @@ def parse(script, argv):
     """Parse `argv` with the script's own parser; without one, look up its flags in --help."""
     module = load(script)
     if "Config" in vars(module):
-        return training.config.parse_config(module.Config, argv, "")
+        return lib.config.parse_config(module.Config, argv, "")
     if function := getattr(module, "parse", None) or getattr(module, "parse_migration", None):
         return function(argv)
     given = {word.partition("=")[0] for word in argv if word.startswith("--")}

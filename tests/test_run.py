@@ -15,9 +15,9 @@ from conftest import ROOT, SCRIPTS
 
 import data
 import grpo
-import recode
-from training import run
-from training.config import BadInput
+import rollout
+from training import run, screen
+from lib.config import BadInput
 from training.curve import curve
 import tools.compare
 
@@ -198,13 +198,13 @@ def test_styles_are_for_terminals(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", terminal(True))
-    assert run.style("x", "1") == "\033[1mx\033[0m"
+    assert screen.style("x", "1") == "\033[1mx\033[0m"
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert run.style("x", "1") == "x"
+            assert screen.style("x", "1") == "x"
     monkeypatch.setattr(sys, "stdout", terminal(False))
-    assert run.style("x", "1") == "x"
+    assert screen.style("x", "1") == "x"
 
 
 def test_a_log_file_is_plain_text(train, capfd):
@@ -225,7 +225,7 @@ def test_samples_give_no_commands(tokenizer):
     lines from breaking out.
     """
     example = data.Example("lib", "1", "", "first\nsecond", "x", "y")
-    text = run.show(3, recode.Group([], example, [], ["one\r\x1b[2Jtwo\n\tthree"], [0.5]))
+    text = screen.show(3, rollout.Group([], example, [], ["one\r\x1b[2Jtwo\n\tthree"], [0.5]))
     assert all(char.isprintable() or char == "\n" for char in text) and "note: first second" in text
     assert all(line == "" or line.startswith("    | ") for line in text.split("\n"))
 

@@ -6,8 +6,9 @@ from conftest import random_model
 from torch.nn.functional import cross_entropy
 
 import data
-from training import dora
+import dora
 import recode
+import rollout
 import reward
 import sft
 
@@ -73,7 +74,7 @@ def test_nothing_is_sampled(tokenizer, monkeypatch):
 
 def test_beta_holds_the_policy_near_its_start():
     """Stops a KL term of the wrong sign: a large beta must keep the policy nearer to its start."""
-    batch = recode.make_batch([recode.Group([5, 6], ROW, [[7, 8, 9, 3]])], torch.ones(1, 1), "cpu")
+    batch = rollout.make_batch([rollout.Group([5, 6], ROW, [[7, 8, 9, 3]])], torch.ones(1, 1), "cpu")
     moved = {}
     for beta in (0.0, 1.0):
         model = dora.add_dora(random_model("qwen2"), 4, 4.0, 0.0, "q_proj,v_proj,down_proj")
@@ -82,9 +83,9 @@ def test_beta_holds_the_policy_near_its_start():
         for _ in range(20):
             metrics = sft.update(model, optimizer, batch, sft.Config(beta=beta))
         with dora.reference(model):
-            ref_logps = recode.batch_logps(model, batch, sft.Config())
+            ref_logps = rollout.batch_logps(model, batch, sft.Config())
         moved[beta] = (
-            sft.k3(recode.batch_logps(model, batch, sft.Config()), ref_logps).mean().item()
+            sft.k3(rollout.batch_logps(model, batch, sft.Config()), ref_logps).mean().item()
         )
         assert (metrics["kl"] > 0) == (beta > 0)
     assert moved[1.0] < moved[0.0]

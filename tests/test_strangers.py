@@ -29,8 +29,9 @@ import eval
 import grpo
 import recode
 import reward
-from training import checks, loading, parallel, run
-from training.config import BadInput, open_policy
+from lib import loading, parallel
+from training import run, setup
+from lib.config import BadInput, open_policy
 
 SMALL = (
     "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --r 4 --save-every 2 --quiet".split()
@@ -86,7 +87,7 @@ def test_models_whose_logits_differ(config, message):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with pytest.raises(BadInput, match=message):
-        checks.check_policy(model, words(97), "some/model")
+        setup.check_policy(model, words(97), "some/model")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_models_whose_logits_are_scaled(config):
     """Stops logits without Granite's or Cohere's factor, in the sampler or in the trainer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    checks.check_policy(model, words(97), "some/model")
+    setup.check_policy(model, words(97), "some/model")
     prompt = [5, 6, 7, 8, 9]
     tokens, mask, sampled = recode.sample(model, [prompt], 3, 12, [3], 0.7)
     logps = recode.token_logps(model, [prompt] * 3, tokens, mask, 0.7).detach()
@@ -114,9 +115,9 @@ def test_models_whose_logits_are_scaled(config):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_models_whose_logits_agree(family):
     """Stops a check so strict that it refuses a model that works."""
-    checks.check_policy(random_model(family), words(97), "some/model")
+    setup.check_policy(random_model(family), words(97), "some/model")
     with pytest.raises(BadInput, match="has 97 words, its tokenizer 98"):
-        checks.check_policy(random_model(family), words(98), "some/model")
+        setup.check_policy(random_model(family), words(98), "some/model")
 
 
 @pytest.mark.parametrize("fault", ["missing", "mismatched", "not finite"])
@@ -150,7 +151,7 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
     evaluation = ["--model", str(tmp_path / "gpt2"), "--data", str(ROOT / "tiny" / "heldout.jsonl")]
     with pytest.raises(BadInput, match="--max-new-tokens: up to .* the context is 200"):
         eval.main([*evaluation, "--output", str(tmp_path / "e"), "--max-new-tokens", "150"])
-    checks.check_context(random_model("qwen2"), [[5] * 200], grpo.Config(max_new_tokens=4000))
+    setup.check_context(random_model("qwen2"), [[5] * 200], grpo.Config(max_new_tokens=4000))
     assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
 
 
@@ -230,7 +231,7 @@ def test_a_mistyped_path_is_reported_at_once(name, monkeypatch):
 
 # ------------------------------------------------------------------------- runs
 
-HOLD = "import sys, pathlib, time; sys.path.insert(0, '.'); from training.files import lock; "
+HOLD = "import sys, pathlib, time; sys.path.insert(0, '.'); from lib.files import lock; "
 HOLD += "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
@@ -378,7 +379,7 @@ def test_out_of_memory_on_a_cpu(monkeypatch, capsys):
 
 def test_a_closed_pipe():
     """Stops a traceback after `| head`."""
-    code = "import sys; sys.path.insert(0, '.'); from training import parallel\n"
+    code = "import sys; sys.path.insert(0, '.'); from lib import parallel\n"
     code += "def main(argv):\n    for i in range(100_000):\n        print(i)\n"
     code += "parallel.run_main(main)"
     command = f"{sys.executable} -c {shlex.quote(code)} | head -1"

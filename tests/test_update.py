@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten
 
 import dapo
 import data
-from training import dora
+import dora
 import grpo
-import recode
+import rollout
 import reward
 from training import run
 import sft
@@ -47,10 +47,10 @@ def ragged(model, off_policy=True):
     torch.manual_seed(2)
     mask = torch.arange(7) < torch.tensor([7, 1, 4, 2, 6, 3, 5, 1])[:, None]
     prompts = [list(range(5, 7 + n)) for n in (3, 9, 1, 5)]
-    batch = recode.Batch(
+    batch = rollout.Batch(
         prompts, torch.arange(8) // 2, torch.randint(4, 97, (8, 7)) * mask, mask, torch.randn(8)
     )
-    now = recode.batch_logps(model, batch, grpo.Config())
+    now = rollout.batch_logps(model, batch, grpo.Config())
     batch.ref_logps = (now + torch.randn(8, 7)) * mask
     batch.old_logps = (now + 0.3 * torch.randn(8, 7)) * mask if off_policy else None
     return batch
@@ -141,9 +141,9 @@ def test_old_and_reference_logps_are_without_dropout():
     """Stops dropout in the passes that only measure."""
     model = policy(dropout=0.5)
     batch, config = ragged(model), grpo.Config(micro_tokens=9)
-    first = recode.batch_logps(model.train(), batch, config)
+    first = rollout.batch_logps(model.train(), batch, config)
     assert (
-        torch.equal(first, recode.batch_logps(model.train(), batch, config))
+        torch.equal(first, rollout.batch_logps(model.train(), batch, config))
         and not first.requires_grad
     )
     for i, prompt in enumerate(batch.group.tolist()):
@@ -159,9 +159,9 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
     model, seen, real = policy(), [], script.accumulate
     config = script.Config(beta=0.1, updates=2, prompts_per_step=4, num_samples=2, micro_tokens=9)
     batch = ragged(model, off_policy=False)
-    before = recode.batch_logps(model, batch, config)
+    before = rollout.batch_logps(model, batch, config)
     with dora.reference(model):
-        reference = recode.batch_logps(model, batch, config)
+        reference = rollout.batch_logps(model, batch, config)
     monkeypatch.setattr(
         script, "accumulate", lambda *args: seen.append((args[1], real(*args))) or seen[-1][1]
     )

@@ -31,11 +31,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-import recode
+import rollout
 import sft
-import training.run
-from training import parallel
-from training.config import Parser
+import training.setup
+from lib import parallel
+from lib.config import Parser
 
 FIRST = """
 load save make read find draw plot sort split merge build parse scan trim pack send fetch clean
@@ -258,9 +258,9 @@ def learn(model, tokenizer, draw, answer, steps, lr, rng):
             example, *thoughts = draw(rng)
             text = answer(rng, example, *thoughts)
             target = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-            groups.append(recode.Group(data.encode_prompt(example, tokenizer), example, [target]))
-        batch = recode.make_batch(groups, torch.ones(BATCH, 1), model.device)
-        optimizer.param_groups[0]["lr"] = training.run.learning_rate(step, config)
+            groups.append(rollout.Group(data.encode_prompt(example, tokenizer), example, [target]))
+        batch = rollout.make_batch(groups, torch.ones(BATCH, 1), model.device)
+        optimizer.param_groups[0]["lr"] = training.setup.learning_rate(step, config)
         metrics = sft.update(model, optimizer, batch, config)
         if (step + 1) % 100 == 0:
             print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)

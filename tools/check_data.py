@@ -15,11 +15,11 @@ import statistics
 from pathlib import Path
 
 from data import encode_prompt, encode_target, load_examples, split_heldout, unrelated
+from lib import loading, parallel
+from lib.config import TINY, BadInput, Parser, Run, open_policy
+from lib.files import write
 from reward import strip_comments
-from training import loading, parallel
-from training.config import TINY, BadInput, Parser, Run, open_policy
-from training.files import write
-from training.run import excerpt
+from training.screen import excerpt
 
 
 def lengths(name, counts, limit, flag):

@@ -11,10 +11,10 @@ import html
 from pathlib import Path
 from statistics import fmean
 
-from training import parallel
-from training.config import BadInput, Parser, read_settings
+from lib import parallel
+from lib.config import BadInput, Parser, read_settings
+from lib.files import json_rows, write
 from training.curve import SERIES, known, panel, smooth, svg
-from training.files import json_rows, write
 
 
 def read_metrics(run):

@@ -19,15 +19,16 @@ from statistics import mean, stdev
 
 import dapo
 import data
+import dora
 import grpo
 import reward
 import sft
 import training.run
+from lib import loading, parallel
+from lib.config import ROOT, TINY, BadInput, Parser, read_settings
+from lib.files import write
 from tasks.table import markdown
 from tools.compare import read_metrics
-from training import dora, loading, parallel
-from training.config import ROOT, TINY, BadInput, Parser, read_settings
-from training.files import write
 
 SEEDS = (42, 1, 2)
 RUNS = {  # directory: row of the table, script, flags

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from training import dora, loading, parallel
-from training.config import BadInput, Parser, first_line, open_policy
+import dora
+from lib import loading, parallel
+from lib.config import BadInput, Parser, first_line, open_policy
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def merge(model, adapter, output):
         W = layer.base.weight.float()
         exact = W + layer.scale * layer.lora_B @ layer.lora_A
         if layer.magnitude is not None:
-            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of training/dora.py
+            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of dora.py
         layer.base.weight.copy_(exact)
         update += (exact - W).square().sum().item()
         lost += (exact - layer.base.weight.float()).square().sum().item()

@@ -27,9 +27,9 @@ from types import SimpleNamespace
 
 import grpo
 import recode
+from lib import parallel
+from lib.config import Parser
 from tasks.table import markdown
-from training import parallel
-from training.config import Parser
 
 HELD_D, HELD_F = 11, 3  # eq. 4, counted in the layers of Qwen2 in bf16, see tests/test_plan.py
 BACK_D, BACK_F = 2, 3

@@ -1,1 +1,1 @@
-"""What any run needs: settings, files, loading, adapter, ranks, checks, the run directory."""
+"""Around the training loop: set-up and checks, the run directory, the screen, the dry run."""

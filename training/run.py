@@ -18,25 +18,24 @@ import json
 import math
 import os
 import pickle
-import resource
 import secrets
 import shlex
 import signal
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import data
-import recode
-from training import checks, dora, parallel
-from training.config import BadInput, group_size, open_policy, read_run, read_settings
+import dora
+import rollout
+from lib import parallel
+from lib.config import BadInput, read_run
+from lib.files import append, lock, unlock, write
+from lib.loading import write_model
+from training import screen
 from training.curve import curve
-from training.files import append, lock, unlock, write
-from training.loading import load_model, load_tokenizer, write_model
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
@@ -45,104 +44,19 @@ MAY_CHANGE = (  # between a run and its --resume
     "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
-COLUMNS = (  # metric, heading, width and format of a step's row on the screen
-    ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
-    ("format", "format", 7, ".2f"), ("es", "ES", 6, ".3f"), ("em", "exact", 6, ".2f"),
-    ("stale", "stale", 6, ".2f"), ("obeys", "obeys", 6, ".2f"),
-    ("loss", "loss", 8, ".4f"), ("kl", "kl", 8, ".5f"),
-    ("clip_fraction", "clip", 6, ".3f"), ("grad_norm", "grad", 6, ".2f"), ("lr", "lr", 9, ".1e"),
-    ("completion_length", "tokens", 7, ".1f"), ("tokens_per_second", "tok/s", 6, ".0f"),
-)  # fmt: skip
-
-# ------------------------------------------------------------------------- set-up
 
 
-def set_up(config):
-    """Everything a training script needs: (run, model, tokenizer, train tasks, held-out tasks).
+class Stop:
+    """Ctrl-C or SIGTERM asks for a stop after the current step; a second one stops at once."""
 
-    Checks all that can be checked before anything slow, and prints the header. A task is
-    (prompt ids, Example).
-    """
-    parallel.start()
-    run = RunDirectory(config)
-    base, adapter, _ = open_policy(config.model)
-    tokenizer = load_tokenizer(base)
-    train, heldout = load_tasks(tokenizer, config)
-    if tokenizer.chat_template is None:
-        print("warning   the tokenizer has no chat template; prompts are plain text")
-    more = f", over {base}" if adapter else ""
-    print(f"model     {config.model}{more}", flush=True)
-    model = load_model(base, config.dtype)
-    checks.check_policy(model, tokenizer, base)
-    checks.check_context(model, [prompt for prompt, _ in train + heldout], config)
-    make_trainable(model, config, adapter)
-    if parallel.WORLD > 1:
-        print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
-    defaults = Path(base) / "defaults.json"
-    if defaults.is_file() and not config.quiet:
-        settings = read_settings(defaults).items()
-        text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
-        print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
-    size = f"{config.prompts_per_step} x {group_size(config)}"
-    print(f"run       {run.path}: {config.steps:,} steps of {size} completions")
-    if not config.dry_run:
-        run.create()
-    return run, model, tokenizer, train, heldout
+    asked = 0.0
 
-
-def load_tasks(tokenizer, config):
-    """(train tasks, held-out tasks). Prints header lines."""
-    dropped = {}  # reason -> rows
-    examples = data.load_examples(config.data, dropped)
-    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
-    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
-    if heldout:
-        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, {})
-    count = sum(map(len, dropped.values()))
-    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
-    for reason, rows in dropped.items():
-        print(f"          {len(rows):,} dropped: {reason}")
-    source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
-    print(f"held out  {len(heldout):,} tasks{source}")
-    return train, heldout
-
-
-def make_trainable(model, config, adapter):
-    """Add an adapter to `model`, or load one, or shard all weights. Prints header lines."""
-    torch.manual_seed(config.seed)
-    what = "all weights, in fp32"
-    if config.adapter != "none":
-        magnitude = config.adapter == "dora"
-        name = "DoRA" if magnitude else "LoRA"
-        what = f"{name}, r {config.r}, on {config.targets}"
-        if adapter:
-            dora.load_adapter(model, adapter, config.dropout)
-        else:
-            dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
-    print(f"          {trained:,} trained: {what}")
-    if config.adapter == "none":
-        parallel.shard(model, config.offload)
-    if not config.keep_activations:  # transformers 5.17 has the old name only
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-
-
-def make_optimizer(model, config):
-    """AdamW on what is trained."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = config.offload or None  # ten times as fast on a CPU
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
-
-
-def learning_rate(step, config):
-    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
-    warm = config.warmup * config.steps
-    if step < warm:
-        return config.lr * (step + 1) / (warm + 1)
-    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
+    def __call__(self, number, frame):
+        again = parallel.WORLD == 1 or time.monotonic() > self.asked + 2  # torchrun repeats Ctrl-C
+        if self.asked and again:
+            raise KeyboardInterrupt
+        self.asked = time.monotonic()
+        tqdm.write("stopping after this step; once more to stop at once")
 
 
 def evaluate(model, tokenizer, tasks, config):
@@ -159,64 +73,9 @@ def evaluate(model, tokenizer, tasks, config):
     starts = range(0, len(tasks), size)
     for start in tqdm(starts, "held-out tasks", leave=False, disable=hidden or None):
         batch = tasks[start : start + size]
-        greedy += recode.sample_groups(model, tokenizer, batch, best, start)
-        sampled += recode.sample_groups(model, tokenizer, batch, one, start)
-    return recode.summarize(greedy) | {"reward": recode.summarize(sampled)["reward"]}, greedy
-
-
-def table(before, after):
-    """The held-out metrics side by side, as text; obeys only where a note names something."""
-    names = {"em": "exact match", "stale": "stale rate", "obeys": "obeys", "format": "format"}
-    names |= {"es": "ES", "reward": "sampled reward"}
-    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
-    for key, name in names.items():
-        if after[key] is None:
-            continue
-        change = after[key] - before[key]
-        rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")
-    return "\n".join(rows)
-
-
-# ------------------------------------------------------------------------- screen and signals
-
-
-def style(text, code):
-    """`text` in an ANSI style ("1" bold, "2" dim); plain without a terminal or with NO_COLOR."""
-    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if dumb or not sys.stdout.isatty():
-        return text
-    return f"\033[{code}m{text}\033[0m"
-
-
-class Stop:
-    """Ctrl-C or SIGTERM asks for a stop after the current step; a second one stops at once."""
-
-    asked = 0.0
-
-    def __call__(self, number, frame):
-        again = parallel.WORLD == 1 or time.monotonic() > self.asked + 2  # torchrun repeats Ctrl-C
-        if self.asked and again:
-            raise KeyboardInterrupt
-        self.asked = time.monotonic()
-        tqdm.write("stopping after this step; once more to stop at once")
-
-
-def excerpt(text, most):
-    """At most so many lines for the screen, without anything that a terminal would obey."""
-    lines = []
-    for line in text.expandtabs(4).split("\n"):
-        clean = "".join(char if char.isprintable() else "?" for char in line)
-        lines += textwrap.wrap(clean, 94, drop_whitespace=False) if clean else [""]
-    if len(lines) > most:
-        lines[most - 1 :] = [f"... and {len(lines) - most + 1} lines more"]
-    return "\n".join(style(f"    | {line}", "2") for line in lines)
-
-
-def show(step, group):
-    """A sample completion for the screen: the reward, the update note, the answer."""
-    note = " ".join(group.example.update_info.split())
-    text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
-    return f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n"
+        greedy += rollout.sample_groups(model, tokenizer, batch, best, start)
+        sampled += rollout.sample_groups(model, tokenizer, batch, one, start)
+    return rollout.summarize(greedy) | {"reward": rollout.summarize(sampled)["reward"]}, greedy
 
 
 # ------------------------------------------------------------------------- --log-to
@@ -401,7 +260,7 @@ class RunDirectory:
         self.rows.append(row)
         self.other_log.add(row)
         heads = cells = ""
-        for name, heading, width, form in COLUMNS:
+        for name, heading, width, form in screen.COLUMNS:
             if name in row or "reward" in row:  # sft.py samples nothing
                 value = row.get(name)  # None where nothing finite is known
                 heads += f"{heading:>{width}}"
@@ -409,7 +268,7 @@ class RunDirectory:
         if self.first:
             left = (self.config.steps - step) * seconds
             self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
-            self.say(style(heads, "1"))
+            self.say(screen.style(heads, "1"))
             self.first = False
         self.say(cells)
         self.bar.update()
@@ -417,7 +276,7 @@ class RunDirectory:
             write(self.path / "curve.svg", curve(self.rows).encode())
             if groups[0].texts:
                 self.append_samples(step, groups[0])
-                self.say(show(step, groups[0]))
+                self.say(screen.show(step, groups[0]))
         self.mark = time.perf_counter()
 
     def save(self, model, optimizer, step, position, nonfinite):
@@ -480,7 +339,7 @@ class RunDirectory:
             metrics = {"before": self.before, "after": after}
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
-            print(table(**metrics))
+            print(screen.table(**metrics))
         if reason := nothing_learned(self.rows):
             print(f"warning   nothing was learned: {reason}")
         kept = "model" if config.adapter == "none" else "adapter"
@@ -507,48 +366,3 @@ def resume_command(config):
         start.append("--")  # without it, torchrun takes --r for a flag of its own
     more = [] if config.resume else ["--resume"]
     return shlex.join([*start, *sys.argv, *more])
-
-
-# ------------------------------------------------------------------------- --dry-run
-
-
-def peak_bytes(device):
-    """Peak memory so far: what torch has allocated on a GPU, everything of a CPU process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def dry_run(model, tasks, optimizer, config, update):
-    """Run one worst-case step: the longest prompt, every completion of full length. Returns 0.
-
-    Prints memory and time. The model is useless afterwards: it has learned from random rewards.
-    """
-    parallel.gather_weights(model)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_bytes(model.device)
-    started = time.perf_counter()
-    longest = max((prompt for prompt, _ in tasks), key=len)
-    P, G, T = config.prompts_per_step, group_size(config), config.max_new_tokens
-    mine = parallel.share([longest] * P)
-    tokens, _, _ = recode.sample(model, mine, G, T, [], config.temperature, 0)
-    sampled = time.perf_counter()
-    rows = tokens.tolist()
-    groups = []
-    for i in range(P):
-        completions = [rows[(i * G + j) % len(rows)] for j in range(G)]
-        groups.append(recode.Group(longest, None, completions))
-    update(model, optimizer, recode.make_batch(groups, torch.randn(P, G), model.device), config)
-    updated = time.perf_counter()
-    tries = getattr(config, "max_tries", 1) if G > 1 else 0  # sft.py does not sample
-    hours = (tries * (sampled - started) + updated - sampled) * config.steps / 3600
-    print(f"dry run   one step of {P} x {G} completions of {T:,} tokens, prompt {len(longest):,}")
-    print(f"          {sampled - started:.1f} s to sample, {updated - sampled:.1f} s to update")
-    print(f"          {config.steps:,} steps: {hours:.1f} h at most, held-out tasks aside")
-    peak = peak_bytes(model.device)
-    print(f"          peak {peak / 1e9:.2f} GB; before the step {before / 1e9:.2f} GB")
-    if model.device.type == "cuda":
-        print(f"          reserved by torch {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
-    return 0

@@ -1,6 +1,6 @@
 """GRPO in one file, to read before grpo.py: no adapter, no machinery, nothing done for speed.
 
-    python docs/naive_grpo.py
+    python naive_grpo.py
 
 This trains all weights of the toy in tiny/: a minute on a CPU, mean reward from 1.9 to 2.9. Every
 prompt gets a group of completions, reward.py scores them, and those better than their group's mean
@@ -20,16 +20,15 @@ Shapes: B = N = P * G rows; L and T tokens in the longest prompt and completion;
 """
 
 import copy
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 import data
 import reward
+
+ROOT = Path(__file__).parent
 
 P = 8  # prompts per step
 G = 8  # completions per prompt, a group

@@ -36,7 +36,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.config import BadInput, first_line
+from lib.config import BadInput, first_line
 
 RANK = int(os.environ.get("RANK", "0"))  # torchrun sets these four
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))

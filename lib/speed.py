@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from training import parallel
-from training.config import first_line
+from lib import parallel
+from lib.config import first_line
 
 
 def capture(step):

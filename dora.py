@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from training import parallel
-from training.config import BadInput, read_settings
-from training.files import write
-
+from lib import parallel
+from lib.config import BadInput, read_settings
+from lib.files import write
 
 steps = 0  # of all optimizers so far
 

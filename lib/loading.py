@@ -16,9 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from training import dora, parallel
-from training.config import BadInput, first_line
-from training.files import HUB_ID, write
+import dora
+from lib import parallel
+from lib.config import BadInput, first_line
+from lib.files import HUB_ID, write
 
 
 def fused_rms_norm(self, x):

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HfHubHTTPError
 
-from training.config import BadInput, first_line
+from lib.config import BadInput, first_line
 
 hub_logging.set_verbosity_error()  # no line for every retry; BadInput reports the last error
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name

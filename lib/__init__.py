@@ -1,0 +1,1 @@
+"""What stands below the method: settings, files, loading, ranks, and what only makes it fast."""

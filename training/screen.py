@@ -1,0 +1,53 @@
+"""What a run prints: a row per step, a sample now and then, the table of the held-out tasks."""
+
+import os
+import sys
+import textwrap
+
+COLUMNS = (  # metric, heading, width and format of a step's row on the screen
+    ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
+    ("format", "format", 7, ".2f"), ("es", "ES", 6, ".3f"), ("em", "exact", 6, ".2f"),
+    ("stale", "stale", 6, ".2f"), ("obeys", "obeys", 6, ".2f"),
+    ("loss", "loss", 8, ".4f"), ("kl", "kl", 8, ".5f"),
+    ("clip_fraction", "clip", 6, ".3f"), ("grad_norm", "grad", 6, ".2f"), ("lr", "lr", 9, ".1e"),
+    ("completion_length", "tokens", 7, ".1f"), ("tokens_per_second", "tok/s", 6, ".0f"),
+)  # fmt: skip
+
+
+def style(text, code):
+    """`text` in an ANSI style ("1" bold, "2" dim); plain without a terminal or with NO_COLOR."""
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if dumb or not sys.stdout.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
+
+
+def excerpt(text, most):
+    """At most so many lines for the screen, without anything that a terminal would obey."""
+    lines = []
+    for line in text.expandtabs(4).split("\n"):
+        clean = "".join(char if char.isprintable() else "?" for char in line)
+        lines += textwrap.wrap(clean, 94, drop_whitespace=False) if clean else [""]
+    if len(lines) > most:
+        lines[most - 1 :] = [f"... and {len(lines) - most + 1} lines more"]
+    return "\n".join(style(f"    | {line}", "2") for line in lines)
+
+
+def show(step, group):
+    """A sample completion for the screen: the reward, the update note, the answer."""
+    note = " ".join(group.example.update_info.split())
+    text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
+    return f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n"
+
+
+def table(before, after):
+    """The held-out metrics side by side, as text; obeys only where a note names something."""
+    names = {"em": "exact match", "stale": "stale rate", "obeys": "obeys", "format": "format"}
+    names |= {"es": "ES", "reward": "sampled reward"}
+    rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
+    for key, name in names.items():
+        if after[key] is None:
+            continue
+        change = after[key] - before[key]
+        rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")
+    return "\n".join(rows)

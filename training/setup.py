@@ -1,0 +1,144 @@
+"""What a training script needs before its first step, checked before anything slow.
+
+set_up() reads the tasks, loads the model, adds the adapter and claims the run directory.
+check_policy() refuses a model that recode.py would compute otherwise than transformers does.
+"""
+
+import math
+import textwrap
+from pathlib import Path
+
+import torch
+
+import data
+import dora
+import recode
+from lib import parallel
+from lib.config import BadInput, group_size, open_policy, read_settings
+from lib.loading import load_model, load_tokenizer
+from training.run import RunDirectory
+
+FULL = "full_attention"  # transformers' name of a layer without a window
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, name):
+    """Raise BadInput unless our log-probabilities are those of the model's own forward pass."""
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise BadInput(f"model: {name!r} has {words:,} words, its tokenizer {len(tokenizer):,}")
+    kind = model.config.model_type
+    windows = [each for each in getattr(model.config, "layer_types", None) or [] if each != FULL]
+    if windows or getattr(model.config, "sliding_window", None):
+        raise BadInput(f"model: {kind} with a sliding window is not supported")
+    ids = torch.arange(5, 69, device=model.device)[None] % words  # (1, 64)
+    tokens = ids[:, 32:]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    try:
+        ours = recode.token_logps(model, [ids[0, :32].tolist()], tokens, mask)
+    except RuntimeError:  # its layers do more than call the attention function
+        raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
+    logits = model(ids, use_cache=False).logits[:, 31:-1].float()
+    theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
+    if not error <= (0.3 if model.dtype == torch.bfloat16 else 0.01):
+        raise BadInput(f"model: {kind} computes other logits, by {error:.2f}; not supported")
+
+
+def check_context(model, prompts, config):
+    """Refuse lengths beyond learned positions; warn where RoPE goes beyond its context."""
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and longest > context:
+        text = f"up to {longest:,} tokens with the completion; the context is {context:,}"
+        if not getattr(model.config, "rope_parameters", None):
+            raise BadInput(f"--max-new-tokens: {text}")
+        print(f"warning   {text}")
+
+
+def set_up(config):
+    """Everything a training script needs: (run, model, tokenizer, train tasks, held-out tasks).
+
+    Checks all that can be checked before anything slow, and prints the header. A task is
+    (prompt ids, Example).
+    """
+    parallel.start()
+    run = RunDirectory(config)
+    base, adapter, _ = open_policy(config.model)
+    tokenizer = load_tokenizer(base)
+    train, heldout = load_tasks(tokenizer, config)
+    if tokenizer.chat_template is None:
+        print("warning   the tokenizer has no chat template; prompts are plain text")
+    more = f", over {base}" if adapter else ""
+    print(f"model     {config.model}{more}", flush=True)
+    model = load_model(base, config.dtype)
+    check_policy(model, tokenizer, base)
+    check_context(model, [prompt for prompt, _ in train + heldout], config)
+    make_trainable(model, config, adapter)
+    if parallel.WORLD > 1:
+        print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
+    defaults = Path(base) / "defaults.json"
+    if defaults.is_file() and not config.quiet:
+        settings = read_settings(defaults).items()
+        text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
+        print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
+    size = f"{config.prompts_per_step} x {group_size(config)}"
+    print(f"run       {run.path}: {config.steps:,} steps of {size} completions")
+    if not config.dry_run:
+        run.create()
+    return run, model, tokenizer, train, heldout
+
+
+def load_tasks(tokenizer, config):
+    """(train tasks, held-out tasks). Prints header lines."""
+    dropped = {}  # reason -> rows
+    examples = data.load_examples(config.data, dropped)
+    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
+    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
+    if heldout:
+        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, {})
+    count = sum(map(len, dropped.values()))
+    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
+    for reason, rows in dropped.items():
+        print(f"          {len(rows):,} dropped: {reason}")
+    source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
+    print(f"held out  {len(heldout):,} tasks{source}")
+    return train, heldout
+
+
+def make_trainable(model, config, adapter):
+    """Add an adapter to `model`, or load one, or shard all weights. Prints header lines."""
+    torch.manual_seed(config.seed)
+    what = "all weights, in fp32"
+    if config.adapter != "none":
+        magnitude = config.adapter == "dora"
+        name = "DoRA" if magnitude else "LoRA"
+        what = f"{name}, r {config.r}, on {config.targets}"
+        if adapter:
+            dora.load_adapter(model, adapter, config.dropout)
+        else:
+            dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
+    print(f"          {trained:,} trained: {what}")
+    if config.adapter == "none":
+        parallel.shard(model, config.offload)
+    if not config.keep_activations:  # transformers 5.17 has the old name only
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
+def make_optimizer(model, config):
+    """AdamW on what is trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = config.offload or None  # ten times as fast on a CPU
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def learning_rate(step, config):
+    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
+    warm = config.warmup * config.steps
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
