@@ -269,8 +269,8 @@ def sample(
 
 # ------------------------------------------------------------------------- 3. log-probabilities
 
-MAX_LOGITS = 9_000_000  # of a chunk, at least: glibc would not give back less than 32 MiB
-MAX_LOGITS_GPU = 16 * MAX_LOGITS  # else the output layer is read more often than it is used
+MAX_LOGITS = 36_000_000  # values per chunk, 144 MB: a CPU's product wants about 256 rows
+MAX_LOGITS_GPU = 4 * MAX_LOGITS  # smaller chunks would re-read the output layer too often
 
 
 def target_logps(hidden, targets, head, temperature):
@@ -279,12 +279,35 @@ def target_logps(hidden, targets, head, temperature):
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+class FrozenHeadLogps(torch.autograd.Function):
+    """target_logps() of an output layer that is not trained, with one product less.
+
+    d logp_i / d hidden_i = (W[y_i] - sum_v p_iv W_v) / temperature is as small as hidden_i. The
+    forward pass keeps it, so the backward pass needs neither the logits nor the output layer.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head, temperature):
+        logps = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+        chosen = logps.gather(-1, targets[:, None])[:, 0]  # (N,)
+        if ctx.needs_input_grad[0]:
+            W = head.weight
+            mean = logps.exp_().to(W.dtype) @ W  # (N, d), in place: logps is the largest tensor
+            ctx.save_for_backward((W[targets] - mean) / temperature)
+        return chosen
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors  # (N, d)
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None
+
+
 def completion_logps(model, cache, last, tokens, mask, temperature):
     """log pi(token t | prompt and the tokens before) of completions of one prompt, (B, T) fp32.
 
     cache: prefill()'s, last: the prompt's last token. tokens (B, T) int64; mask (B, T) bool, true
     on the first tokens of a row; 0 outside it. Differentiable. The output layer runs in chunks
-    that are recomputed in the backward pass, so the (B, T, V) logits never exist.
+    whose logits are not kept for the backward pass, so the (B, T, V) logits never exist.
     """
     T = int(mask.sum(1).max())
     mask_T = mask[:, :T]
@@ -308,8 +331,11 @@ def completion_logps(model, cache, last, tokens, mask, temperature):
     parts = max(1, len(hidden) * head.weight.shape[0] // budget)
     chunks = []
     for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True):
-        recompute = {"use_reentrant": False, "preserve_rng_state": False}
-        chunks.append(checkpoint(target_logps, h, y, head, temperature, **recompute))
+        if head.weight.requires_grad:
+            recompute = {"use_reentrant": False, "preserve_rng_state": False}
+            chunks.append(checkpoint(target_logps, h, y, head, temperature, **recompute))
+        else:
+            chunks.append(FrozenHeadLogps.apply(h, y, head, temperature))
     logps = torch.zeros(mask.shape, device=mask.device)
     return logps.masked_scatter(mask, torch.cat(chunks))  # (B, T)
 
