@@ -1,6 +1,6 @@
 """The paper's tables in miniature: every algorithm and reward on the toy model, three seeds each.
 
-    python -m tools.experiments      27 runs, about an hour on one core
+    python -m tools.experiments      30 runs, about an hour on one core
 
 A run is grpo.py, dapo.py or sft.py at its defaults, measured on three files of unseen tasks:
 
@@ -41,6 +41,7 @@ RUNS = {  # directory: row of the table, script, flags
     "grpo-em": ("GRPO, EM", grpo, "--correctness em"),
     "grpo-es": ("GRPO, ES", grpo, "--correctness es"),
     "grpo-em-star": ("GRPO, EM\\*", grpo, "--correctness em_star"),
+    "grpo-gain": ("GRPO, gain", grpo, "--correctness gain"),
     "grpo-random-reward": ("GRPO, random reward", grpo, "--correctness random"),
 }
 SPLITS = (  # file, {metric: column of the table}
