@@ -4,12 +4,13 @@
     python eval.py --model runs/grpo --output runs/eval-grpo    the same after training
     python eval.py --compare runs/eval runs/eval-grpo           the change
     python eval.py --task humaneval --data HumanEval.jsonl.gz --references    check the sandbox
+    python eval.py --task numpy2 --model Qwen/Qwen2.5-Coder-0.5B-Instruct     programs that are run
     torchrun --nproc-per-node 8 eval.py --task codeupdatearena --model ...    on 8 GPUs
 
 tasks/ says what is asked and when an answer is right. Each task has a directory in --output, with
 config.json, samples.jsonl (completions and verdicts), table.json and table.md. After a kill, the
 same command continues. Metrics are means over problems, in per cent, with 95 % intervals; a reward
-is shown as it is. --compare pairs the runs by problem.
+and a number of lines are shown as they are. --compare pairs the runs by problem.
 
     pass@k           the share of problems that one of k samples solves, see tasks/table.py
     UPass@k          the same, where right means: passes with the update and fails without it
@@ -17,6 +18,7 @@ is shown as it is. --compare pairs the runs by problem.
     reward, es_star, em_star, stale, obeys  of migrations, see reward.py; reward = format + es_star
     determined       exact match where note and old code hold every word of the reference
     unchanged        exact match where the note asks for no change
+    stray_lines      changed lines that the reference keeps, mean per answer, see tasks/numpy2.py
 
 A problem without a value, such as pass_if_formed where no answer has the format, is left out.
 """

@@ -3,8 +3,9 @@
     migration        rewrite old code as an update note says: the records of data.py
     codeupdatearena  solve a problem with a function that was just changed
     humaneval        complete a function; humaneval+ adds far more tests
+    numpy2           rewrite a program that NumPy 2 broke; it is run
 
-problem.py holds what the last two share. For eval.py, judging.py opens the sandbox, log.py reads
+problem.py holds what the last three share. For eval.py, judging.py opens the sandbox, log.py reads
 what is done already, and table.py makes the table.
 
     python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
@@ -13,10 +14,14 @@ what is done already, and table.py makes the table.
 from collections import Counter
 
 from lib.config import BadInput
-from tasks import codeupdatearena, humaneval, migration
+from tasks import codeupdatearena, humaneval, migration, numpy2
 
-TASKS = ("migration", "codeupdatearena", "humaneval", "humaneval+")
-SOURCES = {"codeupdatearena": codeupdatearena.HUB_ID, "humaneval+": humaneval.HUB_ID}
+TASKS = ("migration", "codeupdatearena", "humaneval", "humaneval+", "numpy2")
+SOURCES = {
+    "codeupdatearena": codeupdatearena.HUB_ID,
+    "humaneval+": humaneval.HUB_ID,
+    "numpy2": numpy2.ROWS,
+}
 
 
 def load(task, source, no_update=False, plain=False):
@@ -28,6 +33,8 @@ def load(task, source, no_update=False, plain=False):
         return migration.load(source, no_update)
     if task == "codeupdatearena":
         problems = codeupdatearena.load(source, no_update)
+    elif task == "numpy2":
+        problems = numpy2.load(source, no_update)
     else:
         problems = humaneval.load(source, plain)
     if not problems:

@@ -118,6 +118,7 @@ def load(source, no_update=False):
                 note="" if no_update else NOTE.format_map(row),
                 question=QUESTION.format_map(row | {"test": tests[0]}),
                 reference=row["ref_solution"], control=row["ref_solution"],
+                controls="without the update",
                 setup="\n".join([row[imports], *known, row["implementation"], ""]),
                 update=update_statement(where, row), tests=tuple(tests),
             )  # fmt: skip

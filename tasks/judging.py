@@ -19,7 +19,7 @@ def open_sandbox(problems, unsafe):
     code = "\n".join(text for p in problems for text in (p.setup, p.reference, *p.tests))
     libraries = sorted(set(re.findall(r"^\s*(?:import|from) +([\w.]+)", code, re.MULTILINE)))
     settings = {}
-    if problems[0].update:  # CodeUpdateArena has large arrays, and values that cannot be sent
+    if problems[0].entry_point is None:  # large arrays, and values that cannot be sent
         settings = {"memory": 4 << 30, "judge": "auto"}
     try:
         box = sandbox.Sandbox(libraries, workers=JUDGES, unsafe=unsafe, **settings)
@@ -36,7 +36,7 @@ def references(problems, box):
     library or a small memory spoils a few.
     """
     passed = leaked = in_process = 0
-    how = "without the update" if problems[0].update else "with an empty body"
+    how = problems[0].controls
     with ThreadPoolExecutor(JUDGES) as pool:
         right = pool.map(lambda p: p.run(box, p.reference), problems)
         wrong = pool.map(lambda p: p.run(box, p.control, updated=False), problems)

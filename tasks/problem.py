@@ -28,6 +28,7 @@ class Problem:
     question: str
     reference: str
     control: str  # code that must fail, without the update if there is one
+    controls: str = "with an empty body"  # what the controls are
     setup: str  # runs before an answer
     tests: tuple
     update: str = ""  # runs after setup: puts the new function into its library

@@ -20,9 +20,13 @@ from lib.config import BadInput, read_settings
 
 SCORES = (  # of an answer, besides whether it is right
     "reward", "es_star", "em_star", "stale", "obeys", "determined", "unchanged", "format",
-    "no_code", "cut",
+    "no_code", "cut", "stray_lines",
 )  # fmt: skip
-RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2)}  # the others are shares
+RANGES = {  # the others are shares
+    "reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2),
+    "stray_lines": (0, 30),  # the old code has at most 30
+}  # fmt: skip
+GROUPS = ("change", "no change", "seen", "unseen", "unrelated")  # these have a column each
 Z = 1.96
 
 
@@ -118,12 +122,11 @@ def markdown(lines):
 def show(result):
     """table.md: a line per metric, and how the answers that were run ended.
 
-    Migrations that ask for a change and those that do not have a column each, if there are both.
+    The groups of GROUPS have a column each, if there are at least two.
     """
     table = result["table"]
-    groups = ["all"]
-    if "change" in table and "no change" in table:
-        groups = ["all", "change", "no change"]
+    groups = [group for group in GROUPS if group in table]
+    groups = ["all", *groups] if len(groups) > 1 else ["all"]
     heads = [f"{group} ({table[group]['problems']})" for group in groups]
     lines = [["mean [95 % interval]", *heads]]
     for name in table["all"]:

@@ -469,7 +469,8 @@ def test_hub_ids(monkeypatch, tmp_path):
         raise OSError("no network\nmore")
 
     monkeypatch.setattr(files, "hf_hub_download", offline)
-    for task, source in tasks.SOURCES.items():
+    for task in ("codeupdatearena", "humaneval+"):
+        source = tasks.SOURCES[task]
         words = re.escape(f"of {source!r} from the hub (no network); give a local")
         with pytest.raises(BadInput, match=words):
             tasks.load(task, source)
