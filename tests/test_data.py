@@ -21,6 +21,7 @@ import pytest
 import data
 import grpo
 import reward
+import tasks
 from tools import check_data
 from conftest import ROOT, ROWS, SHARED
 from data import Example
@@ -79,6 +80,21 @@ def test_dropped_rows(rows, write_rows, reason):
         examples = data.load_examples(source, dropped := {})
         assert dropped == {reason: [f"{source}, line 3"]}
         assert examples == data.load_examples(write_rows(rows[:2]))
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\r"])
+def test_windows_line_ends(rows, write_rows, ending):
+    """Stops a right answer with "\\n" from being no exact match, a copy from not being stale, and
+    prompts and targets with "\\r\\n" or a byte order mark."""
+    rows[1]["update_info"] += "\nand more\n"
+    expected = data.load_examples(write_rows(rows))
+    for row in rows:
+        row |= {key: "\ufeff" + text.replace("\n", ending) for key, text in row.items()}
+    assert data.load_examples(write_rows(rows)) == expected
+    problem = {"task_id": "a", "prompt": f"def f():{ending}", "canonical_solution": "    0{ending}"}
+    source = write_rows([problem | {"test": f"{ending}pass", "entry_point": "f"}])
+    (problem,) = tasks.load("humaneval", source, plain=True)
+    assert "\r" not in problem.question + problem.setup + problem.reference + problem.tests[0]
 
 
 def refusal(call, *args):
