@@ -86,7 +86,9 @@ def read_example(where, row):
 
 def fault(example):
     """Why a row would teach nothing or the wrong thing; "" for a usable row."""
-    if not all((example.dependency, example.update_info, example.old_code, example.new_code)):
+    texts = [example.dependency, example.update_info, example.old_code]
+    texts.append(reward.strip_comments(example.new_code))  # else an empty answer would earn 3.0
+    if not all(text.strip() for text in texts):
         return "no update note or no code"
     if re.search("[\ud800-\udfff]", "".join(vars(example).values())):
         return "not valid Unicode"

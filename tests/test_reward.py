@@ -20,7 +20,7 @@ import pytest
 
 import data
 import reward
-from conftest import SHARED
+from conftest import SHARED, fault_in_real_md
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
 needs_data = pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
@@ -282,11 +282,12 @@ def test_obeys(note, completion, obeys):
 
 
 @needs_data
-def test_obeys_and_determined_on_the_real_held_out_rows():
+def test_obeys_and_determined_on_the_real_held_out_rows(monkeypatch):
     """Stops another reading of the definitions: of 140 rows 82 name something, 52 are determined.
 
     Counted by another program before this one was written (numbers are words of a reference, too).
     """
+    monkeypatch.setattr(data, "fault", fault_in_real_md)
     heldout = data.split_heldout("0.1", data.load_examples(str(REAL)), 42)[1]
     plain = reward.strip_comments
     change = [e for e in heldout if plain(e.old_code) != plain(e.new_code)]
