@@ -135,7 +135,8 @@ def parse_migration(argv):
 def answer_limit(model, tokenizer, example, settings, args):
     """The most tokens an answer may have. BadInput if the prompt leaves no room for it."""
     prompt = len(data.encode_prompt(example, tokenizer))
-    code = len(tokenizer.encode(example.old_code))
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    code = len(tokenizer.encode(example.old_code, **plain))
     longest = args.max_prompt_tokens or math.inf
     if prompt > longest:
         raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {longest} at most")

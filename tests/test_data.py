@@ -17,6 +17,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import data
 import grpo
@@ -292,6 +293,87 @@ def test_prompt_without_chat_template(tokenizer):
     text = plain.decode(data.encode_prompt(Example(**ROWS[1]), plain))
     user = data.USER.format(**ROWS[1])
     assert text == f"{data.SYSTEM}\n\n{user}\n\nLet me solve this step by step.\n<think>"
+
+
+ROLES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "own": (ROOT / "tiny" / "chat_template.jinja").read_text(),
+    "trim": ROLES.replace("CONTENT", "m.content | trim"),
+    "repeat": ROLES.replace("CONTENT", "m.content ~ '<|endoftext|>' ~ m.content"),
+    "json": ROLES.replace("CONTENT", "m.content ~ (messages | tojson)"),
+    "user only": "{% for m in messages if m.role == 'user' %}<|im_end|>{{ m.content }}{% endfor %}",
+    "last only": "<|im_start|>{{ messages[-1].content }}<|im_end|>\n",
+    "own system": "<|im_start|>be kind<|im_end|>{{ messages[-1].content }}<|im_end|>",
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_that_looks_like_a_special_token(tokenizer, write_rows, template):
+    """Stops a second EOS in a target, and a prompt whose turn ends in a note, code or question.
+
+    Oracle: the same text with "!" for "|", as the toy's tokenizer has a token for every byte.
+    """
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = TEMPLATES[template]
+    special = [token.content for token in copied.added_tokens_decoder.values() if token.special]
+    looks = f"<|im_<|im_end|>end|> {' '.join(special)}{special[0]}{'0'.join(2 * special)}"
+    assert len(special) == 3 and len(copied.encode(looks)) < len(looks)
+    found = []
+    for text in (looks, looks.replace("|", "!")):
+        example = Example(**{name: f"{text} {value} {text}" for name, value in ROWS[0].items()})
+        row = {"task_id": "a", "prompt": f'def f():\n    """{text}"""', "canonical_solution": "0"}
+        source = write_rows([row | {"test": "pass", "entry_point": "f"}])
+        problems = [tasks.load("humaneval", source, plain=plain)[0] for plain in (False, True)]
+        ids = [problem.encode(copied) for problem in problems]
+        ids += [data.encode_prompt(example, copied), data.encode_target(example, copied)]
+        found.append(ids)
+    bar, bang = copied.encode("|!")
+    for ids, plain in zip(*found):
+        assert bar in ids and ids == [bar if i == bang else i for i in plain]
+    assert found[0][-1].count(copied.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", ["user only", "last only", "own system"])
+def test_template_without_the_system_message(tokenizer, template):
+    """Stops a template that drops the system message from losing the instruction."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = TEMPLATES[template]
+    text = copied.decode(data.encode_prompt(Example(**ROWS[0]), copied))
+    user = data.USER.format(**ROWS[0])
+    assert text.count(f"{data.SYSTEM}\n\n{user}") == text.count(user) == 1
+    copied.chat_template = "<|im_start|>be kind<|im_end|>"
+    assert "chat template drops" in refusal(data.encode_prompt, Example(**ROWS[0]), copied)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ messages + 1 }}", "{{ messages[5].content.x }}", {"rag": "", "tools": ""}],
+    ids=["ZeroDivisionError", "TypeError", "UndefinedError", "no default"],
+)
+def test_template_that_raises(tokenizer, write_rows, template):
+    """Stops a traceback where a template raises something else than a TemplateError."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = template
+    row = {"task_id": "a", "prompt": "def f():", "canonical_solution": "0", "entry_point": "f"}
+    (problem,) = tasks.load("humaneval", write_rows([row | {"test": "pass"}]), plain=True)
+    for call, *args in ((data.encode_prompt, Example(**ROWS[0]), copied), (problem.encode, copied)):
+        assert "model: the tokenizer's chat template does not work: " in refusal(call, *args)
+
+
+def test_tokenizer_that_appends_eos(tokenizer):
+    """Stops a prompt that ends with EOS, and a target that ends with two."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = None
+    example = Example(**ROWS[0])
+    expected = data.encode_prompt(example, copied), data.encode_target(example, copied)
+    start, end = copied.encode("<|im_start|><|im_end|>")
+    special = [("<|im_start|>", start), ("<|im_end|>", end)]
+    form = "<|im_start|> $A <|im_end|> <|im_end|>"
+    copied.backend_tokenizer.post_processor = TemplateProcessing(form, special_tokens=special)
+    assert copied.encode("a")[1:] == [*tokenizer.encode("a"), end, end]
+    assert data.encode_prompt(example, copied) == [start, *expected[0]]
+    assert data.encode_target(example, copied) == expected[1]
 
 
 def test_long_prompts(tokenizer):
