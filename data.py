@@ -23,8 +23,6 @@ import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 import reward
 from lib.config import BadInput, first_line
 from lib.files import HUB_ID, fetch, json_rows
@@ -86,7 +84,9 @@ def read_example(where, row):
 
 def fault(example):
     """Why a row would teach nothing or the wrong thing; "" for a usable row."""
-    if not all((example.dependency, example.update_info, example.old_code, example.new_code)):
+    texts = [example.dependency, example.update_info, example.old_code]
+    texts.append(reward.strip_comments(example.new_code))  # else an empty answer would earn 3.0
+    if not all(text.strip() for text in texts):
         return "no update note or no code"
     if re.search("[\ud800-\udfff]", "".join(vars(example).values())):
         return "not valid Unicode"
@@ -180,28 +180,71 @@ def unrelated(examples, count, seed):
     return found
 
 
-def encode_messages(system, user, tokenizer):
-    """A prompt's token ids, list[int], through the tokenizer's own chat template.
+STAND_IN = "\ufdd0{}\ufdd1"  # Unicode reserves these two for a program's own use
 
-    It writes the messages and the head of the assistant's turn. OPENING is appended as it is, so
-    the turn stays open. Without a template the three texts are joined by blank lines.
+
+def special_tokens(tokenizer):
+    """The texts of all special tokens, the longest first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+
+
+def hide(text, special):
+    """`text` with STAND_IN in place of whatever looks like one of the special tokens."""
+    for i, token in enumerate(special):
+        text = text.replace(token, STAND_IN.format(i))
+    return text
+
+
+def encode_hidden(text, special, tokenizer):
+    """The token ids of `text`; what was hidden is encoded as text, all else as usual."""
+    if STAND_IN[0] not in text:
+        return tokenizer.encode(text, add_special_tokens=False)
+    ids = []
+    for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+        plain = part not in special
+        for i, token in enumerate(special):
+            part = part.replace(STAND_IN.format(i), token)
+        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=plain)
+    return ids
+
+
+def encode_chat(messages, opening, tokenizer):
+    """The token ids of messages, [(role, text)], and of an assistant's turn that stays open.
+
+    The tokenizer's own chat template writes them; without one, the texts are joined by blank lines.
+    Only the template's special tokens are special: what looks like one in a text stays text. Raises
+    BadInput for a template that fails or loses a text.
     """
-    joined = f"{system}\n\n{user}"
+    special = special_tokens(tokenizer)
     if tokenizer.chat_template is None:
-        return tokenizer.encode(f"{joined}\n\n{OPENING}")
-    apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    together = [{"role": "user", "content": joined}]  # for a template without a system role
-    settings = {"tokenize": False, "add_generation_prompt": True}
-    for messages in (apart, together):
-        try:
-            text = tokenizer.apply_chat_template(messages, **settings)
-        except TemplateError as error:
-            problem = f"does not work: {first_line(error)}"
-            continue
-        if text:
-            return tokenizer.encode(text + OPENING, add_special_tokens=False)
-        problem = "is empty; save one or none with it"
-    raise BadInput(f"model: the tokenizer's chat template {problem}")
+        texts = [text.rstrip("\n") for _, text in messages]
+        ids = tokenizer.encode("\n\n".join([*texts, opening]), split_special_tokens=True)
+        while ids[-1] in tokenizer.convert_tokens_to_ids(special):  # some tokenizers append EOS
+            ids.pop()
+        return ids
+    turns = [{"role": role, "content": hide(text, special)} for role, text in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        problem = "drops or changes a text" if text else "is empty"
+    except Exception as error:  # a template may raise anything
+        text = ""
+        problem = f"does not work: {first_line(error)}"
+    if not text or not all(turn["content"].strip() in text for turn in turns):
+        way_out = "fix it, or save none with the tokenizer"
+        raise BadInput(f"model: the tokenizer's chat template {problem}; {way_out}")
+    return encode_hidden(text + opening, special, tokenizer)
+
+
+def encode_messages(system, user, tokenizer):
+    """A prompt's token ids, list[int]: two messages, and a turn that begins with OPENING.
+
+    For a template that refuses or drops a system message, both are one user message.
+    """
+    try:
+        return encode_chat([("system", system), ("user", user)], OPENING, tokenizer)
+    except BadInput:
+        return encode_chat([("user", f"{system}\n\n{user}")], OPENING, tokenizer)
 
 
 def encode_prompt(example, tokenizer):
@@ -214,8 +257,9 @@ def encode_target(example, tokenizer):
 
     The data holds no reasoning, so the thought is empty; quoting the note in it made SFT worse.
     """
+    special = special_tokens(tokenizer)
     text = TARGET.format(thought="", new_code=example.new_code)
-    return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    return encode_hidden(hide(text, special), special, tokenizer) + [tokenizer.eos_token_id]
 
 
 def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):

@@ -26,7 +26,7 @@ import reward
 import rollout
 from lib import loading, parallel
 from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
-from lib.files import diff_path, read_text, unified
+from lib.files import diff_path, read_text, unified, unix_lines
 from tasks.migration import review
 from training import setup
 from training.screen import style
@@ -121,6 +121,7 @@ def parse_migration(argv):
         args.num_samples = 1  # all would be equal, and that is no agreement
     if args.update is None:
         args.update = read_text(args.update_file)
+    args.update = unix_lines(args.update)
     for text in (args.file, args.library, args.version, args.update):
         if not text.strip() or re.search("[\ud800-\udfff]", text):
             raise BadInput("file, --library, --version, --update: empty, or not valid Unicode")
@@ -134,7 +135,8 @@ def parse_migration(argv):
 def answer_limit(model, tokenizer, example, settings, args):
     """The most tokens an answer may have. BadInput if the prompt leaves no room for it."""
     prompt = len(data.encode_prompt(example, tokenizer))
-    code = len(tokenizer.encode(example.old_code))
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    code = len(tokenizer.encode(example.old_code, **plain))
     longest = args.max_prompt_tokens or math.inf
     if prompt > longest:
         raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {longest} at most")

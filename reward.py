@@ -44,19 +44,30 @@ FENCE_END = "\n```"
 FENCED = re.compile(rf"{FENCE}(?:(.*?)\n)??```", re.DOTALL)  # may be empty
 WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
-# Strings, comments with the blanks before them, other blanks. The scan runs from left to right, so
-# a quote in a comment and a "#" in a string are recognised for what they are. An unclosed string
-# runs to the end of its line or file.
+# Strings, comments with the blanks before them, other blanks, and what matters inside an f-string's
+# braces. The scan runs from left to right, so a quote in a comment and a "#" in a string are
+# recognised for what they are. An unclosed string runs to the end of its line or file.
 TOKEN = re.compile(
     r"""
-      "{3} (?:[^"\\]|\\.|"(?!""))*+ (?:"{3}|\Z)
+      (?<!\w) (?:[fFtT][rR]?|[rR][fFtT]) (?P<quote> "{3}|'{3}|"|')
+    | "{3} (?:[^"\\]|\\.|"(?!""))*+ (?:"{3}|\Z)
     | '{3} (?:[^'\\]|\\.|'(?!''))*+ (?:'{3}|\Z)
     | " (?:[^"\\\n]|\\.)*+ "?
     | ' (?:[^'\\\n]|\\.)*+ '?
     | (?P<comment> [ \t]*+ \#[^\n]*+)
     | [ \t]++
+    | (?P<sign> [][(){}:])
     """,
     re.DOTALL | re.VERBOSE,
+)
+# The text of an f-string and the sign after it. A backslash protects a quote, but a brace only in
+# \N{BULLET}.
+TEXT = re.compile(
+    r"""
+    (?: [^\\{}"'\n] | \\N\{[\w\ -]*+\} | \\[^{}] | \\ )*+
+    (?P<sign> \{\{ | [{}\n] | "{3}|'{3}|"|')
+    """,
+    re.VERBOSE,
 )
 
 
@@ -95,10 +106,53 @@ def parses(code):
     return True
 
 
+def comments(code):
+    """Yield (start, end) of every comment in `code`, any string, with the blanks before it.
+
+    The braces of an f-string hold code, in which there may be comments and, since Python 3.12, the
+    f-string's own quote. A format spec is text again.
+    """
+    place = 0
+    opened = [("code", "")]  # and then (text, field, bracket or spec; the quote of its f-string)
+    while True:
+        kind, quote = opened[-1]
+        text = kind in ("text", "spec")
+        match = TEXT.match(code, place) if text else TOKEN.search(code, place)
+        if not match:
+            return
+        place = match.end()
+        sign = match["sign"]
+        if text:
+            if sign.startswith(quote) or (sign == "\n" and len(quote) == 1):
+                place = match.start("sign") + len(quote)
+                while opened.pop()[0] != "text":  # the string ends, whatever is open in it
+                    pass
+            elif sign == "{":
+                opened.append(("field", quote))
+            elif sign == "}" and kind == "spec":
+                opened.pop()
+        elif match["comment"]:
+            yield match.span()
+        elif match["quote"]:
+            opened.append(("text", match["quote"]))
+        elif sign and kind != "code":
+            if sign in "([{":
+                opened.append(("bracket", quote))
+            elif sign == ":" and kind == "field":
+                opened[-1] = ("spec", quote)
+            elif sign == "}" or (sign != ":" and kind == "bracket"):
+                opened.pop()
+
+
 def strip_comments(code):
     """`code`, any string, without comments, blank lines and outer whitespace; docstrings stay."""
-    code = TOKEN.sub(lambda match: "" if match["comment"] else match[0], code)
-    return "\n".join(line for line in code.split("\n") if line.strip()).strip()
+    kept = ""
+    place = 0
+    for start, end in comments(code):
+        kept += code[place:start]
+        place = end
+    lines = (kept + code[place:]).split("\n")
+    return "\n".join(line for line in lines if line.strip()).strip()
 
 
 def levenshtein(a, b):

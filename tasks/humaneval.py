@@ -11,6 +11,7 @@ system message, and an assistant turn that begins with "```python\\n". The code 
 import json
 from dataclasses import dataclass
 
+import data
 from reward import FENCE, FENCE_END
 from tasks.problem import Problem, check_texts, read_rows
 
@@ -44,11 +45,7 @@ class Plain(Problem):
     """A problem in the plain form."""
 
     def encode(self, tokenizer):
-        if tokenizer.chat_template is None:
-            return tokenizer.encode(f"{self.question}\n{FENCE}")
-        turns = [{"role": "user", "content": self.question}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return tokenizer.encode(text + FENCE, add_special_tokens=False)
+        return data.encode_chat([("user", self.question)], FENCE, tokenizer)
 
     def extract(self, completion):
         code, end, _ = completion.partition(FENCE_END)

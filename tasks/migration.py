@@ -65,10 +65,10 @@ def parts(code):
     names = [getattr(node, field, None) or "" for node in nodes for field in fields]
     defined = [node for node in nodes if isinstance(node, DEFINITION)]
     docstrings = [ast.get_docstring(node) for node in (module, *defined)]
-    comments = [match["comment"] for match in reward.TOKEN.finditer(code)]
+    comments = [code[start:end] for start, end in reward.comments(code)]
     return set(".".join(names).split(".")), {
         "definitions": Counter(node.name for node in defined),
-        "comments": Counter(text.strip() for text in comments if text),
+        "comments": Counter(text.strip() for text in comments),
         "docstrings": Counter(text for text in docstrings if text),
     }
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import dapo
 import grpo
+import reward
 import sft
 
 torch.set_num_threads(1)  # the models are tiny: more threads would mostly wait for each other
@@ -42,6 +43,12 @@ def random_model(family, vocab_size=97, **overrides):
         settings["head_dim"] = 16
     config = FAMILIES[family](**settings | overrides)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def fault_in_real_md(example):
+    """data.fault() when the runs of docs/real.md were made: code of comments only was kept."""
+    texts = (example.dependency, example.update_info, example.old_code, example.new_code)
+    return "" if all(texts) and reward.parses(example.new_code) else "not usable"
 
 
 def cells(line):

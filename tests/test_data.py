@@ -17,12 +17,14 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import data
 import grpo
 import reward
+import tasks
 from tools import check_data
-from conftest import ROOT, ROWS, SHARED
+from conftest import ROOT, ROWS, SHARED, fault_in_real_md
 from data import Example
 from lib.config import BadInput
 
@@ -79,6 +81,32 @@ def test_dropped_rows(rows, write_rows, reason):
         examples = data.load_examples(source, dropped := {})
         assert dropped == {reason: [f"{source}, line 3"]}
         assert examples == data.load_examples(write_rows(rows[:2]))
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\r"])
+def test_windows_line_ends(rows, write_rows, ending):
+    """Stops a right answer with "\\n" from being no exact match, a copy from not being stale, and
+    prompts and targets with "\\r\\n" or a byte order mark."""
+    rows[1]["update_info"] += "\nand more\n"
+    expected = data.load_examples(write_rows(rows))
+    for row in rows:
+        row |= {key: "\ufeff" + text.replace("\n", ending) for key, text in row.items()}
+    assert data.load_examples(write_rows(rows)) == expected
+    problem = {"task_id": "a", "prompt": f"def f():{ending}", "canonical_solution": "    0{ending}"}
+    source = write_rows([problem | {"test": f"{ending}pass", "entry_point": "f"}])
+    (problem,) = tasks.load("humaneval", source, plain=True)
+    assert "\r" not in problem.question + problem.setup + problem.reference + problem.tests[0]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n\t\n", "# a comment", "\n  # a\n\n# b "])
+@pytest.mark.parametrize("name", ["dependency", "update_info", "old_code", "new_code"])
+def test_blank_fields(rows, write_rows, name, blank):
+    """Stops a row without a reference, for which an empty answer earns 3.0, or without a note."""
+    source = write_rows([rows[0], rows[1] | {name: blank}])
+    count = len(data.load_examples(source, dropped := {}))
+    kept = "#" in blank and name != "new_code"
+    assert count == 1 + kept
+    assert dropped == ({} if kept else {"no update note or no code": [f"{source}, line 2"]})
 
 
 def refusal(call, *args):
@@ -146,10 +174,9 @@ def test_real_data():
     """A check that became too strict or too lax shows in what is left of the paper's own data."""
     examples = data.load_examples(str(REAL), dropped := {})
     counts = {reason: len(places) for reason, places in dropped.items()}
-    assert len(examples) == 1646 and sum(counts.values()) == 1781 - 1646
-    assert (
-        counts["no update note or no code"] == 21 and counts["the reference does not parse"] == 50
-    )
+    assert len(examples) == 1644 and sum(counts.values()) == 1781 - 1644
+    assert counts["no update note or no code"] == 23  # 2 references have comments only
+    assert counts["the reference does not parse"] == 50
     assert counts["repeat of an earlier row"] == 64
     assert not any(example.new_version.startswith("=") for example in examples)
 
@@ -199,11 +226,17 @@ def test_split_heldout_by_note(write_rows):
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
-def test_split_heldout_real_data():
-    """Stops a split that has changed since real.md's runs, whose metrics are on these rows."""
+def test_split_heldout_real_data(monkeypatch):
+    """Stops a split that has changed since real.md's runs, whose metrics are on these rows.
+
+    At that time references of comments only were kept, and their notes took part in the split.
+    """
+    train, heldout = data.split_heldout("0.1", data.load_examples(str(REAL)), 42)
+    assert (len(train), len(heldout)) == (1480, 164)
+    assert not {e.update_info for e in train} & {e.update_info for e in heldout}
+    monkeypatch.setattr(data, "fault", fault_in_real_md)
     train, heldout = data.split_heldout("0.1", data.load_examples(str(REAL)), 42)
     assert (len(train), len(heldout)) == (1481, 165)
-    assert not {e.update_info for e in train} & {e.update_info for e in heldout}
 
 
 def test_bad_heldout(rows, write_rows):
@@ -260,6 +293,87 @@ def test_prompt_without_chat_template(tokenizer):
     text = plain.decode(data.encode_prompt(Example(**ROWS[1]), plain))
     user = data.USER.format(**ROWS[1])
     assert text == f"{data.SYSTEM}\n\n{user}\n\nLet me solve this step by step.\n<think>"
+
+
+ROLES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "own": (ROOT / "tiny" / "chat_template.jinja").read_text(),
+    "trim": ROLES.replace("CONTENT", "m.content | trim"),
+    "repeat": ROLES.replace("CONTENT", "m.content ~ '<|endoftext|>' ~ m.content"),
+    "json": ROLES.replace("CONTENT", "m.content ~ (messages | tojson)"),
+    "user only": "{% for m in messages if m.role == 'user' %}<|im_end|>{{ m.content }}{% endfor %}",
+    "last only": "<|im_start|>{{ messages[-1].content }}<|im_end|>\n",
+    "own system": "<|im_start|>be kind<|im_end|>{{ messages[-1].content }}<|im_end|>",
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_that_looks_like_a_special_token(tokenizer, write_rows, template):
+    """Stops a second EOS in a target, and a prompt whose turn ends in a note, code or question.
+
+    Oracle: the same text with "!" for "|", as the toy's tokenizer has a token for every byte.
+    """
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = TEMPLATES[template]
+    special = [token.content for token in copied.added_tokens_decoder.values() if token.special]
+    looks = f"<|im_<|im_end|>end|> {' '.join(special)}{special[0]}{'0'.join(2 * special)}"
+    assert len(special) == 3 and len(copied.encode(looks)) < len(looks)
+    found = []
+    for text in (looks, looks.replace("|", "!")):
+        example = Example(**{name: f"{text} {value} {text}" for name, value in ROWS[0].items()})
+        row = {"task_id": "a", "prompt": f'def f():\n    """{text}"""', "canonical_solution": "0"}
+        source = write_rows([row | {"test": "pass", "entry_point": "f"}])
+        problems = [tasks.load("humaneval", source, plain=plain)[0] for plain in (False, True)]
+        ids = [problem.encode(copied) for problem in problems]
+        ids += [data.encode_prompt(example, copied), data.encode_target(example, copied)]
+        found.append(ids)
+    bar, bang = copied.encode("|!")
+    for ids, plain in zip(*found):
+        assert bar in ids and ids == [bar if i == bang else i for i in plain]
+    assert found[0][-1].count(copied.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", ["user only", "last only", "own system"])
+def test_template_without_the_system_message(tokenizer, template):
+    """Stops a template that drops the system message from losing the instruction."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = TEMPLATES[template]
+    text = copied.decode(data.encode_prompt(Example(**ROWS[0]), copied))
+    user = data.USER.format(**ROWS[0])
+    assert text.count(f"{data.SYSTEM}\n\n{user}") == text.count(user) == 1
+    copied.chat_template = "<|im_start|>be kind<|im_end|>"
+    assert "chat template drops" in refusal(data.encode_prompt, Example(**ROWS[0]), copied)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ messages + 1 }}", "{{ messages[5].content.x }}", {"rag": "", "tools": ""}],
+    ids=["ZeroDivisionError", "TypeError", "UndefinedError", "no default"],
+)
+def test_template_that_raises(tokenizer, write_rows, template):
+    """Stops a traceback where a template raises something else than a TemplateError."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = template
+    row = {"task_id": "a", "prompt": "def f():", "canonical_solution": "0", "entry_point": "f"}
+    (problem,) = tasks.load("humaneval", write_rows([row | {"test": "pass"}]), plain=True)
+    for call, *args in ((data.encode_prompt, Example(**ROWS[0]), copied), (problem.encode, copied)):
+        assert "model: the tokenizer's chat template does not work: " in refusal(call, *args)
+
+
+def test_tokenizer_that_appends_eos(tokenizer):
+    """Stops a prompt that ends with EOS, and a target that ends with two."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = None
+    example = Example(**ROWS[0])
+    expected = data.encode_prompt(example, copied), data.encode_target(example, copied)
+    start, end = copied.encode("<|im_start|><|im_end|>")
+    special = [("<|im_start|>", start), ("<|im_end|>", end)]
+    form = "<|im_start|> $A <|im_end|> <|im_end|>"
+    copied.backend_tokenizer.post_processor = TemplateProcessing(form, special_tokens=special)
+    assert copied.encode("a")[1:] == [*tokenizer.encode("a"), end, end]
+    assert data.encode_prompt(example, copied) == [start, *expected[0]]
+    assert data.encode_target(example, copied) == expected[1]
 
 
 def test_long_prompts(tokenizer):

@@ -589,7 +589,7 @@ def test_stdin_and_notes_from_a_file(program, asked, tmp_path, monkeypatch, caps
     """Stops notes or code from getting lost on their way into the prompt, that of training."""
     mixed = (OLD + "\r\n").replace("\n", "\r\n").encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mixed)))
-    (tmp_path / "notes").write_text("\nin1d is gone.\nUse isin.\n")
+    (tmp_path / "notes").write_bytes(b"\xef\xbb\xbf\r\nin1d is gone.\r\nUse isin.\r\n")
     with pytest.raises(BadInput, match="mixes"):
         program(None, None, "--update-file", "notes", file="-")
     content = (OLD + "\n").replace("\n", "\r\n").encode()

@@ -20,7 +20,7 @@ import pytest
 
 import data
 import reward
-from conftest import SHARED
+from conftest import SHARED, fault_in_real_md
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
 needs_data = pytest.mark.skipif(not REAL.is_file(), reason="the real data set is not there")
@@ -282,11 +282,12 @@ def test_obeys(note, completion, obeys):
 
 
 @needs_data
-def test_obeys_and_determined_on_the_real_held_out_rows():
+def test_obeys_and_determined_on_the_real_held_out_rows(monkeypatch):
     """Stops another reading of the definitions: of 140 rows 82 name something, 52 are determined.
 
     Counted by another program before this one was written (numbers are words of a reference, too).
     """
+    monkeypatch.setattr(data, "fault", fault_in_real_md)
     heldout = data.split_heldout("0.1", data.load_examples(str(REAL)), 42)[1]
     plain = reward.strip_comments
     change = [e for e in heldout if plain(e.old_code) != plain(e.new_code)]
@@ -309,6 +310,46 @@ def test_strip_comments_keeps_strings():
     for code in doc:
         assert reward.strip_comments(code) == code
         assert reward.strip_comments(f'\n# \'\n\n  {code} \t# """\n\n') == code
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'f"{row["#name"]}"',  # the f-string's own quote
+        "f'{a['it']}' + '#'",
+        'f"{f"{f"#"}#"}#"',
+        'rF"\\{row["#"]}#"',  # a backslash protects no brace
+        't"{row["#"]}#"',
+        'f"{"\\n#".join(x)}#"',
+        'f"{{#}}{x}#"',
+        'f"{{{x}}}#"',
+        'f"{x:#x}#"',  # a format spec is text
+        "f'{x:\">#10}#'",
+        'f"{x!r:#>{w["#"]}}#"',
+        'f"{x:{w:#x}#}#"',
+        'f"{x=}#"',
+        'f"{x != "#"}#"',
+        'f"{ {"a": "#"}["a"] }#"',
+        'f"{x["a":"#"]}#"',
+        'f"{(lambda x: "#")(1)}#"',
+        'f"\\N{NUMBER SIGN}#\\"#"',
+        "f'''{x[\"'''\"]}#'''",
+        "f'''{'''#'''}#'''",
+        'y = x if"{#"else"}#"',  # no prefix
+    ],
+)
+def test_strings_in_the_braces_of_f_strings(code):
+    """A "#" in such a string cuts the line, and a wrong answer behind it is an exact match."""
+    assert reward.strip_comments(f"{code}  # it's\ny = '#'  # \"") == f"{code}\ny = '#'"
+    assert reward.em(answer(f"{code}.a  # {{"), f"{code}.b") == 0.0
+
+
+@pytest.mark.parametrize("quote", ['"', "'", '"""', "'''"])
+def test_comments_in_the_braces_of_f_strings(quote):
+    """A comment in the braces of an f-string stays, or a quote in it ends the string."""
+    code = f"f{quote}#{{\n  f(x,  # it's }} {quote}\n  y)  # : {{\n:#>{{  w  # w\n}}}}#{quote}  # z"
+    bare = f"f{quote}#{{\n  f(x,\n  y)\n:#>{{  w\n}}}}#{quote}"
+    assert reward.strip_comments(code) == bare
 
 
 KINDS = ("exact", "old", "mutated", "comment lines", "truncated", "unfenced", "broken")
@@ -404,6 +445,7 @@ HOSTILE = {
     "sum": "a+" * 24_000 + "a", "attributes": "a" + ".a" * 24_000,
     "conditions": "x if y else " * 4_000 + "z",
     "indents": "".join(" " * i + "if x:\n" for i in range(300)), "f-strings": "f'{" * 16_000,
+    "fields": 'f"' + "{" * 49_000, "specs": "f'{a:" * 9_000, "names": 'f"' + "\\N{a" * 12_000,
     "lines": "x = 1\n" * 8_000, "powers": "2**" * 16_000 + "2", "answers": "<answer>" * 130_000,
     "ends": "</answer>" * 120_000, "thoughts": "</think>" * 130_000, "ticks": "`" * 10**6,
     "fences": "```python\n" * 100_000, "open fences": "```python\nx" * 9_000,
