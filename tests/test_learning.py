@@ -26,6 +26,16 @@ def heldout(output):
     return metrics["before"], metrics["after"]
 
 
+def test_six_steps_raise_the_reward(tmp_path):
+    """Stops an update without effect or in the wrong direction, at a high learning rate."""
+    settings = ["--steps", "6", "--lr", "4e-3", "--warmup", "0", "--heldout", "", "--quiet"]
+    assert grpo.main([*settings, "--output", str(tmp_path / "run")]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward"] for line in lines]
+    assert rewards[0] < 1.8 and min(rewards[3:]) > 2.3
+
+
+@pytest.mark.slow
 def test_grpo_unlearns_the_stale_habit(tmp_path):
     """Stops an update without effect or in the wrong direction, and settings that do not learn."""
     assert grpo.main([*QUIET, "--output", str(tmp_path / "run")]) == 0
@@ -35,6 +45,7 @@ def test_grpo_unlearns_the_stale_habit(tmp_path):
     assert after["reward"] >= before["reward"] + 0.80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, steps", [(dapo, 30), (sft, 100)], ids=["dapo", "sft"])
 def test_dapo_and_sft_learn_too(script, steps, tmp_path):
     """Stops an algorithm that runs but does not learn, or does not learn to follow the note."""
@@ -44,6 +55,7 @@ def test_dapo_and_sft_learn_too(script, steps, tmp_path):
     assert after["reward"] >= before["reward"] + 0.60
 
 
+@pytest.mark.slow
 def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
     """Stops a gain that has another source than the reward, e.g. leaked targets.
 
