@@ -183,7 +183,8 @@ def update(model, optimizer, batch, config):
     totals = Counter(skipped=0)
     parts = batch.split(config.prompts_per_step // config.updates)
     for part in parts:  # eq. 9
-        sums = parallel.all_reduce(model, accumulate(model, part, config))
+        sums = parallel.sum_metrics(accumulate(model, part, config))
+        parallel.reduce_gradients(model)
         sums["grad_norm"] = parallel.clip_grad_norm(model, config.max_grad_norm)
         if math.isfinite(sums["loss"] + sums["grad_norm"]):
             optimizer.step()
