@@ -45,6 +45,7 @@ import torch
 import data
 import dora
 import lib.config
+import recode
 import rollout
 import training.dry_run
 import training.run
@@ -140,23 +141,27 @@ def collect(model, tokenizer, tasks, position, config):
 def accumulate(model, batch, config):
     """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics.
 
-    One micro-batch at a time, with the weights of the whole batch, so the sum is exact.
+    One pass at a time, with the weights of the whole batch, so the sum is exact.
     """
     weights = token_weights(batch.mask, config)  # (B, T)
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    for part, logps in rollout.micro_batches(model, batch, config):
-        old_logps = logps.detach() if part.old_logps is None else part.old_logps
-        J = objective(logps, old_logps, part.ref_logps, part.advantages, config)
-        loss = -(weights[part.rows] * J).sum()  # eq. 9
-        loss.backward()  # before the next part: the prompts' own backward runs inside the iterator
-        with torch.no_grad():
-            sums["loss"] += loss.item()
-            _, active = surrogate(logps, old_logps, part.advantages, config)
-            sums["clip_fraction"] += (active & part.mask).sum().item() / count
-            if config.beta:
-                sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
+    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    for i in parallel.share(range(len(batch.prompts))):
+        with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
+            for part in rollout.passes(batch, i, config.micro_tokens):
+                logps = recode.completion_logps(model, prompt, part, config.temperature)  # (B, T)
+                old_logps = logps.detach() if part.old_logps is None else part.old_logps
+                J = objective(logps, old_logps, part.ref_logps, part.advantages, config)
+                loss = -(weights[part.rows] * J).sum()  # eq. 9
+                loss.backward()
+                with torch.no_grad():
+                    sums["loss"] += loss.item()
+                    _, active = surrogate(logps, old_logps, part.advantages, config)
+                    sums["clip_fraction"] += (active & part.mask).sum().item() / count
+                    if config.beta:
+                        sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
     return sums
 
 
@@ -170,7 +175,8 @@ def update(model, optimizer, batch, config):
     totals = Counter(skipped=0)
     parts = batch.split(config.prompts_per_step // config.updates)
     for part in parts:  # eq. 9
-        sums = parallel.all_reduce(model, accumulate(model, part, config))
+        sums = parallel.sum_metrics(accumulate(model, part, config))
+        parallel.reduce_gradients(model)
         sums["grad_norm"] = parallel.clip_grad_norm(model, config.max_grad_norm)
         if math.isfinite(sums["loss"] + sums["grad_norm"]):
             optimizer.step()

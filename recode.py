@@ -17,6 +17,7 @@ must be full softmax attention: no sliding window, no soft cap.
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -87,14 +88,14 @@ def prefill(model, prompt):
 
 @contextlib.contextmanager
 def shared_prompt(model, prompt):
-    """prefill() whose gradient waits.
+    """Run a prompt once for all of its completions: (its prefill(), its last token).
 
-    A backward pass inside ends at the prompt's keys and values; what accumulates there goes
+    Call backward() inside. It ends at the prompt's keys and values; what accumulates there goes
     through the prompt once, on exit.
     """
     outputs = [x for pair in prefill(model, prompt) for x in pair]
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
-    yield list(zip(leaves[::2], leaves[1::2]))
+    yield list(zip(leaves[::2], leaves[1::2])), prompt[-1]
     used = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if used:
         torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
@@ -302,13 +303,16 @@ class FrozenHeadLogps(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def completion_logps(model, cache, last, tokens, mask, temperature):
+def completion_logps(model, prompt, part, temperature):
     """log pi(token t | prompt and the tokens before) of completions of one prompt, (B, T) fp32.
 
-    cache: prefill()'s, last: the prompt's last token. tokens (B, T) int64; mask (B, T) bool, true
-    on the first tokens of a row; 0 outside it. Differentiable. The output layer runs in chunks
-    whose logits are not kept for the backward pass, so the (B, T, V) logits never exist.
+    prompt: what shared_prompt() returns. part: an object with tokens (B, T) int64 and mask (B, T)
+    bool, true on the first tokens of a row; the result is 0 outside it. Differentiable. The output
+    layer runs in chunks whose logits are not kept for the backward pass, so the (B, T, V) logits
+    never exist.
     """
+    cache, last = prompt
+    tokens, mask = part.tokens, part.mask
     T = int(mask.sum(1).max())
     mask_T = mask[:, :T]
     first = torch.full_like(tokens[:, :1], last)
@@ -344,6 +348,7 @@ def token_logps(model, prompts, tokens, mask, temperature=1.0):
     """completion_logps() of B rows with a prompt each; prompts: list of B lists of ids."""
     rows = []
     for prompt, row, kept in zip(prompts, tokens[:, None], mask[:, None], strict=True):
-        cache = prefill(model, prompt)
-        rows.append(completion_logps(model, cache, prompt[-1], row, kept, temperature))
+        shared = prefill(model, prompt), prompt[-1]
+        part = SimpleNamespace(tokens=row, mask=kept)
+        rows.append(completion_logps(model, shared, part, temperature))
     return torch.cat(rows)  # (B, T)

@@ -3,7 +3,7 @@
     sample_answers  completions of any prompts, as text
     sample_groups   the same for tasks, with their rewards: a Group per task
     make_batch      all completions of some groups as tensors, with their advantages: a Batch
-    micro_batches   a Batch in passes that fit into memory, prompt by prompt
+    passes          the rows of a prompt in parts that fit into memory
 """
 
 import dataclasses
@@ -163,23 +163,16 @@ def split_by_budget(lengths, budget):
         yield start, len(lengths)
 
 
-def micro_batches(model, batch, config):
-    """Yield this rank's rows of a Batch as (part, its log-probabilities (B, T)), prompt by prompt.
+def passes(batch, i, micro_tokens):
+    """The rows of prompt i in parts for one pass each: a list of Batches.
 
-    A rank takes every WORLD-th prompt. Call backward() before the next part: the shared prompt's
-    own backward runs inside this iterator, after its last rows. A pass has one prompt's rows, of
-    similar length, and at most config.micro_tokens tokens, unless one row alone has more.
+    Rows of a part have similar lengths. They take at most `micro_tokens` tokens, padding included,
+    unless one row alone has more.
     """
-    parallel.gather_weights(model)
-    for i in parallel.share(range(len(batch.prompts))):
-        rows = (batch.group == i).nonzero()[:, 0]
-        lengths, order = batch.mask[rows].sum(1).sort(descending=True, stable=True)
-        prompt = batch.prompts[i]
-        with recode.shared_prompt(model, prompt) as cache:
-            for start, end in split_by_budget(lengths.tolist(), config.micro_tokens):
-                part = batch.select(rows[order[start:end]])
-                passed = part.tokens, part.mask, config.temperature
-                yield part, recode.completion_logps(model, cache, prompt[-1], *passed)
+    rows = (batch.group == i).nonzero()[:, 0]
+    lengths, order = batch.mask[rows].sum(1).sort(descending=True, stable=True)
+    parts = split_by_budget(lengths.tolist(), micro_tokens)
+    return [batch.select(rows[order[start:end]]) for start, end in parts]
 
 
 @torch.no_grad()
@@ -187,8 +180,12 @@ def batch_logps(model, batch, config):
     """The log-probabilities of a Batch without gradient or dropout, (B, T), on every rank."""
     model.eval()
     logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    for part, found in micro_batches(model, batch, config):
-        logps[part.rows] = found
+    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    for i in parallel.share(range(len(batch.prompts))):
+        with recode.shared_prompt(model, batch.prompts[i]) as prompt:
+            for part in passes(batch, i, config.micro_tokens):
+                found = recode.completion_logps(model, prompt, part, config.temperature)
+                logps[part.rows] = found
     return parallel.sum_ranks(logps)
 
 

@@ -174,7 +174,7 @@ def shard(model, offload):
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     model.set_requires_gradient_sync(False)
-    model.set_reshard_after_backward(False)  # nothing is freed until all_reduce()
+    model.set_reshard_after_backward(False)  # nothing is freed until reduce_gradients()
     with torch.no_grad():  # FSDP2 has to see the whole model first
         model(torch.zeros(1, 1, dtype=torch.long, device="cuda" if CUDA else "cpu"))
     free_weights(model)
@@ -186,7 +186,7 @@ def sharded_modules(model):
 
 
 def gather_weights(model):
-    """All-gather the full weights on every rank; they stay until the next all_reduce()."""
+    """All-gather the full weights on every rank; they stay until reduce_gradients()."""
     for module in sharded_modules(model):
         module.unshard()
 
@@ -215,11 +215,16 @@ def unhooked(model):
 # ------------------------------------------------------------------------- one update
 
 
-def all_reduce(model, sums):
-    """Sum gradients and metrics over all ranks; returns the metrics, a Counter.
+def sum_metrics(sums):
+    """The sums over all ranks, a Counter, of {name: float}; a rank without rows may lack names."""
+    total = Counter()
+    for each in gather([sums]):
+        total.update(each)
+    return total
 
-    sums: {name: float} of this rank's rows; names may be missing on a rank without rows.
-    """
+
+def reduce_gradients(model):
+    """Sum the gradients over all ranks."""
     if sharded_modules(model):
         model.set_requires_gradient_sync(True)
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -234,10 +239,6 @@ def all_reduce(model, sums):
         grads = [p.grad for p in parameters]
         flat = sum_ranks(nn.utils.parameters_to_vector(grads))  # one message for all
         nn.utils.vector_to_parameters(flat, grads)
-    total = Counter()
-    for each in gather([sums]):
-        total.update(each)
-    return total
 
 
 def clip_grad_norm(model, max_norm):

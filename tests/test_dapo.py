@@ -219,9 +219,6 @@ def test_a_short_rollout_is_split_between_groups(checkpoints, monkeypatch):
     parameter = torch.nn.Parameter(torch.ones(1))
     model = torch.nn.Module()
     model.weight = parameter
-    monkeypatch.setattr(
-        dapo.parallel, "all_reduce", lambda _, sums: sums
-    )  # one process: nothing to reduce
     monkeypatch.setattr(rollout, "batch_logps", lambda *_: torch.zeros(20, 3))
     batch = rollout.make_batch(
         [rollout.Group([5], None, [[6, 7, 8]] * 4)] * 5, torch.ones(5, 4), "cpu"

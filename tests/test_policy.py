@@ -484,6 +484,14 @@ def test_token_logps_leave_their_inputs_and_ignore_padding():
     assert not padded[:4, 8:].any() and not logps[~mask].any()
 
 
+def each_pass(model, batch, micro_tokens):
+    """Yield (part, its log-probabilities) of every pass, in the order of accumulate()."""
+    for i, prompt in enumerate(batch.prompts):
+        with recode.shared_prompt(model, prompt) as shared:
+            for part in rollout.passes(batch, i, micro_tokens):
+                yield part, recode.completion_logps(model, shared, part, 1.0)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_prompt_changes_nothing(family, checkpointed):
@@ -512,7 +520,7 @@ def test_a_shared_prompt_changes_nothing(family, checkpointed):
         model.zero_grad()
         model.train()
         order = []
-        for part, logps in rollout.micro_batches(model, batch, grpo.Config(micro_tokens=budget)):
+        for part, logps in each_pass(model, batch, budget):
             torch.testing.assert_close(logps, expected[part.rows], atol=1e-5, rtol=1e-5)
             (logps * weights[part.rows]).sum().backward()
             lengths = part.mask.sum(1)
@@ -531,9 +539,7 @@ def test_a_shared_prompt_runs_once(monkeypatch):
     monkeypatch.setattr(recode, "prefill", note)
     group, tokens = torch.arange(4).repeat_interleave(3), torch.ones(12, 6, dtype=torch.long)
     batch = rollout.Batch(PROMPTS, group, tokens, tokens > 0, torch.zeros(12))
-    assert (
-        len(list(rollout.micro_batches(model, batch, grpo.Config(micro_tokens=14)))) > len(seen) > 1
-    )
+    assert len(list(each_pass(model, batch, 14))) > len(seen) > 1
     assert seen == PROMPTS
 
 
