@@ -634,7 +634,7 @@ def test_notes_that_do_not_concern_the_code(rows, write_rows, tmp_path, capsys):
         assert {e.update_info for e in made} <= {e.update_info for e in source_rows}
         for e in made:
             assert e.new_code == e.old_code
-            i = int(e.old_code.rpartition(".a")[2])
+            i = int(e.old_code.rpartition(".a")[2].rstrip(")"))
             assert not {f"f{i % 20}", f"key{i}"} & reward.words(e.update_info)
     message = refusal(check_data.main, [source, "--split", "0.25", target + "2", "--contrast", "99"])
     assert "--contrast 99" in message and not Path(target + "2").exists()
