@@ -210,6 +210,7 @@ def main(argv=None):
             parallel.seed_dropout(config.seed, step)
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             run.lap("sample")
+            run.watch(step + 1, groups)
             metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             metrics |= update(model, optimizer, batch, config)

@@ -68,6 +68,7 @@ class Group:
     rewards: list = ()
     cut: list = ()  # whether a completion was cut at max_new_tokens
     grades: list = ()
+    advantages: list = ()  # in the update batch; DAPO's dropped groups have none
 
 
 def sample_groups(model, tokenizer, tasks, config, position):
@@ -134,7 +135,12 @@ class Batch:
 
 
 def make_batch(groups, advantages, device):
-    """The Batch of all completions of some Groups; advantages (groups, num_samples)."""
+    """The Batch of all completions of some Groups; advantages (groups, num_samples).
+
+    The Groups keep their advantages, too, for the log.
+    """
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        group.advantages = row
     rows = [torch.tensor(ids) for group in groups for ids in group.completions]
     tokens = torch.zeros(0, 0, dtype=torch.long)  # DAPO may find no group
     if rows:

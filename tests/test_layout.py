@@ -14,7 +14,7 @@ EXCLUDED = ("tests", "bench", "tiny", "runs", "figures")  # not part of the code
 LAYERS = (  # a module imports from its own layer and those before it
     ("reward", "sandbox", "lib.config", "lib.files"),
     ("data", "lib.parallel"),
-    ("dora", "lib.loading", "lib.speed", "naive_grpo", "training.curve"),
+    ("dora", "lib.loading", "lib.speed", "naive_grpo"),
     ("recode",),
     ("rollout",),
     ("training",),

@@ -1,5 +1,5 @@
-"""What a run shows: other programs' logs, the screen with and without a terminal, curves and
-tables.
+"""What a run shows: other programs' logs, the screen with and without a terminal, several runs
+side by side.
 """
 
 import importlib.util
@@ -8,7 +8,6 @@ import json
 import re
 import sys
 import types
-from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -18,7 +17,6 @@ import grpo
 import rollout
 from training import run, screen
 from lib.config import BadInput
-from training.curve import curve
 import tools.compare
 
 SMALL = [
@@ -255,7 +253,7 @@ def test_help(program, tmp_path, monkeypatch, capsys):
         assert re.search(r"\[[^]]+\]$|\(required\)|is required|the same from a file", flag), flag
 
 
-# ------------------------------------------------------------------------- curves and tables
+# ------------------------------------------------------------------------- several runs
 
 
 def write_run(directory, ems, start=1):
@@ -267,38 +265,29 @@ def write_run(directory, ems, start=1):
     return str(directory)
 
 
-def drawn(picture):
-    """The texts of an SVG, and the points of its lines, [[(x, y), ...], ...]."""
-    root = ElementTree.fromstring(picture)
-    name = "{http://www.w3.org/2000/svg}"
-    lines = []
-    for element in root.iter(name + "polyline"):
-        points = element.get("points").split()
-        lines.append([tuple(map(float, point.split(","))) for point in points])
-    return [element.text for element in root.iter(name + "text")], lines
+def read_page(path):
+    """The data of a page: a dict for every run."""
+    text = path.read_text()
+    start = text.index(">", text.index('id="data"')) + 1
+    return json.loads(text[start : text.index("</script>", start)])
 
 
 def test_runs_side_by_side(tmp_path, capsys):
-    """Stops a mean over the wrong steps, a misplaced line, and a name that breaks the picture."""
+    """Stops a mean over the wrong steps, a curve without a step, a name that breaks the page."""
     first = write_run(tmp_path / "a<b", [0.0] * 10 + [0.5, 1.0] * 5)
     second = write_run(tmp_path / "c", [0.25] * 4 + [None])
     with open(f"{second}/metrics.jsonl", "a") as file:
         file.write('{"step": 6, "e')  # it is being written
-    assert tools.compare.main([first, second, "--output", str(tmp_path / "new/x.svg")]) == 0
+    assert tools.compare.main([first, second, "--output", str(tmp_path / "new/x.html")]) == 0
     _, _, one, two, done = capsys.readouterr().out.splitlines()
     assert one.split() == ["20", "0.750", "1.500", "0.500", *"----", first]
     assert two.split() == ["5", "0.250", "-1.500", "0.500", *"----", second]
-    assert done == f"done: {tmp_path}/new/x.svg"
-    names, lines = drawn((tmp_path / "new/x.svg").read_text())
-    assert {first, second, "exact match", "reward", "stale"} <= set(names)
-    assert list(map(len, lines)) == [20, 4, 20, 4, 20, 5]  # reward, exact match, stale of both
-    for short, left in ((lines[1], 50), (lines[3], 430)):
-        assert {y for _, y in short} == {290 - 250 / 4}  # a quarter up, in both panels
-        assert [x for x, _ in short] == [
-            pytest.approx(left + 300 * i / 19, abs=0.06) for i in range(4)
-        ]
-    last = lines[2][-1]
-    assert last == pytest.approx((730, 290 - 250 * 0.8), abs=0.1)  # the last five: 1, .5, 1, .5, 1
+    assert done == f"done: {tmp_path}/new/x.html"
+    long, short = read_page(tmp_path / "new/x.html")
+    assert (long["name"], short["name"]) == (first, second)
+    assert [point[0] for point in long["curves"]] == list(range(1, 21))
+    points = [[step, -1.5, 0.25, 0.5, None, None, None, None, None, None] for step in range(1, 5)]
+    assert short["curves"] == [*points, [5, None, None, 0.5, *[None] * 6]]
 
 
 HELDOUT = {
@@ -308,34 +297,30 @@ HELDOUT = {
 
 
 def test_a_run_that_does_not_sample(tmp_path, capsys):
-    """Stops a failure, a line or a legend for SFT, whose rows have no reward; a lost held-out
-    result.
-    """
+    """Stops a failure for SFT, whose rows have no reward, and a lost held-out result."""
     grpo_run, sft_run = write_run(tmp_path / "grpo", [0.5, 0.5]), tmp_path / "sft"
     sft_run.mkdir()
     row = {"step": 30, "loss": 0.5, "kl": 0.0, "grad_norm": 1.0, "completion_length": 9.0}
     (sft_run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (sft_run / "heldout.json").write_text(json.dumps(HELDOUT))
-    picture = tmp_path / "x.svg"
-    assert tools.compare.main([grpo_run, str(sft_run), "--output", str(picture)]) == 0
+    output = ["--output", str(tmp_path / "x.html")]
+    assert tools.compare.main([grpo_run, str(sft_run), *output]) == 0
     over, head, one, two, _ = capsys.readouterr().out.splitlines()
     assert one.split() == ["2", "0.500", "0.000", "0.500", *"----", grpo_run]
     assert two.split() == ["30", *"---", "0.125", "0.875", "-", "0.062", str(sft_run)]
     assert head.split() == "step exact reward stale before exact reward stale".split()
     assert two.index("0.875") + 5 == head.rindex("exact") + 5 and over.index("held") > 32
-    names, lines = drawn(picture.read_text())
-    assert [len(line) for line in lines] == [2, 2, 2]
-    assert grpo_run in names and str(sft_run) not in names
-    assert tools.compare.main([str(sft_run), "--output", str(picture)]) == 0
-    assert drawn(picture.read_text())[1] == []
+    _, run = read_page(tmp_path / "x.html")
+    assert run["curves"] == [[30, None, None, None, None, None, 9.0, 0.0, None, 0.5]]
+    assert "exact match 0.125 0.875 +0.750" in " ".join(run["heldout"].split())
     (sft_run / "heldout.json").write_text("{")
     with pytest.raises(BadInput, match="heldout.json"):
-        tools.compare.main([str(sft_run), "--output", str(picture)])
+        tools.compare.main([str(sft_run), *output])
 
 
 def test_runs_that_are_none(tmp_path):
     """Stops a traceback for a directory that is no run, or for one that has not made a step."""
-    output = ["--output", str(tmp_path / "x.svg")]
+    output = ["--output", str(tmp_path / "x.html")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="empty: no metrics.jsonl"):
         tools.compare.main([str(tmp_path / "empty"), *output])
@@ -348,34 +333,4 @@ def test_runs_that_are_none(tmp_path):
     (tmp_path / "empty/metrics.jsonl").write_text('{"loss": 1}\n{"step": 1, "e')
     with pytest.raises(BadInput, match="with a step"):
         tools.compare.main([str(tmp_path / "empty"), *output])
-    assert not (tmp_path / "x.svg").exists()
-
-
-def test_curve_of_a_run():
-    """Stops a curve without a metric, a thick line that is not the mean, or one off its scale."""
-    values = [0.0, 1.0, None, 0.5]
-    rows = []
-    for step, em in enumerate(values, 1):
-        reward = None if em is None else 3.0
-        rows.append({"step": step, "reward": reward, "em": em, "stale": 0.0, "loss": 9.0})
-    names, lines = drawn(curve(rows))
-    assert {"reward", "exact match", "stale"} <= set(names) and "loss" not in names
-    reward, _, em, mean, stale, _ = lines
-    assert reward == [(50, 40), (150, 40), (350, 40)]  # +3 is the top; step 3 was not finite
-    assert em == [(430, 290), (530, 40), (730, 165)] and {y for _, y in mean} == {165}
-    assert stale == [(810 + 100 * i, 290) for i in range(4)]
-    assert drawn(curve([]))[1] == [[]] * 6  # before the first step
-
-
-@pytest.mark.parametrize("losses", [[2.0, 0.5, 1.25], [0.5], [0.5, 0.5], [None, None]])
-def test_curve_without_samples(losses):
-    """Stops a crash for SFT's rows, a constant or lost loss, and a loss drawn on another's scale.
-    """
-    rows = [{"step": 5 + i, "loss": loss, "kl": 0.0} for i, loss in enumerate(losses)]
-    names, lines = drawn(curve(rows))
-    assert "5" in names and all(40 <= y <= 290 for line in lines for _, y in line)
-    if losses[0] is not None:
-        assert "loss" in names and "reward" not in names and len(lines) == 2
-    if len(losses) == 3:
-        assert lines[0] == [(50, 40), (200, 290), (350, 165)]
-        assert [y for _, y in lines[1]] == [165] * 3
+    assert not (tmp_path / "x.html").exists()

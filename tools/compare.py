@@ -1,27 +1,24 @@
-"""Compares runs: prints a line for each and draws them in one picture.
+"""Compares runs: prints a line for each and puts all of them on one page.
 
     python -m tools.compare runs/grpo runs/dapo runs/sft
 
 A line holds means of the last ten steps, of sampled answers to training tasks, and the held-out
-result of a finished run: exact match before training, metrics after. The picture shows reward,
-exact match and stale rate by step, each a mean of nine. sft.py samples nothing, so has no line.
+result of a finished run: exact match before training, metrics after. The page is that of a run
+(page.html), with a curve for each; it needs no network. sft.py samples nothing, so has no means.
 """
 
-import html
 from pathlib import Path
 from statistics import fmean
 
 from lib import parallel
 from lib.config import BadInput, Parser, read_settings
-from lib.files import json_rows, write
-from training.curve import SERIES, known, panel, smooth, svg
+from lib.files import write
+from training.page import page, read_rows
 
 
 def read_metrics(run):
-    """The rows of a run's metrics.jsonl, oldest first, without a last line half written."""
-    path = Path(run) / "metrics.jsonl"
-    content = path.read_bytes() if path.is_file() else b""
-    rows = [row for _, row in json_rows(path, content.rpartition(b"\n")[0]) if "step" in row]
+    """The rows of a run's metrics.jsonl, oldest first; BadInput if it has none."""
+    rows = list(read_rows(Path(run) / "metrics.jsonl"))
     if not rows:
         raise BadInput(f"{run}: no metrics.jsonl with a step there; give run directories")
     return rows
@@ -41,31 +38,15 @@ def summary(run, rows):
     return f"{line}  {run}"
 
 
-def picture(runs):
-    """An SVG of {name: metrics rows}: a panel per metric, a line per run, the names below."""
-    span = (min(r[0]["step"] for r in runs.values()), max(r[-1]["step"] for r in runs.values()))
-    drawn = {name: rows for name, rows in runs.items() if known(rows, "em")}
-    styles, parts = [], []
-    for i, name in enumerate(drawn):
-        style = f'stroke="hsl({137 * i % 360}, 70%, 40%)" stroke-width="2"'
-        styles.append(style)
-        parts.append(f'<path d="M50 {340 + 20 * i}h40" {style}/>')
-        parts.append(f'<text x="100" y="{344 + 20 * i}">{html.escape(name)}</text>')
-    for place, (metric, heading, ticks) in enumerate(SERIES):
-        points = [smooth(known(rows, metric)) for rows in drawn.values()]
-        parts += panel(place, heading, span, ticks, zip(points, styles, strict=True))
-    return svg(len(SERIES), 345 + 20 * len(drawn), parts)
-
-
 def main(argv=None):
-    """Compare runs: a line each, and a picture. The exit status is 0."""
+    """Compare runs: a line each, and a page. The exit status is 0."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directory, e.g. runs/grpo")
-    add("--output", default="figures/compare.svg", metavar="X", help="the picture [%(default)s]")
+    add("--output", default="runs/compare.html", metavar="X", help="the page [%(default)s]")
     args = parser.parse_args(argv)
     runs = {str(Path(run)): read_metrics(run) for run in args.runs}
-    write(Path(args.output), picture(runs).encode())
+    write(Path(args.output), page(list(runs)))
     print(f"{'mean of the last 10':>32}{'held-out tasks':>32}")
     print(f"    step{'   exact  reward   stale'}  before{'   exact  reward   stale'}")
     for run, rows in runs.items():

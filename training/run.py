@@ -1,6 +1,6 @@
 """A run from its first line on the screen to its last, and the directory that it leaves.
 
-    config.json      every setting                     curve.svg    reward, exact match, stale rate
+    config.json      every setting                     page.html    all of these to look at
     metrics.jsonl    one row per step                  adapter/     what was trained, in PEFT's form
     samples.jsonl    notes, completions, rewards       model/       or the full model, at the end
     heldout.json     held-out metrics, at the end      checkpoint/  all that --resume needs
@@ -35,7 +35,8 @@ from lib.config import BadInput, read_run
 from lib.files import append, lock, unlock, write
 from lib.loading import write_model
 from training import screen
-from training.curve import curve
+from training.page import page
+from training.watch import Watch
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
@@ -44,6 +45,7 @@ MAY_CHANGE = (  # between a run and its --resume
     "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
+GRADED = ("format", "parses", "es", "em", "stale", "gain", "obeys")  # of a Grade, in samples.jsonl
 
 
 class Stop:
@@ -148,6 +150,7 @@ class RunDirectory:
         self.rows = []  # of metrics.jsonl
         self.before = {}  # held-out metrics before training
         self.first = True  # no step of this process has been logged yet
+        self.page_due = 0.0  # when page.html may be written again
         if config.log_to:
             log_module(config.log_to)  # fail now, not after the first measurement
         if config.resume:
@@ -188,6 +191,7 @@ class RunDirectory:
 
         A run that was stopped before its first checkpoint has nothing to resume: it starts again.
         """
+        self.watched = Watch(model, tokenizer, self.config)
         if self.config.resume and self.checkpoint.is_file():
             return self.load(model, optimizer)
         if parallel.RANK == 0:
@@ -238,11 +242,22 @@ class RunDirectory:
                 row[key] = None
         append(self.path / name, [row], "--resume")
 
-    def append_samples(self, step, group, **more):
-        """Append the completions of a group to samples.jsonl."""
-        for text, reward in zip(group.texts, group.rewards):
+    def append_samples(self, step, group, tokens=(), **more):
+        """Append the completions of a group to samples.jsonl; tokens: of Watch.after()."""
+        for i, grade in enumerate(group.grades):
             sample = {"step": step, **more, "update_info": group.example.update_info}
-            self.append("samples.jsonl", sample | {"completion": text, "reward": reward})
+            sample |= {"completion": group.texts[i], "reward": group.rewards[i]}
+            sample |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
+            sample |= {name: getattr(group.example, name) for name in ("old_code", "new_code")}
+            if tokens:  # DAPO may have dropped the group
+                sample["advantage"] = group.advantages[i] if group.advantages else 0.0
+                sample["tokens"] = tokens[i]
+            self.append("samples.jsonl", sample)
+
+    def watch(self, step, groups):
+        """Before the update: page.html shows what it does to one of the groups."""
+        self.watched.before(step, groups)
+        self.mark = time.perf_counter()
 
     def say(self, text):
         """A line for the screen, above the bar, unless the run is --quiet."""
@@ -250,12 +265,13 @@ class RunDirectory:
             tqdm.write(text)
 
     def log(self, step, metrics, groups):
-        """Log a step to the files and the screen; now and then its first group and the curve."""
+        """Log a step to the files and the screen; the group that is watched, too."""
+        tokens = self.watched.after()
         if parallel.RANK > 0:
             return
         seconds = sum(self.laps.values())
-        tokens = sum(len(ids) for group in groups for ids in group.completions)
-        row = {"step": step, **metrics, **self.laps, "tokens_per_second": tokens / seconds}
+        count = sum(len(ids) for group in groups for ids in group.completions)
+        row = {"step": step, **metrics, **self.laps, "tokens_per_second": count / seconds}
         self.append("metrics.jsonl", row)
         self.rows.append(row)
         self.other_log.add(row)
@@ -272,12 +288,19 @@ class RunDirectory:
             self.first = False
         self.say(cells)
         self.bar.update()
-        if step % self.config.show_every == 0 or step in (1, self.config.steps):
-            write(self.path / "curve.svg", curve(self.rows).encode())
-            if groups[0].texts:
-                self.append_samples(step, groups[0])
-                self.say(screen.show(step, groups[0]))
+        if tokens:
+            self.append_samples(step, self.watched.group, tokens)
+            self.say(screen.show(step, self.watched.group))
+        self.write_page()
         self.mark = time.perf_counter()
+
+    def write_page(self, last=False):
+        """Write page.html, but so seldom that it takes at most 1 % of the run's time."""
+        start = time.perf_counter()
+        if last or start > self.page_due:
+            write(self.path / "page.html", page([self.path]))
+            end = time.perf_counter()
+            self.page_due = end + 100 * (end - start)
 
     def save(self, model, optimizer, step, position, nonfinite):
         """Replace the checkpoint atomically, and save the adapter as it is now."""
@@ -287,7 +310,6 @@ class RunDirectory:
             saved["state"] = state | {"before": self.before}
             saved["files"] = {name: (self.path / name).stat().st_size for name in LOGS}
             write(self.checkpoint, lambda file: torch.save(saved, file))
-            write(self.path / "curve.svg", curve(self.rows).encode())
         if self.config.adapter != "none":
             dora.save_adapter(model, self.config, self.path / "adapter")
         self.mark = time.perf_counter()
@@ -315,7 +337,10 @@ class RunDirectory:
     def finish(self, *args):
         """After the loop: conclude() with the same arguments, and let go of the directory."""
         try:
-            return self.conclude(*args)
+            status = self.conclude(*args)
+            if parallel.RANK == 0:
+                self.write_page(last=True)
+            return status
         finally:
             unlock(self.path)
 
@@ -343,7 +368,7 @@ class RunDirectory:
         if reason := nothing_learned(self.rows):
             print(f"warning   nothing was learned: {reason}")
         kept = "model" if config.adapter == "none" else "adapter"
-        files = "metrics.jsonl, samples.jsonl, curve.svg, checkpoint/"
+        files = "metrics.jsonl, samples.jsonl, page.html, checkpoint/"
         print(f"done: {self.path}/ holds {files} and {kept}/")
         return 0
 

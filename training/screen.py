@@ -46,7 +46,7 @@ def table(before, after):
     names |= {"es": "ES", "reward": "sampled reward"}
     rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
     for key, name in names.items():
-        if after[key] is None:
+        if before.get(key) is None or after.get(key) is None:  # an older run lacks obeys
             continue
         change = after[key] - before[key]
         rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")

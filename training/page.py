@@ -1,0 +1,130 @@
+"""page.html: the curves of runs, their held-out metrics and their steps, in one file.
+
+It opens from disk and loads nothing. training/page.html is its style and its script; page() adds
+the data as JSON in which "<" is escaped, and the script makes text nodes of it. So a text that a
+model wrote never becomes a part of the page, whatever is in it.
+"""
+
+import difflib
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import reward
+from lib.config import read_settings
+from lib.files import json_rows
+from training import screen
+
+TEMPLATE = Path(__file__).with_suffix(".html").read_text()
+METRICS = ("reward", "em", "stale", "obeys", "format", "completion_length", "kl", "lr", "loss")
+MAX_CURVES = 500_000  # bytes of all runs together
+MAX_STEPS = 2_200_000
+
+
+def read_rows(path):
+    """Yield the rows of a .jsonl file, but not a last line half written; none without a file."""
+    content = path.read_bytes() if path.is_file() else b""
+    for _, row in json_rows(path, content.rpartition(b"\n")[0]):
+        if "step" in row:
+            yield row
+
+
+def dump(value):
+    """JSON that can stand in a script element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def array(texts, most):
+    """A JSON array of all texts, or of every 2nd, 4th, ... and the last, to fit in `most` bytes."""
+    while len(texts) > 2 and sum(map(len, texts)) > most:
+        texts = texts[:-1:2] + texts[-1:]
+    return f"[{','.join(texts)}]"
+
+
+def point(row):
+    """The step and its METRICS; null where one is unknown."""
+    values = [row.get(name) for name in METRICS]
+    return dump([row["step"], *(x if x is None else float(f"{x:.4g}") for x in values)])
+
+
+def diff(old, new):
+    """All lines of two programs, each after "-" (only in old), "+" (only in new) or a blank."""
+    old, new = old.split("\n"), new.split("\n")
+    lines = difflib.unified_diff(old, new, n=len(old) + len(new), lineterm="")
+    return list(lines)[3:] or [f" {line}" for line in old]
+
+
+def reasons(row, code, needed):
+    """Why an answer has its reward, and whether it follows the note: lines of text."""
+    if row.get("format") is None or row["reward"] is None:  # an older run, or weights of NaN
+        return []
+    form = "well-formed" if row["format"] > 0 else "cut at the limit" if row["cut"] else "broken"
+    why = f"similarity {row['es']:.3f}"
+    if row["em"]:
+        why = "exact"
+    elif row["stale"]:
+        why = "a copy of the old code"
+    elif not row["parses"]:
+        why = "no code" if code is None else "does not parse"
+    correctness = row["reward"] - row["format"]
+    lines = [f"format {row['format']:+.2f}, {form}", f"code {correctness:+.2f}, {why}"]
+    if needed:
+        missing = sorted(needed - reward.words(reward.strip_comments(code or "")))
+        lines.append(f"lacks {', '.join(missing)}" if missing else "uses the note's names")
+    return lines
+
+
+def answer(row, needed):
+    """What the page shows of a completion; an older run has less."""
+    shown = {name: row[name] for name in ("step", "reward", "advantage") if name in row}
+    code = reward.extract_code(row["completion"])
+    shown["why"] = reasons(row, code, needed)
+    shown["code"] = [] if code is None else diff(row.get("old_code", code), code)
+    tokens = row.get("tokens")
+    if not tokens or any(None in token for token in tokens):  # not watched, or not finite
+        return shown | {"tokens": [(row["completion"], None, None)]}
+    before, after = (sum(token[i] for token in tokens) for i in (1, 2))
+    shown["why"].append(f"log-probability {before:.2f}, then {after:.2f}")
+    short = [(text, round(100 * a), round(10_000 * (b - a))) for text, a, b in tokens]  # integers
+    return shown | {"tokens": short}
+
+
+def task(rows):
+    """A task and the answers to it; the code is empty in an older run."""
+    row = {"old_code": "", "new_code": ""} | rows[0]
+    needed = reward.needed(SimpleNamespace(**row))
+    shown = {"note": f" {row['update_info']}", "needed": sorted(needed)}
+    shown["diff"] = diff(row["old_code"], row["new_code"])
+    return dump(shown | {"answers": [answer(row, needed) for row in rows]})
+
+
+def tasks(run):
+    """(a task for every step that was logged, the held-out tasks): two lists of JSON."""
+    steps = []
+    heldout = {}  # note and old code: the rows of a task, one for each measurement
+    rows = read_rows(run / "samples.jsonl")
+    for (_, held), group in itertools.groupby(rows, lambda row: (row["step"], "heldout" in row)):
+        if held:
+            for row in group:
+                heldout.setdefault((row["update_info"], row.get("old_code")), []).append(row)
+        else:
+            best_first = sorted(group, key=lambda row: -(row["reward"] or 0))  # null if overflowed
+            steps.append(task(best_first))
+    return steps, [task(answers) for answers in heldout.values()]
+
+
+def page(runs):
+    """The page of some run directories, as bytes."""
+    texts = []
+    for run in map(Path, runs):
+        points = [point(row) for row in read_rows(run / "metrics.jsonl")]
+        steps, heldout = tasks(run)
+        path = run / "heldout.json"
+        table = screen.table(**read_settings(path)) if path.is_file() else ""
+        fields = {"name": dump(str(run)), "logged": len(steps), "heldout": dump(table)}
+        fields["curves"] = array(points, MAX_CURVES / len(runs))
+        fields["steps"] = array(steps, MAX_STEPS / len(runs))
+        fields["tasks"] = array(heldout, MAX_STEPS / len(runs))
+        texts.append("{" + ",".join(f'"{name}":{text}' for name, text in fields.items()) + "}")
+    return TEMPLATE.replace("DATA", f"[{','.join(texts)}]", 1).encode()
