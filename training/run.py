@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -83,7 +84,7 @@ def evaluate(model, tokenizer, tasks, config):
 # ------------------------------------------------------------------------- --log-to
 
 
-def log_module(name):
+def import_tracker(name):
     """The module behind --log-to; BadInput if it cannot be imported."""
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
@@ -91,49 +92,46 @@ def log_module(name):
         raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
 
 
-def start_wandb(config):
-    """A run on wandb's server; after --resume the same one."""
-    wandb = log_module("wandb")
+def ignore(row=None):
+    """Nothing else gets the metrics."""
+
+
+def open_tracker(config, step):
+    """What sends the metrics to the program of --log-to: an object with log(row) and close().
+
+    A resumed run logs some steps again, from `step` on.
+    """
+    if not config.log_to or parallel.RANK > 0:
+        return SimpleNamespace(log=ignore, close=ignore)
+    module = import_tracker(config.log_to)
     path = Path(config.output)
-    name = path / "wandb" / "id"  # of the run on the server
+    if config.log_to == "tensorboard":
+        writer = module.SummaryWriter(path / "tensorboard", purge_step=step)  # drops later rows
+
+        def log(row):
+            for name, value in row.items():
+                if value is not None:
+                    writer.add_scalar(name, value, row["step"])
+            writer.flush()
+
+        return SimpleNamespace(log=log, close=writer.close)
+
+    name = path / "wandb" / "id"  # on wandb's server
     if not name.is_file():
         write(name, secrets.token_hex(4).encode())
     settings = {"project": "recode", "dir": path, "config": dataclasses.asdict(config)}
     settings |= {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
     try:
-        return wandb.init(**settings)
-    except wandb.Error as error:
+        server = module.init(**settings)
+    except module.Error as error:
         why = " ".join(str(error).split())
         raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
 
+    def log(row):
+        if row["step"] >= server.step:  # wandb keeps the first row of a step
+            server.log(row, step=row["step"])
 
-class OtherLog:
-    """Sends the metrics to the program of --log-to, if there is one. Resumed runs repeat steps."""
-
-    def __init__(self, config, step):
-        self.writer = None
-        self.run = None
-        if config.log_to == "tensorboard" and parallel.RANK == 0:
-            path = Path(config.output) / "tensorboard"
-            writer = log_module("tensorboard").SummaryWriter
-            self.writer = writer(path, purge_step=step)  # forgets rows of later steps
-        elif config.log_to == "wandb" and parallel.RANK == 0:
-            self.run = start_wandb(config)
-
-    def add(self, row):
-        if self.writer:
-            for name, value in row.items():
-                if value is not None:
-                    self.writer.add_scalar(name, value, row["step"])
-            self.writer.flush()
-        if self.run and row["step"] >= self.run.step:  # wandb keeps the first row of a step
-            self.run.log(row, step=row["step"])
-
-    def close(self):
-        if self.writer:
-            self.writer.close()
-        if self.run:
-            self.run.finish()
+    return SimpleNamespace(log=log, close=server.finish)
 
 
 # ------------------------------------------------------------------------- the run directory
@@ -152,7 +150,7 @@ class RunDirectory:
         self.first = True  # no step of this process has been logged yet
         self.page_due = 0.0  # when page.html may be written again
         if config.log_to:
-            log_module(config.log_to)  # fail now, not after the first measurement
+            import_tracker(config.log_to)  # fail now, not after the first measurement
         if config.resume:
             self.check_settings()
         elif not config.dry_run:
@@ -211,9 +209,9 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def progress(self, step):
-        """Around the training loop: the bar, the log of --log-to, and the Stop that Ctrl-C sets."""
+        """Around the training loop: the bar, the tracker, and the Stop that Ctrl-C sets."""
         hidden = self.config.quiet or parallel.RANK > 0
-        self.other_log = OtherLog(self.config, step + 1)
+        self.tracker = open_tracker(self.config, step + 1)
         stop = Stop()
         handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
@@ -223,7 +221,7 @@ class RunDirectory:
                 self.mark = time.perf_counter()
                 yield stop
         finally:
-            self.other_log.close()
+            self.tracker.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -274,7 +272,7 @@ class RunDirectory:
         row = {"step": step, **metrics, **self.laps, "tokens_per_second": count / seconds}
         self.append("metrics.jsonl", row)
         self.rows.append(row)
-        self.other_log.add(row)
+        self.tracker.log(row)
         heads = cells = ""
         for name, heading, width, form in screen.COLUMNS:
             if name in row or "reward" in row:  # sft.py samples nothing
