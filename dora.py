@@ -200,7 +200,15 @@ def save_adapter(model, config, directory):
     write(Path(directory) / "adapter_config.json", json.dumps(settings, indent=2).encode())
 
 
-UNSUPPORTED = ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")  # of PEFT
+# What PEFT may write down without computing something else. A list of what it may not would be out
+# of date with PEFT's next version.
+HARMLESS = (
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_dora", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
+    "qalora_group_size",
+)  # fmt: skip
+INITIAL = (True, False, None, "gaussian", "orthogonal")  # the others change the base, as PiSSA does
 
 
 def load_adapter(model, directory, dropout=0.0):
@@ -211,9 +219,12 @@ def load_adapter(model, directory, dropout=0.0):
     """
     place = f"adapter {str(directory)!r}"
     settings = read_settings(Path(directory) / "adapter_config.json")
-    unknown = [key for key in UNSUPPORTED if settings.get(key)]
-    if settings.get("peft_type") != "LORA" or unknown:
-        raise BadInput(f"{place} is not a plain DoRA or LoRA adapter {unknown}")
+    other = [key for key, x in settings.items() if key not in HARMLESS and x and x != "none"]
+    if settings.get("init_lora_weights") not in INITIAL:
+        other.append("init_lora_weights")
+    if settings.get("peft_type") != "LORA" or other:
+        why = f"is not a plain DoRA or LoRA adapter {other}"
+        raise BadInput(f"{place} {why}; merge it into its base with PEFT, then give that model")
     r, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(r, int) or not isinstance(alpha, int | float) or not min(r, alpha) > 0:
         raise BadInput(f"{place}: r {r!r}, lora_alpha {alpha!r}: must be numbers above 0")

@@ -141,6 +141,7 @@ def answer_limit(model, tokenizer, example, settings, args):
     if prompt > longest:
         raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {longest} at most")
     context = getattr(model.config, "max_position_embeddings", math.inf)
+    context = min(context, setup.exact_length(model.config))
     usual = max(settings.get("max_new_tokens", 1024), 2 * code)
     limit = args.max_new_tokens or min(usual, context - prompt)
     if prompt + max(limit, code) > context:

@@ -359,6 +359,44 @@ BAD_ADAPTERS = {
 }
 
 
+OTHER_KINDS = {
+    "init_lora_weights": ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica"),
+    "alora_invocation_tokens": ([5, 6],), "lora_bias": (True,), "bias": ("all", "lora_only"),
+    "layer_replication": ([[0, 2]],), "fan_in_fan_out": (True,), "use_qalora": (True,),
+    "megatron_config": ({"a": 1},), "trainable_token_indices": ([7],), "rank_pattern": ({"q": 2},),
+    "target_parameters": (["mlp.experts"],), "kasa_config": ({"beta": 1},), "a new one": (0.5,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_KINDS)
+def test_adapters_of_another_kind(adapter, key):
+    """Stops an adapter that PEFT computes otherwise, or over a changed base, from being loaded."""
+    for value in OTHER_KINDS[key]:
+        with pytest.raises(BadInput, match=f"not a plain DoRA or LoRA adapter .*{key}.*; merge"):
+            loading.load_policy(TINY, str(adapter({key: value})))
+
+
+PEFT_WRITES = {  # PEFT 0.21.2 in a plain adapter, beside what save_adapter writes
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}, "bias": "none", "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "exclude_modules": ["lm_head"],
+    "fan_in_fan_out": False, "init_lora_weights": "gaussian", "kasa_config": None,
+    "layer_replication": None, "layers_pattern": "layers", "layers_to_transform": [0, 1],
+    "loftq_config": {}, "lora_bias": False, "lora_ga_config": None, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None,
+    "peft_version": "0.21.2", "qalora_group_size": 16, "rank_pattern": {}, "revision": None,
+    "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
+    "use_qalora": False, "use_rslora": False, "velora_config": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("initial", [True, False, "gaussian", "orthogonal"])
+def test_what_peft_writes_into_a_plain_adapter(adapter, half, initial):
+    """Stops a check so strict that it refuses PEFT's own plain adapters."""
+    loaded = loading.load_policy(TINY, adapter(PEFT_WRITES | {"init_lora_weights": initial}), "bf16")
+    assert torch.equal(loaded(IDS).logits, half(IDS).logits)
+
+
 @pytest.mark.parametrize(
     "changes, rename, without, message", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS
 )

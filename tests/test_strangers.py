@@ -1,6 +1,7 @@
 """What strangers ran into: odd models, lost or mixed runs, dead ends. One clear line each."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -153,6 +154,44 @@ def test_learned_positions_end(checkpoints, train, tmp_path, tokenizer, capsys):
         eval.main([*evaluation, "--output", str(tmp_path / "e"), "--max-new-tokens", "150"])
     setup.check_context(random_model("qwen2"), [[5] * 200], grpo.Config(max_new_tokens=4000))
     assert re.search("warning .*the context is 4,096", capsys.readouterr().out)
+
+
+LONG = {"long_factor": [4.0] * 8, "short_factor": [1.0] * 8, "factor": 4.0}
+LLAMA = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {"default": {}, "linear": {"factor": 2.0}, "yarn": {"factor": 4.0}, "llama3": LLAMA}
+ROPES |= {"dynamic": {"factor": 2.0}, "longrope": LONG}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_that_depends_on_the_length(kind):
+    """Stops a model whose sampler and trainer differ beyond the original context, 80 tokens here.
+
+    Oracle: whatever is let through gives the same log-probabilities in both.
+    """
+    rope = {"rope_type": kind, "rope_theta": 1e4, **ROPES[kind]}
+    context = 80 if kind == "dynamic" else 320
+    if kind in ("yarn", "llama3", "longrope"):
+        rope["original_max_position_embeddings"] = 80
+    model = random_model("llama", max_position_embeddings=context, rope_parameters=rope)
+    setup.check_policy(model, words(97), "some/model")
+    prompt = list(range(5, 60))
+    found = []
+    for count in (25, 26, 60):
+        try:
+            setup.check_context(model, [[5], prompt], grpo.Config(max_new_tokens=count))
+        except BadInput as error:
+            assert f"--max-new-tokens: up to {55 + count} tokens" in str(error)
+            assert "the context is 80;" in str(error)
+            continue
+        found.append(count)
+        tokens, mask, sampled = recode.sample(model, [prompt], 2, count, [])
+        logps = recode.token_logps(model, [prompt] * 2, tokens, mask).detach()
+        torch.testing.assert_close(sampled, logps, atol=1e-4, rtol=0)
+    assert found == ([25] if kind in ("dynamic", "longrope") else [25, 26, 60])
+    limits = {"dynamic": 80, "longrope": 80}
+    assert setup.exact_length(model.config) == limits.get(kind, math.inf)
+    model.config.rope_parameters = {"full_attention": rope, "other": {"rope_type": "default"}}
+    assert setup.exact_length(model.config) == limits.get(kind, math.inf)
 
 
 @pytest.mark.parametrize("adapter", ["dora", "lora", "none"])

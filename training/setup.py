@@ -31,28 +31,50 @@ def check_policy(model, tokenizer, name):
     windows = [each for each in getattr(model.config, "layer_types", None) or [] if each != FULL]
     if windows or getattr(model.config, "sliding_window", None):
         raise BadInput(f"model: {kind} with a sliding window is not supported")
-    ids = torch.arange(5, 69, device=model.device)[None] % words  # (1, 64)
-    tokens = ids[:, 32:]
+    half = min(32, exact_length(model.config) // 2)
+    ids = torch.arange(5, 5 + 2 * half, device=model.device)[None] % words  # (1, 64)
+    tokens = ids[:, half:]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     try:
-        ours = recode.token_logps(model, [ids[0, :32].tolist()], tokens, mask)
+        ours = recode.token_logps(model, [ids[0, :half].tolist()], tokens, mask)
     except RuntimeError:  # its layers do more than call the attention function
         raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
-    logits = model(ids, use_cache=False).logits[:, 31:-1].float()
+    logits = model(ids, use_cache=False).logits[:, half - 1 : -1].float()
     theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
     if not error <= (0.3 if model.dtype == torch.bfloat16 else 0.01):
         raise BadInput(f"model: {kind} computes other logits, by {error:.2f}; not supported")
 
 
+def exact_length(config):
+    """The number of tokens up to which sampling and training compute the same; inf for most models.
+
+    Learned positions end. RoPE of two kinds depends on the length beyond its original context, so
+    a token would have other keys in sampling, where the length grows, than in training.
+    """
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return context
+    exact = math.inf
+    for each in (rope, *rope.values()):  # some models have one for each type of layer
+        kind = each.get("rope_type", "") if isinstance(each, dict) else ""
+        if kind == "longrope":
+            exact = min(exact, each.get("original_max_position_embeddings", context))
+        elif "dynamic" in kind:
+            exact = min(exact, context)
+    return exact
+
+
 def check_context(model, prompts, config):
-    """Refuse lengths beyond learned positions; warn where RoPE goes beyond its context."""
+    """Refuse lengths beyond exact_length(); warn where RoPE goes beyond its context."""
     longest = max(map(len, prompts)) + config.max_new_tokens
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and longest > context:
-        text = f"up to {longest:,} tokens with the completion; the context is {context:,}"
-        if not getattr(model.config, "rope_parameters", None):
-            raise BadInput(f"--max-new-tokens: {text}")
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    exact = exact_length(model.config)
+    text = f"up to {longest:,} tokens with the completion; the context is {min(context, exact):,}"
+    if longest > exact:
+        raise BadInput(f"--max-new-tokens: {text}; give less, or drop long prompts")
+    if longest > context:
         print(f"warning   {text}")
 
 
