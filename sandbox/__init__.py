@@ -1,38 +1,37 @@
-"""Run untrusted Python against tests on Linux x86_64: protect the machine, give an honest verdict.
+"""Run model-written Python against tests on Linux x86_64, and protect the machine from it.
 
     verdict = sandbox.run("def inc(x): return x + 1", ["def test():\\n    assert inc(1) == 2"])
-    verdict.passed, verdict.status, verdict.reason, verdict.judge      # True, "pass", "", "split"
+    verdict.passed, verdict.status, verdict.reason      # True, "pass", ""
 
-    with sandbox.Sandbox(preload=("numpy", "torch"), memory=4 << 30, judge="auto") as box:
+    with sandbox.Sandbox(preload=("numpy", "torch"), memory=4 << 30) as box:
         verdicts = list(box.map([{"code": code, "tests": tests, "setup": setup}, ...]))
 
 A test is source code that defines functions test_*, each of which is called. With `entry_point` it
-defines check(candidate) instead, which gets the program's function of that name. Each test runs in
-new processes: first `setup`, which is trusted, then the program or the test. A name in the test
-means the test's or setup's own, then a builtin, then the program's. So names that a prompt defines
-and a test uses belong in `setup`.
+defines check(candidate) instead, which gets the program's object of that name. Each test has a new
+process, which runs `setup`, the program, then the test. A name in the test means the test's or
+setup's own, then a builtin, then the program's. So names that a prompt defines and a test uses
+belong in `setup`, which is trusted.
 
     pass, fail, timeout    the program's result; its output and exit status do not count
     error                  not its fault: setup, the test or the harness is broken
 
-A zygote (zygote.py) imports the libraries once, in an empty environment. For each test it forks the
-program's process, then the judge's (judge.py), whose memory alone holds the test and a nonce. Both
-are locked (lock.py). The judge calls the program over a wire for plain values (wire.py). It alone
-holds the verdict pipe, and a verdict counts only with the nonce. Then every process is killed and
-collected, every file deleted. The harness has its own deadline and replaces a zygote that misses
-it. Without Landlock (ABI 3: Linux 6.2) or seccomp nothing runs, unless unsafe=True.
+A zygote (zygote.py) imports the libraries once, in an empty environment, and forks a locked process
+(lock.py) for each test. What the program replaced in modules is restored before the test runs
+(judge.py). The verdict comes over a private pipe, with a random number. Then every process is
+killed and collected, every file deleted. The harness has its own deadline and replaces a zygote
+that misses it. Without Landlock (ABI 3: Linux 6.2) or seccomp nothing runs, unless unsafe=True.
 
-judge="split" (default) fails what no wire carries: instances of own classes, DataFrames, sympy.
-judge="auto" judges such tests again, program and test in one process. The verdict then says
-"in-process": weaker evidence, to be counted separately.
+This is not a true security sandbox. The lock protects the machine; nothing protects the verdict
+from a program that sets out to fool its test, because both share a process. Such a program passes
+if it answers with an object whose __eq__ is always true, patches `math.isclose` when it is called,
+reads the expected value from the test's frame, or writes the verdict itself.
 
 Not covered: reading (Python, its packages, /usr, /etc/passwd; name, size and dates of other files);
-CPU, memory and disk use within the limits; time and load as a channel; kernel bugs; programs that
-guess what is tested; with "in-process", programs that know judge.py. Threads and disk are checked
-every 50 ms and can exceed their limits in between. The lock also stops honest programs from using
-child processes, multiprocessing, sockets, and their own files outside the working directory.
-Tested on Linux 6.18 (Landlock ABI 7) with Python 3.11, as root and as a normal user. Not tested:
-Docker as a normal user, other kernels. aarch64, macOS and Windows are refused.
+CPU, memory and disk use within the limits; time and load as a channel; kernel bugs. Threads and
+disk are checked every 50 ms and can exceed their limits in between. The lock also stops honest
+programs from using child processes, multiprocessing, sockets, and their own files outside the
+working directory. Tested on Linux 6.18 with Python 3.11, as root and as a normal user; not in
+Docker as a normal user. aarch64, macOS and Windows are refused.
 """
 
 import atexit
@@ -41,7 +40,6 @@ import dataclasses
 import functools
 import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -52,7 +50,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-from sandbox.wire import Broken, read, write
 from sandbox.zygote import remove
 
 GRACE = 20  # seconds that a zygote may be late before it is replaced
@@ -75,7 +72,6 @@ class Unavailable(RuntimeError):
 class Verdict:
     status: str  # pass, fail, timeout, error
     reason: str = ""  # printable, at most 300 characters
-    judge: str = "split"  # "in-process" if at least one test had to be judged so
 
     @property
     def passed(self):
@@ -85,48 +81,44 @@ class Verdict:
 class Worker:
     """A zygote, started when it is needed and replaced when it fails."""
 
-    def __init__(self, preload, unsafe):
-        self.settings = {"preload": list(preload), "unsafe": unsafe}
+    def __init__(self, settings):
+        self.settings = settings
         self.process = None
 
     def start(self):
         self.home = tempfile.mkdtemp(prefix="sandbox-")
         paths = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-B", "-c", START, ROOT], env=paths | ENVIRONMENT, bufsize=0,
+            [sys.executable, "-P", "-B", "-c", START, ROOT], env=paths | ENVIRONMENT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.home, start_new_session=True,
         )  # fmt: skip
-        settings = self.settings | {"home": self.home}
-        if self.exchange(300, json.dumps(settings).encode()) != 0:
+        if self.exchange(self.settings | {"home": self.home}, 300) != ["pass", ""]:
             self.stop()
             reason = "this system cannot contain a program, see above; --unsafe runs it anyway"
             raise Unavailable(f"sandbox: {reason}")
 
-    def exchange(self, seconds, *messages):
-        """Send messages and return the reply, or None if the zygote is too late or dies."""
+    def exchange(self, message, seconds):
+        """Send a message and return the reply, or None if the zygote was late or died: it ends."""
+        reply = None
         timer = threading.Timer(seconds, self.kill)
         timer.start()
         try:
-            for message in messages:
-                write(self.process.stdin.fileno(), message)
-            return json.loads(read(self.process.stdout.fileno()))
-        except (OSError, Broken):
-            return None
+            with contextlib.suppress(OSError, ValueError):
+                self.process.stdin.write(json.dumps(message).encode() + b"\n")
+                self.process.stdin.flush()
+                reply = json.loads(self.process.stdout.readline())
         finally:
             timer.cancel()
-
-    def run(self, job, test):
-        """(status, reason, doubt) of one test."""
-        if self.process is None:
-            self.start()
-        messages = pickle.dumps(job), test.encode("utf-8", "surrogatepass")
-        reply = None
-        try:
-            reply = self.exchange(job["timeout"] + GRACE, *messages)
-        finally:
             if reply is None:  # after Ctrl-C, too: a late reply would be taken for the next test's
                 self.stop()
-        return reply or ("error", "the zygote died and was replaced", "")
+        return reply
+
+    def run(self, job, test):
+        """The Verdict of one test."""
+        if self.process is None:
+            self.start()
+        reply = self.exchange((job, test), job["timeout"] + GRACE)
+        return Verdict(*(reply or ("error", "the zygote died and was replaced")))
 
     def kill(self):
         with contextlib.suppress(ProcessLookupError):
@@ -148,16 +140,13 @@ class Worker:
 class Sandbox(contextlib.AbstractContextManager):
     """Workers that run programs. `memory` is in bytes, on top of what the libraries take."""
 
-    def __init__(self, preload=(), workers=2, memory=1 << 30, judge="split", unsafe=False):
+    def __init__(self, preload=(), workers=2, memory=1 << 30, unsafe=False):
         if sys.platform != "linux":
             raise Unavailable("sandbox: only Linux on x86_64 can contain a program")
-        if judge not in ("split", "auto"):
-            raise ValueError(f"judge: {judge!r} is neither 'split' nor 'auto'")
         if unsafe:
             warnings.warn("sandbox: UNSAFE, programs run with all your permissions", stacklevel=2)
-        self.memory = memory
-        self.judge = judge
-        self.workers = [Worker(preload, unsafe) for _ in range(workers)]
+        settings = {"preload": list(preload), "memory": memory, "unsafe": unsafe}
+        self.workers = [Worker(settings) for _ in range(workers)]
         self.idle = queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
@@ -165,16 +154,11 @@ class Sandbox(contextlib.AbstractContextManager):
     def run(self, code, tests, setup="", entry_point=None, timeout=15.0):
         """The Verdict on one program: pass if every test passes, each within `timeout` seconds."""
         job = {"code": code, "setup": setup, "entry_point": entry_point, "timeout": timeout}
-        job |= {"memory": self.memory, "joint": False}
-        verdict, judge = Verdict("error", "no tests"), "split"
+        verdict = Verdict("error", "no tests")
         worker = self.idle.get()
         try:
             for test in [tests] if isinstance(tests, str) else tests:
-                status, reason, doubt = worker.run(job, test)
-                if doubt and status == "fail" and self.judge == "auto":
-                    status, reason, _ = worker.run(job | {"joint": True}, test)
-                    judge = "in-process"
-                verdict = Verdict(status, reason, judge)
+                verdict = worker.run(job, test)
                 if not verdict.passed:
                     break
         finally:

@@ -1,103 +1,81 @@
-"""The zygote: the process that forks, for every test, the program's process and the judge's.
+"""The zygote: serve() imports the libraries once, then forks a locked process for every test.
 
-    serve()     import the libraries once, then run the tests that come over stdin until it closes
-
-It runs none of the program's code and gives the program's process nothing to cheat with: it reads
-the test after it forks that process, draws the nonce after the last fork, and holds neither when
-the next program comes. Threads and disk, which the kernel cannot limit per program, are checked
-every 50 ms.
+It runs no program itself. Jobs and verdicts are lines of JSON. Threads and disk, which the kernel
+cannot limit per program, are checked every 50 ms.
 """
 
 import contextlib
 import gc
 import importlib
-import itertools
 import json
 import os
-import pickle
 import secrets
 import select
 import signal
 import tempfile
 import time
 
-from sandbox.judge import joint_judge, program, split_judge
+from sandbox.judge import describe, judge
 from sandbox.lock import SYS_PRCTL, lock, syscall
-from sandbox.wire import Broken, Peer, describe, read, write
 
 THREADS, FILES, DISK = 256, 5000, 128 << 20  # limits of one program; DISK in bytes
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def spawn(body, directory, job, *keep):
-    """Fork a locked process that runs body() with the descriptors `keep` and no others."""
+def spawn(job, test, directory, nonce, pipe):
+    """Fork a locked process that runs a test and writes `nonce` and the verdict to `pipe`."""
     parent = os.getpid()
-    if pid := os.fork():
-        return pid
+    if os.fork():
+        return
     try:
         os.setsid()
         syscall(SYS_PRCTL, PR_SET_PDEATHSIG, signal.SIGKILL)
-        for low, high in itertools.pairwise([2, *sorted(keep), 1 << 16]):
-            os.closerange(low + 1, high)
+        os.closerange(3, pipe)
+        os.closerange(pipe + 1, 1 << 16)
         os.chdir(directory)
         os.environ["TMPDIR"] = tempfile.tempdir = directory
         lock(directory, job["memory"], int(job["timeout"] * os.cpu_count()) + 2, job["unsafe"])
         if os.getppid() == parent:  # it may have died before PR_SET_PDEATHSIG
-            body()
+            status, reason = judge(job, test)
+            os.write(pipe, f"{nonce} {status} {reason}".encode(errors="replace"))  # < PIPE_BUF
     except BaseException as error:
         os.write(2, f"sandbox: {describe(error)}\n".encode())  # visible only from serve()'s probe
-        os._exit(1)
     finally:
         os._exit(0)
 
 
-def run_test(jobs, job):
-    """(status, reason, doubt) of one test: fork program and judge, wait, leave nothing behind."""
+def run_test(job, test):
+    """(status, reason) of one test: fork its process, wait, leave nothing behind."""
     directory = tempfile.mkdtemp(dir=job["home"])
     deadline = time.monotonic() + job["timeout"]
-    ask, reply, secret, verdict = [os.pipe() for _ in range(4)]
-    if not job["joint"]:
-        peer = Peer(ask[0], reply[1], trusts=True)
-        spawn(lambda: program(job, peer), directory, job, ask[0], reply[1])
-    test = read(jobs)  # only now: the program's process must not find it in its memory
-
-    def judge():
-        source = test.decode("utf-8", "surrogatepass")
-        if job["joint"]:
-            result = joint_judge(job, source)
-        else:
-            result = split_judge(job, source, Peer(reply[0], ask[1]))
-        word = json.dumps(result, ensure_ascii=False).encode()  # shorter than PIPE_BUF
-        os.write(verdict[1], os.read(secret[0], 16) + word)
-
-    wire = () if job["joint"] else (reply[0], ask[1])
-    spawn(judge, directory, job, secret[0], verdict[1], *wire)
-    nonce = secrets.token_bytes(16)  # after the last fork
-    os.write(secret[1], nonce)
-    test[:] = bytes(len(test))
-    for fd in (*ask, *reply, *secret, verdict[1]):
-        os.close(fd)
+    nonce = secrets.randbits(128)  # no string: a program may write all that it finds to all pipes
+    reads, writes = os.pipe()
+    spawn(job, test, directory, nonce, writes)
+    os.close(writes)
     try:
-        return wait(verdict[0], nonce, deadline, directory)
+        return wait(reads, str(nonce), deadline, directory)
     finally:
         reap()
-        os.close(verdict[0])
+        os.close(reads)
         remove(directory)
 
 
 def wait(fd, nonce, deadline, directory):
-    """The judge's verdict, if it has the nonce, is in time and the program keeps its limits."""
+    """The verdict, if it has the nonce, is in time and the program keeps its limits."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     while (left := deadline - time.monotonic()) > 0:
         if poll.poll(min(50, 1000 * left)):
-            word = os.read(fd, select.PIPE_BUF)
-            if word[:16] == nonce:
-                return json.loads(word[16:])
-            return "fail", "ended without a verdict", ""
+            word = os.read(fd, select.PIPE_BUF).decode(errors="replace")
+            text = "".join(c if c.isprintable() else "?" for c in word)
+            first, _, rest = text.partition(" ")
+            status, _, reason = rest.partition(" ")
+            if first == nonce and status in ("pass", "fail", "error"):
+                return status, reason[:300]
+            return "fail", "ended without a verdict"
         if reason := excess(directory):
-            return "fail", reason, ""
-    return "timeout", "no verdict in time", ""
+            return "fail", reason
+    return "timeout", "no verdict in time"
 
 
 def children():
@@ -159,22 +137,22 @@ def remove(directory):
 
 def serve():
     """Import the libraries, report whether the lock works, run tests until stdin closes."""
-    jobs, verdicts, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    jobs, verdicts = open(os.dup(0)), open(os.dup(1), "w", buffering=1)
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    settings = json.loads(read(jobs))
+    settings = json.loads(jobs.readline())
     for name in settings["preload"]:
         with contextlib.suppress(Exception):  # not installed: programs that need it fail
             importlib.import_module(name)
     syscall(SYS_PRCTL, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.collect()
     gc.freeze()  # no collection in a fork copies the pages of these objects
-    probe = spawn(lambda: None, settings["home"], settings | {"timeout": 1, "memory": 1 << 30})
-    status = os.waitstatus_to_exitcode(os.waitpid(probe, 0)[1])
-    write(verdicts, json.dumps(status).encode())
+    probe = settings | {"code": "", "setup": "", "entry_point": None, "timeout": 60}
+    print(json.dumps(run_test(probe, "def test_nothing(): pass")), file=verdicts)
     os.dup2(null, 2)
-    with contextlib.suppress(Broken, BrokenPipeError):  # the harness has closed its end
-        while True:
-            job = pickle.loads(read(jobs)) | settings
-            write(verdicts, json.dumps(run_test(jobs, job)).encode())
+    with contextlib.suppress(BrokenPipeError):  # the harness has closed its end
+        for line in jobs:
+            job, test = json.loads(line)
+            print(json.dumps(run_test(job | settings, test)), file=verdicts)
     remove(settings["home"])

@@ -18,11 +18,9 @@ def open_sandbox(problems, unsafe):
 
     code = "\n".join(text for p in problems for text in (p.setup, p.reference, *p.tests))
     libraries = sorted(set(re.findall(r"^\s*(?:import|from) +([\w.]+)", code, re.MULTILINE)))
-    settings = {}
-    if problems[0].entry_point is None:  # large arrays, and values that cannot be sent
-        settings = {"memory": 4 << 30, "judge": "auto"}
+    memory = (4 if problems[0].entry_point is None else 1) << 30  # some have large arrays
     try:
-        box = sandbox.Sandbox(libraries, workers=JUDGES, unsafe=unsafe, **settings)
+        box = sandbox.Sandbox(libraries, workers=JUDGES, unsafe=unsafe, memory=memory)
         box.run("", ["def test_nothing(): pass"])  # fail now, not after hours of sampling
     except sandbox.Unavailable as error:
         raise BadInput(str(error))
@@ -35,7 +33,7 @@ def references(problems, box):
     Returns 0 if no control passes and at least 95 % of the references do: another version of a
     library or a small memory spoils a few.
     """
-    passed = leaked = in_process = 0
+    passed = leaked = 0
     how = problems[0].controls
     with ThreadPoolExecutor(JUDGES) as pool:
         right = pool.map(lambda p: p.run(box, p.reference), problems)
@@ -43,11 +41,9 @@ def references(problems, box):
         for problem, good, bad in zip(tqdm(problems, disable=None), right, wrong):
             passed += good.passed
             leaked += bad.passed
-            in_process += good.passed and good.judge == "in-process"
             if not good.passed:
                 tqdm.write(f"{problem.name}: {good.status} {good.reason}")
             if bad.passed:
                 tqdm.write(f"{problem.name}: passes {how}")
-    counts = f"{passed} of {len(problems)} pass, {leaked} {how}"
-    print(f"references: {counts}; {in_process} passes were judged in process")
+    print(f"references: {passed} of {len(problems)} pass, {leaked} {how}")
     return int(leaked > 0 or passed < 0.95 * len(problems))

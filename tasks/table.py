@@ -90,11 +90,7 @@ def tabulate(problems, rows, args):
             values = [member[name] for member in members if member[name] is not None]
             if values:
                 means[group][name] = interval(values, *RANGES.get(name, (0, 1)))
-    statuses = Counter()
-    for row in rows.values():
-        if "status" in row:
-            apart = " in process" if row.get("judge") == "in-process" else ""  # weaker evidence
-            statuses[row["status"] + apart] += 1
+    statuses = Counter(row["status"] for row in rows.values() if "status" in row)
     return {"table": means, "statuses": statuses, "problems": each}
 
 

@@ -1,7 +1,6 @@
 """The sandbox: correct programs pass, wrong ones do not, none harms the machine (hostile.txt)."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import sandbox
-from sandbox import lock, wire, zygote
+from sandbox import lock, zygote
 
 ROOT = Path(sandbox.__file__).parent.parent
 
@@ -49,12 +48,6 @@ SUITE = suite()
 @pytest.fixture(scope="module")
 def box():
     with sandbox.Sandbox(preload=("numpy", "no_such_library"), workers=2) as box:
-        yield box
-
-
-@pytest.fixture(scope="module")
-def auto():
-    with sandbox.Sandbox(preload=("numpy",), workers=1, judge="auto") as box:
         yield box
 
 
@@ -149,7 +142,7 @@ def test_hostile_as_a_normal_user():
 
 def test_statuses_and_reasons(box):
     """Stops blaming the program for a broken setup or test, and a pass without any test."""
-    assert box.run(RIGHT, TESTS) == sandbox.Verdict("pass", "", "split")
+    assert box.run(RIGHT, TESTS) == sandbox.Verdict("pass", "")
     assert box.run(RIGHT, TESTS).passed
     long = "def successor(n):\n    raise ValueError('no\\x00\\x1b[2J' + 'A' * 10**6)"
     verdict = box.run(long, TESTS)
@@ -163,7 +156,7 @@ def test_statuses_and_reasons(box):
     assert box.run("x = '\ud800'", TESTS).status == "fail"  # cannot be encoded as UTF-8
     assert box.run("x = '\0'", TESTS).status == "fail"
     late = box.run("def successor(n):\n    while True: pass", TESTS, timeout=0.3)
-    assert late == sandbox.Verdict("timeout", "no verdict in time", "split")
+    assert late == sandbox.Verdict("timeout", "no verdict in time")
 
 
 def test_check_with_an_entry_point(box):
@@ -217,126 +210,90 @@ def f(x):
     assert box.run(code, ["def test():\n    assert f(0) == np.cos(0.0)"]).passed
 
 
-# ------------------------------------------------------------------------- values and calls
+# ------------------------------------------------------------------------- forms of an answer
 
 
-VALUES = """
-import collections, datetime, decimal, fractions, math, re
-import numpy as np
-VALUES = [None, True, 10**4000, -0.0, math.inf, 1j, "\\ud800\\0", b"\\xff", [], (), {}, set(),
-    [[1, (2, {3: {4}})]], frozenset({1}), range(1, 9, 2), slice(1, None), bytearray(b"x"),
-    collections.deque([1, 2], 5),
-    collections.Counter("hello"), collections.OrderedDict(b=1, a=2), datetime.date(2024, 2, 29),
-    datetime.datetime(2024, 1, 1, 1, 1, 1, 1, datetime.timezone.utc), datetime.timedelta(1, 2, 3),
-    decimal.Decimal("1.10"), fractions.Fraction(1, 3), re.compile("a+", re.I), re.ASCII,
-    list(np.arange(200)), tuple(np.linspace(0, 1, 200)), np.float32(1.5), np.int64(3),
-    np.datetime64("2024-01-01"), np.str_("x"), np.bool_(True)]
-ARRAYS = [np.zeros((0, 3)), np.arange(6).reshape(2, 3).T, np.array(1), np.array(["ab", "c"]),
-    np.ones(2, bool)]
-"""
+FORMS = {
+    "a decorator": "@functools.lru_cache(None)\ndef common(a, b): return math.gcd(a, b)",
+    "a bare decorator": "@functools.cache\ndef common(a, b): return math.gcd(a, b)",
+    "its own decorator": (
+        "def twice(f):\n    def inner(*args): return f(*args) // 2\n    return inner\n"
+        "@twice\ndef common(a, b): return 2 * math.gcd(a, b)"
+    ),
+    "a partial": "common = functools.partial(lambda f, a, b: f(a, b), math.gcd)",
+    "a built-in function": "common = math.gcd",
+    "an import": "from math import gcd as common",
+    "a ufunc": "import numpy\ncommon = numpy.gcd",
+    "np.vectorize": "import numpy as np\ncommon = np.vectorize(math.gcd)",
+    "a lambda": "common = lambda a, b: a if b == 0 else common(b, a % b)",
+    "an object": "class Common:\n    def __call__(self, a, b): return math.gcd(a, b)\n"
+    "common = Common()",
+    "a bound method": "class Common:\n    def of(self, a, b): return math.gcd(a, b)\n"
+    "common = Common().of",
+    "a static method": "class Common:\n    @staticmethod\n    def of(a, b): return math.gcd(a, b)\n"
+    "common = Common.of",
+    "a class": "class common(int):\n    def __new__(cls, a, b): return int(math.gcd(a, b))",
+    "its own int": "class Own(int): pass\ndef common(a, b): return Own(math.gcd(a, b))",
+    "singledispatch": "@functools.singledispatch\ndef common(a, b): return math.gcd(a, b)",
+    "globals()": "globals()['common'] = lambda a, b: math.gcd(a, b)",
+    "exec": "exec('def common(a, b): return math.gcd(a, b)')",
+    "its module": "import sys\nsetattr(sys.modules[__name__], 'common', math.gcd)",
+    "a word of ours": "# the program\ndef common(a, b): return math.gcd(a, b)",
+    "names below it": "def common(a, b): return f(a, b)\nfrom math import gcd as f",
+    "names of the test": "values = [math.gcd]\ndef common(a, b): return values[0](a, b)",
+    "a submodule": "import xml.dom.minidom\n"
+    "def common(a, b): return xml.dom.minidom and math.gcd(a, b)",
+    "a patched module": "math.gcd, own = None, math.gcd\ndef common(a, b): return own(a, b)",
+}
 
 
-def test_values_arrive_unchanged(box):
-    """Stops a value from arriving changed or with another type (1 for True, tuple for list)."""
-    code = "def same(x): return x\ndef kind(x): return repr(type(x))"
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_of_a_right_answer_passes(box, form):
+    """Stops right answers from failing because they are no plain function, or share a name."""
+    setup = "import functools, math, xml\ndef common(a, b):\n    pass\n"
     test = """
-def test_values():
-    for value in VALUES:
-        back = same(value)
-        assert back == value and type(back) is type(value) and repr(back) == repr(value), value
-        assert kind(value) == repr(type(value)), value
-    for value in ARRAYS:
-        back = same(value)
-        assert np.array_equal(back, value)
-        assert back.dtype == value.dtype and back.shape == value.shape
-        back[...] = value  # still writable
-    nan = same([float("nan")])[0]
-    assert nan != nan
-    match = same(re.search(r"b(?P<x>c)?", "abcd"))
-    assert match["x"] == "c" and match.span() == (1, 3) and match.string == "abcd"
-    counts = same(collections.defaultdict(int, a=1))
-    assert counts["missing"] == 0 and counts["a"] == 1
+values = [(12, 18, 6), (7, 5, 1), (0, 4, 4)]
+def check(candidate):
+    for a, b, want in values:
+        assert candidate(a, b) == want == common(a, b) == math.gcd(a, b)
 """
-    assert box.run(code, [test], setup=VALUES) == sandbox.Verdict("pass")
+    assert box.run(FORMS[form], [test], setup, entry_point="common") == sandbox.Verdict("pass")
 
 
-def test_calls_work_across_processes(box):
-    """Stops functions, iterators, exceptions and in-place changes from getting lost on the wire."""
+def test_values_of_any_kind_pass(box):
+    """Stops generators, own classes, dataclasses and their tests from needing plain values."""
     code = """
-def compose(f, g): return lambda x: f(g(x))
-def forever():
-    n = 0
-    while True:
-        yield n
-        n += 1
-def fill(target, *, value): target[:] = [value] * len(target)
-def grab(target):
-    target.clear()
-    return []
-def fails(kind):
-    class Own(kind): pass
-    raise Own("text", "document", 3) if kind.__module__ == "json.decoder" else Own("text", 3)
-def stop(x): raise StopIteration
-total = lambda items: sum(items)
-LIMIT = [1, 2]
+import dataclasses, decimal
+@dataclasses.dataclass
+class Point:
+    x: "decimal.Decimal"
+def points(n):
+    for i in range(n): yield Point(decimal.Decimal(i))
+def fill(target): target[:] = [0]
 """
     test = """
-def test_calls():
-    import itertools
-    assert compose(lambda x: x + 1, abs)(-3) == 4
-    assert list(itertools.islice(forever(), 3)) == [0, 1, 2]
-    assert total(iter([1, 2])) == 3 and LIMIT == [1, 2]
-    items = [0, 0]
-    assert fill(items, value=7) is None and items == [7, 7]
-    assert grab(items) == [] and items == [7, 7]  # grab returns a value, so items stay as they are
-    import json
-    for kind in (ValueError, KeyError, ZeroDivisionError, json.JSONDecodeError):
-        try: fails(kind)
-        except kind as error: assert error.args[0].startswith("text")
-        else: assert False
-    try: list(map(stop, [1, 2]))
-    except RuntimeError: pass
-    else: assert False, "the loop ended as if it were complete"
+import copy, dataclasses, decimal, pickle
+def test_points():
+    found = list(points(2))
+    assert found[1] == copy.deepcopy(found[1]) == pickle.loads(pickle.dumps(found[1]))
+    assert isinstance(found[1].x, decimal.Decimal) and dataclasses.replace(found[1], x=2).x == 2
+    items = [1, 2]
+    fill(items)
+    assert items == [0] and next(points(1)).x == 0
 """
     assert box.run(code, [test]) == sandbox.Verdict("pass")
 
 
-def test_an_except_cannot_hide_an_unsendable_value(box):
-    """Stops an `except` in a test from turning a value that could not be sent into a pass."""
-    code = "class Own: pass\ndef f(): return Own()"
-    for clause in ("except Exception", "except"):
-        verdict = box.run(code, [f"def test():\n    try: f()\n    {clause}: pass"])
-        assert verdict == sandbox.Verdict("fail", "not carried: a program.Own", "split")
+# ------------------------------------------------------------------------- what is restored
 
 
-def test_messages_load_no_class():
-    """Stops a reply that names a class from running code in the judge."""
-    import io
-    import pickle
-
-    for value in (os.system, math.nan.__class__, ValueError(), Path("x"), wire.Peer):
-        with pytest.raises(wire.Broken):
-            wire.Plain(io.BytesIO(pickle.dumps(value))).load()
-    value = (1, [b"x"], {"a": None})
-    assert wire.Plain(io.BytesIO(pickle.dumps(value))).load() == value
-
-
-# ------------------------------------------------------------------------- the in-process judge
-
-
-OWN = "class Own:\n    def __init__(self, n): self.n = n\ndef make(n): return Own(n)\n"
+OWN = "class Own:\n    def __init__(self, n): self.n = n + 1\ndef make(n): return Own(n)\n"
 LOOK = [
     "def test_own():\n    import math, unittest\n"
-    "    unittest.TestCase().assertTrue(math.isclose(make(3).n, 3))"
+    "    unittest.TestCase().assertTrue(math.isclose(make(3).n, 3))",
+    "def test_own():\n    import unittest\n    unittest.TestCase().assertAlmostEqual(make(3).n, 3)",
+    "def test_own():\n    assert all(make(n).n == n for n in range(3))",
 ]
-
-
-def test_unsendable_values_are_judged_in_process(box, auto):
-    """Stops instances of a program's classes from failing, or from passing unmarked."""
-    assert not box.run(OWN, LOOK).passed
-    assert auto.run(OWN, LOOK) == sandbox.Verdict("pass", "", "in-process")
-    assert auto.run(RIGHT, TESTS) == sandbox.Verdict("pass", "", "split")
-    assert auto.run(OWN.replace("= n", "= n + 1"), LOOK).status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -344,50 +301,46 @@ def test_unsendable_values_are_judged_in_process(box, auto):
     [
         "import math; math.isclose = lambda *a, **k: True",
         "import unittest; unittest.TestCase.assertTrue = lambda *a: None",
-        "import unittest; unittest.TestCase.assertTrue.__defaults__ = (1,)\n"
-        "unittest.case.bool = print",
+        "import unittest; unittest.case.round = lambda *a: 0",
+        "import unittest.case as u; u.TestCase.assertTrue = u.unittest = lambda *a: None",
+        "del __import__('math').isclose, __builtins__['bool']\nisclose = bool = print",
         "import builtins; builtins.AssertionError = builtins.__import__ = print",
         "import sys; sys.modules['math'] = sys.modules['unittest'] = print",
         "def isclose(*a, **k): return True\nassertTrue = all = isclose",
     ],
 )
-def test_modules_are_restored_before_the_test(auto, patch):
-    """Stops a wrong program from passing because it patched what the test relies on."""
-    assert auto.run(OWN.replace("= n", "= n + 1") + patch, LOOK).status == "fail"
+def test_modules_are_restored_before_the_test(box, patch):
+    """Stops a wrong program from passing because it patched what the test relies on.
+
+    The right one has to pass, patched or not: what is restored works again.
+    """
+    for test in LOOK:
+        assert box.run(OWN + patch, test).reason.startswith("AssertionError: ")
+    assert box.run(OWN.replace("n + 1", "n") + patch, LOOK).passed
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "import math; math.isclose = lambda *a, **k: True",
-        "import unittest; unittest.TestCase.assertTrue = lambda *a: None",
-        "import unittest; unittest.case.isinstance = unittest.case.bool = lambda *a: True",
-        "import json; json.dumps = lambda *a, **k: '[\"pass\", \"\", \"\"]'",
-    ],
-)
-def test_modules_are_compared_after_the_test(auto, change):
-    """Stops the same patches when they are made only once the test calls the program."""
-    code = OWN.replace("return Own", f"{change}; return Own").replace("= n", "= n + 1")
-    assert auto.run(code, ["import math, unittest\n" + LOOK[0]]).status == "fail"
-
-
-def test_long_reasons_arrive(auto):
+def test_long_reasons_arrive(box):
     """Stops a program from ending the zygote by a reason that does not fit the pipe."""
-    test = ["def test_f():\n    f()"]
     code = "def f():\n    return type('\U0001f600' * 300, (), {})()"
-    assert auto.run(code, test).status != "error"
-    code = f"import sys\nx = (sys{' ' * 5000}.\n modules)\n{OWN}def f(): return Own(1)"
-    result = auto.run(code, test)
-    assert result.status == "fail" and result.reason.isprintable() and len(result.reason) <= 300
+    assert box.run(code, ["def test_f():\n    raise ValueError(f())"]).reason[:12] == "ValueError: "
+    assert box.run(code, ["def test_f():\n    f().x"]).status == "fail"
 
 
-def test_liars_and_spies_are_refused(auto):
-    """Stops objects that equal everything, and reading the expected value from the test's frame."""
-    yes = "class Yes:\n    __eq__ = lambda *a: True\ndef successor(n): return {}"
-    for shape in ("Yes()", "[Yes(), Yes(), Yes()]"):
-        assert auto.run(yes.format(shape), TESTS).status == "fail"
-    spy = OWN + "import sys\ndef successor(n): return Own(sys._getframe(1).f_locals.get('want'))"
-    assert "_getframe" in auto.run(spy, TESTS).reason
+def test_verdicts_of_another_form_do_not_count(box):
+    """Stops a program that finds the random number from breaking the harness by what it sends."""
+    code = """
+import os, sys
+frame = sys._getframe()
+while "nonce" not in frame.f_locals: frame = frame.f_back
+for fd in range(3, 64):
+    try: os.write(fd, str(frame.f_locals["nonce"]).encode() + WORD)
+    except OSError: pass
+"""
+    for word in ("b''", "b' '", "b' timeout'", r"b' win\xff\n'", "b' ' * 4000"):
+        verdict = box.run(code.replace("WORD", word), TESTS)
+        assert verdict == sandbox.Verdict("fail", "ended without a verdict")
+    verdict = box.run(code.replace("WORD", r"b' fail \x1b\xff\ud800' + b'A' * 4000"), TESTS)
+    assert verdict.status == "fail" and len(verdict.reason) == 300 and verdict.reason.isprintable()
 
 
 # ------------------------------------------------------------------------- the harness
