@@ -77,10 +77,10 @@ class Config(lib.config.Run):
 def advantages(rewards):
     """How much better each completion is than its group. rewards, result: (groups, num_samples)."""
     mean = rewards.mean(1, keepdim=True)  # (groups, 1)
+    # A rounded mean of equal rewards may differ from them, and then they would have an advantage.
+    mean = mean.clamp(rewards.amin(1, keepdim=True), rewards.amax(1, keepdim=True))
     std = rewards.std(1, keepdim=True)
-    A = (rewards - mean) / (std + 1e-4)  # eq. 3, (groups, num_samples)
-    # The mean of equal numbers is rounded, so their A may be 0.002, and Adam ignores the scale.
-    return A * (rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True))
+    return (rewards - mean) / (std + 1e-4)  # eq. 3
 
 
 def surrogate(logps, old_logps, advantages, config):

@@ -52,8 +52,8 @@ def generate(model, tokenizer, prompts):
 
 def advantages(R):
     """How much better each completion is than its group, in standard deviations, (P, G)."""
-    A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4)  # eq. 3, (P, G)
-    return A * (R.amax(1, keepdim=True) > R.amin(1, keepdim=True))  # equal rewards: exactly 0
+    mean = R.mean(1, keepdim=True).clamp(R.amin(1, keepdim=True), R.amax(1, keepdim=True))  # (P, 1)
+    return (R - mean) / (R.std(1, keepdim=True) + 1e-4)  # eq. 3, (P, G); the clamp undoes rounding
 
 
 def log_probs(model, ids, visible, T):

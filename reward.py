@@ -203,7 +203,6 @@ class Grade:
     es: float = 0.0  # edit similarity to the reference, in [0, 1]
     em: float = 0.0  # 1.0 if the code equals the reference
     stale: float = 0.0  # 1.0 if it repeats the old code although the update asks for a change
-    gain: float | None = None  # share of the requested edit that was made; None if none is asked
     obeys: float | None = None  # 1.0 if it has all new names of the note, else 0.0; None: no name
 
     @property
@@ -214,14 +213,6 @@ class Grade:
     def em_star(self):
         return 3.5 * self.em - 1.5 if self.parses else -2.0  # eq. 4
 
-    @property
-    def gain_star(self):
-        if self.gain is None:
-            return self.es_star
-        if self.stale or not self.parses:
-            return -2.0
-        return 3.5 * max(self.gain, 0.0) - 1.5  # eq. 6
-
 
 def words(text):
     """The set of all words in a text: identifiers, and keywords or English words like them."""
@@ -231,7 +222,8 @@ def words(text):
 def needed(example):
     """The words that an answer needs to follow the note: the reference's new ones that it names."""
     old = words(strip_comments(example.old_code))
-    return (words(strip_comments(example.new_code)) - old) & words(getattr(example, "update_info", ""))
+    note = getattr(example, "update_info", "")
+    return (words(strip_comments(example.new_code)) - old) & words(note)
 
 
 def determined(example):
@@ -255,20 +247,29 @@ def grade(completion, example):
     reference = strip_comments(example.new_code)
     es = similarity(answer, reference)
     em = float(answer == reference)
-    valid = parses(code)
-    gain = obeys = None
-    if old != reference:
-        gain = 1 - levenshtein(answer, reference) / levenshtein(old, reference)  # eq. 5
-    if wanted:
-        obeys = float(valid and wanted <= words(answer))  # eq. 7
     stale = float(answer == old and old != reference)
-    return Grade(completion, form, code, valid, es, em, stale, gain, obeys)
+    valid = parses(code)
+    obeys = float(valid and wanted <= words(answer)) if wanted else None  # eq. 7
+    return Grade(completion, form, code, valid, es, em, stale, obeys)
+
+
+def gain_star(grade, example):
+    """The correctness of the share of the requested edit that an answer has made, in [-2, 2]."""
+    old = strip_comments(example.old_code)
+    reference = strip_comments(example.new_code)
+    if old == reference:
+        return grade.es_star
+    if grade.stale or not grade.parses:
+        return -2.0
+    distance = levenshtein(strip_comments(grade.code), reference)
+    gain = 1 - distance / levenshtein(old, reference)  # eq. 5
+    return 3.5 * max(gain, 0.0) - 1.5  # eq. 6
 
 
 CORRECTNESS = {  # name -> function of a Grade and the whole example
     "es_star": lambda grade, example: grade.es_star,
     "em_star": lambda grade, example: grade.em_star,
-    "gain": lambda grade, example: grade.gain_star,
+    "gain": gain_star,
     "es": lambda grade, example: grade.es,
     "em": lambda grade, example: grade.em,
     "none": lambda grade, example: 0.0,  # rewards the format alone

@@ -55,7 +55,7 @@ def random_model(shape, end):
 
 @torch.no_grad()
 def set_eos_probability(model, end):
-    """Set the probability of EOS to `end` everywhere (0: never); PAD and UNKNOWN are never sampled."""
+    """Set the probability of EOS to `end` everywhere (0: never); PAD and UNKNOWN never come."""
     embedding = model.get_input_embeddings().weight  # (V, d)
     head = model.get_output_embeddings().weight  # (V, d)
     for layer in model.base_model.layers:  # no layer writes to channel 0

@@ -421,7 +421,7 @@ def test_three_skipped_steps(script, settings, spoil, capsys, save_every):
 
 def test_overflowed_weights(script, checkpoint, settings, monkeypatch):
     """Stops overflowed weights from crashing the sampler before the loss is checked."""
-    make = run.make_trainable
+    make = setup.make_trainable
 
     def overflowed(model, *args):
         make(model, *args)

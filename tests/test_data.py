@@ -636,8 +636,9 @@ def test_notes_that_do_not_concern_the_code(rows, write_rows, tmp_path, capsys):
             assert e.new_code == e.old_code
             i = int(e.old_code.rpartition(".a")[2].rstrip(")"))
             assert not {f"f{i % 20}", f"key{i}"} & reward.words(e.update_info)
-    message = refusal(check_data.main, [source, "--split", "0.25", target + "2", "--contrast", "99"])
-    assert "--contrast 99" in message and not Path(target + "2").exists()
+    other = target + "2"
+    message = refusal(check_data.main, [source, "--split", "0.25", other, "--contrast", "99"])
+    assert "--contrast 99" in message and not Path(other).exists()
     refusal(check_data.main, [source, "--contrast", "5"])
 
 

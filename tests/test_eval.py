@@ -5,6 +5,7 @@ Tests that run code need the sandbox's Linux. ../shared/data may hold two of the
 
 import colorsys
 import contextlib
+import copy
 import errno
 import gzip
 import itertools
@@ -490,18 +491,16 @@ def test_prompts_ask_as_training_does(arena, tokenizer, write_rows, rows):
     (first, *_) = tasks.load("migration", path, no_update=True)
     bare = tokenizer.decode(first.encode(tokenizer))
     assert "double_0" in trained and "double_0" not in bare and "twice_0" in bare
-    plain = arena[0].encode(Untemplated())
+    plain = tokenizer.decode(arena[0].encode(untemplated(tokenizer)))
     assert plain.endswith("\n\n" + data.OPENING)
     assert arena[0].question + tasks.problem.REQUEST in plain
 
 
-class Untemplated:
-    """A tokenizer without a chat template, whose ids are the text."""
-
-    chat_template = None
-
-    def encode(self, text):
-        return text
+def untemplated(tokenizer):
+    """The tokenizer, but without a chat template."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    return plain
 
 
 @pytest.mark.parametrize("task", ["humaneval", "humaneval+"])
@@ -515,7 +514,8 @@ def test_plain_prompt(tokenizer, write_rows, task):
     shown = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     assert text == shown + "```python\n"
     assert not re.search("think|answer|system|step by step", text.lower())
-    assert problem.encode(Untemplated()) == f"{problem.question}\n```python\n"
+    ids = problem.encode(untemplated(tokenizer))
+    assert tokenizer.decode(ids) == f"{problem.question.rstrip()}\n\n```python\n"
     (usual,) = tasks.load(task, write_rows([HUMAN]))
     assert tokenizer.decode(usual.encode(tokenizer)).endswith(data.OPENING)
 
@@ -839,6 +839,8 @@ def test_run_directory(command, tmp_path, capsys):
         "es_star",
         "em_star",
         "stale",
+        "obeys",
+        "determined",
         "format",
         "no_code",
         "cut",

@@ -17,11 +17,11 @@ SMALL = "--steps 2 --prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --qui
 ENTROPY = (  # grpo.py with an entropy bonus: (old line, new lines)
     ("    beta: float = 0.001  #",
      "    bonus: float = 0.01  # weight of the entropy bonus\n    beta: float = 0.001  #"),
-    ("        loss.backward()",
-     "        surprise = -(logps * part.mask).sum() / count  # its mean is the entropy\n"
-     "        loss = loss - config.bonus * surprise\n        loss.backward()"),
-    ('            sums["loss"] +=',
-     '            sums["entropy"] += surprise.item()\n            sums["loss"] +='),
+    ("                loss.backward()",
+     "                surprise = -(logps * part.mask).sum() / count  # the entropy\n"
+     "                loss = loss - config.bonus * surprise\n                loss.backward()"),
+    ('                    sums["loss"] +=',
+     '                    sums["entropy"] += surprise.item()\n                    sums["loss"] +='),
 )  # fmt: skip
 
 

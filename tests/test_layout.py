@@ -270,11 +270,11 @@ def test_functions_have_def():
 TREE = {  # a tree without a defect
     "reward.py": "import ast\n",
     "data.py": "import reward\n",
-    "recode.py": "import data\nfrom training import config, parallel\n",
+    "recode.py": "import data\nfrom lib import config, parallel\n",
     "eval.py": "import recode\n\n\ndef main():\n    import sandbox\n    from sandbox import lock\n",
     "sandbox/__init__.py": "from sandbox.lock import lock\n",
     "sandbox/lock.py": "import os\n",
-    "training/__init__.py": '"""What any run needs."""\n',
+    "lib/__init__.py": '"""What any run needs."""\n',
     "lib/config.py": "import reward\n",
     "lib/parallel.py": "from lib.config import BadInput\n",
     "tools/plan.py": "import eval\nfrom eval import main\n",
@@ -304,7 +304,7 @@ def test_a_good_tree_passes(tmp_path):
 @pytest.mark.parametrize(
     "check, path, text, words",
     [
-        (unknown_modules, "training/extra.py", "import os\n", "training/extra.py"),
+        (unknown_modules, "lib/extra.py", "import os\n", "lib/extra.py"),
         (upward_imports, "data.py", "from training import run\nimport recode\n", "recode"),
         (upward_imports, "recode.py", "def f():\n    import eval\n", "recode.py:2: recode imports"),
         (upward_imports, "lib/parallel.py", "import recode\n", "above"),
@@ -318,7 +318,7 @@ def test_a_good_tree_passes(tmp_path):
         (local_imports, "data.py", "def f():\n    import reward\n", "data.py:2: f imports reward"),
         (local_imports, "data.py", "class A:\n    def f(self):\n        import json\n", "json"),
         (large_top_level, "extra.py", "\n" * 2400, "lines at the top level"),
-        (large_project, "tools/extra.py", "\n" * MAX_LINES, "tools 6"),
+        (large_project, "tools/extra.py", "\n" * MAX_LINES, f"tools {MAX_LINES + 2}"),
         (long_functions, "data.py", "def f():\n" + "    x = 0\n" * 40, "f has 41 lines"),
         (long_functions, "data.py", "class A:\n    def f(self):\n" + 40 * "        0\n", "41"),
         (long_lines, "tools/plan.py", "#" * 101 + "\n", "tools/plan.py:1: 101 columns"),
@@ -337,5 +337,5 @@ def test_a_defect_is_found(tmp_path, check, path, text, words):
 
 def test_too_many_files_are_found(tmp_path):
     """Stops a check of the top level that does not count files."""
-    write_tree(tmp_path, TREE | {f"extra{i}.py": "" for i in range(5)})
-    assert large_top_level(tmp_path)[0].startswith("9 files at the top level")
+    write_tree(tmp_path, TREE | {f"extra{i}.py": "" for i in range(8)})
+    assert large_top_level(tmp_path)[0].startswith("12 files at the top level")

@@ -393,7 +393,8 @@ PEFT_WRITES = {  # PEFT 0.21.2 in a plain adapter, beside what save_adapter writ
 @pytest.mark.parametrize("initial", [True, False, "gaussian", "orthogonal"])
 def test_what_peft_writes_into_a_plain_adapter(adapter, half, initial):
     """Stops a check so strict that it refuses PEFT's own plain adapters."""
-    loaded = loading.load_policy(TINY, adapter(PEFT_WRITES | {"init_lora_weights": initial}), "bf16")
+    written = adapter(PEFT_WRITES | {"init_lora_weights": initial})
+    loaded = loading.load_policy(TINY, written, "bf16")
     assert torch.equal(loaded(IDS).logits, half(IDS).logits)
 
 

@@ -49,7 +49,7 @@ def answer(code):
 def sample(step, completion, reward, advantage, tokens, **more):
     """A row of samples.jsonl."""
     row = {"step": step, "update_info": NOTE, "completion": completion, "reward": reward}
-    row |= {"format": 1.0, "parses": True, "es": 0.5, "em": 0.0, "stale": 0.0, "gain": 0.0}
+    row |= {"format": 1.0, "parses": True, "es": 0.5, "em": 0.0, "stale": 0.0}
     row |= {"obeys": 0.0, "cut": False, "old_code": OLD, "new_code": NEW, "advantage": advantage}
     return row | {"tokens": tokens} | more
 

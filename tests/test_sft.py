@@ -74,7 +74,8 @@ def test_nothing_is_sampled(tokenizer, monkeypatch):
 
 def test_beta_holds_the_policy_near_its_start():
     """Stops a KL term of the wrong sign: a large beta must keep the policy nearer to its start."""
-    batch = rollout.make_batch([rollout.Group([5, 6], ROW, [[7, 8, 9, 3]])], torch.ones(1, 1), "cpu")
+    group = rollout.Group([5, 6], ROW, [[7, 8, 9, 3]])
+    batch = rollout.make_batch([group], torch.ones(1, 1), "cpu")
     moved = {}
     for beta in (0.0, 1.0):
         model = dora.add_dora(random_model("qwen2"), 4, 4.0, 0.0, "q_proj,v_proj,down_proj")

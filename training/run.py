@@ -46,7 +46,7 @@ MAY_CHANGE = (  # between a run and its --resume
     "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
-GRADED = ("format", "parses", "es", "em", "stale", "gain", "obeys")  # of a Grade, in samples.jsonl
+GRADED = ("format", "parses", "es", "em", "stale", "obeys")  # of a Grade, in samples.jsonl
 
 
 class Stop:
