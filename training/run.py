@@ -67,8 +67,8 @@ def evaluate(model, tokenizer, tasks, config):
 
     Seed 0, so that runs with different seeds are measured on the same random numbers.
     """
-    one = dataclasses.replace(config, num_samples=1, seed=0)
-    best = dataclasses.replace(one, temperature=0.0)
+    one = SimpleNamespace(**vars(config) | {"num_samples": 1, "seed": 0})
+    best = SimpleNamespace(**vars(one) | {"temperature": 0.0})
     size = max(8, config.prompts_per_step * config.num_samples)
     hidden = config.quiet or parallel.RANK > 0
     greedy = []
