@@ -29,6 +29,7 @@ Before you read:
 """
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +149,15 @@ def main(argv=None):
             if parallel.any_rank(stop.asked):
                 break
             parallel.seed_dropout(config.seed, step)
+            started = time.perf_counter()
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
-            run.lap("sample")
+            metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
             metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
+            started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)
-            run.lap("update")
+            metrics["seconds_update"] = time.perf_counter() - started
             step += 1
             nonfinite = nonfinite + 1 if metrics["skipped"] else 0
             run.log(step, metrics, groups)

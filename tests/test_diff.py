@@ -15,7 +15,7 @@ import sft
 MAX_CHANGED = 36  # changed lines between grpo.py and dapo.py
 PLUMBING = re.compile(
     r"^\W*(import |from |if __name__|run\b|parser|def )"
-    r"|training\.|run\.(save|finish|begin|lap)|log\("
+    r"|training\.|run\.(save|finish|begin|watch)|log\("
 )
 
 

@@ -100,7 +100,7 @@ def job(base):
         assert train(base, name, f"{name}-stopped", stop=(1, 2)) == 130
         if parallel.RANK == 0:
             shutil.copytree(base / f"{name}-stopped", base / f"{name}-2to1")
-        parallel.any_rank(False)
+        parallel.barrier()
         assert train(base, name, f"{name}-stopped", "--resume") == 0
         assert train(base, name, f"{name}-1to2", "--resume") == 0
     torch.save(found, base / f"rank{parallel.RANK}.pt")
