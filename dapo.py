@@ -36,6 +36,7 @@ Before you read:
 """
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,19 +84,18 @@ def advantages(rewards):
     return (rewards - mean) / (std + 1e-4)  # eq. 3
 
 
-def surrogate(logps, old_logps, advantages, config):
-    """The clipped objective of every token, (B, T), and whether its clip is active, (B, T) bool."""
+def objective_terms(logps, old_logps, ref_logps, advantages, config):
+    """The objective of every token, its KL estimate, whether its clip is active: (B, T) each."""
     A = advantages.view(-1, 1)  # (B, 1)
     ratio = torch.exp(logps - old_logps)  # eq. 4
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # eq. 5
     S = torch.min(ratio * A, clipped * A)  # eq. 5
     S = torch.max(S, -10 * A.abs())  # eq. 5, dual clip: acts where A < 0 and rho > 10
-    return S, S != ratio * A
-
-
-def k3(logps, ref_logps):
-    """The KL estimate of every token, never negative, (B, T)."""
-    return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # eq. 6
+    active = S != ratio * A
+    if config.beta == 0:
+        return S, torch.zeros_like(S), active
+    k3 = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # eq. 6, never negative
+    return S - config.beta * k3, k3, active  # eq. 7
 
 
 def objective(logps, old_logps, ref_logps, advantages, config):
@@ -104,10 +104,7 @@ def objective(logps, old_logps, ref_logps, advantages, config):
     logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
     sampled, and under the first policy (None if beta is 0). advantages: (B,), one per completion.
     """
-    S, _ = surrogate(logps, old_logps, advantages, config)
-    if config.beta == 0:
-        return S
-    return S - config.beta * k3(logps, ref_logps)  # eq. 7
+    return objective_terms(logps, old_logps, ref_logps, advantages, config)[0]
 
 
 def token_weights(mask, config):
@@ -161,15 +158,14 @@ def accumulate(model, batch, config):
             for part in rollout.passes(batch, i, config.micro_tokens):
                 logps = recode.completion_logps(model, prompt, part, config.temperature)  # (B, T)
                 old_logps = logps.detach() if part.old_logps is None else part.old_logps
-                J = objective(logps, old_logps, part.ref_logps, part.advantages, config)
+                J, kl, active = objective_terms(
+                    logps, old_logps, part.ref_logps, part.advantages, config
+                )
                 loss = -(weights[part.rows] * J).sum()  # eq. 9
                 loss.backward()
-                with torch.no_grad():
-                    sums["loss"] += loss.item()
-                    _, active = surrogate(logps, old_logps, part.advantages, config)
-                    sums["clip_fraction"] += (active & part.mask).sum().item() / count
-                    if config.beta:
-                        sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
+                sums["loss"] += loss.item()
+                sums["kl"] += (kl * part.mask).sum().item() / count
+                sums["clip_fraction"] += (active & part.mask).sum().item() / count
     return sums
 
 
@@ -208,13 +204,15 @@ def main(argv=None):
             if parallel.any_rank(stop.asked):
                 break
             parallel.seed_dropout(config.seed, step)
+            started = time.perf_counter()
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
-            run.lap("sample")
+            metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
             metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
+            started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)
-            run.lap("update")
+            metrics["seconds_update"] = time.perf_counter() - started
             step += 1
             nonfinite = nonfinite + 1 if metrics["skipped"] else 0
             run.log(step, metrics, groups)

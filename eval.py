@@ -191,7 +191,7 @@ def main(argv=None):
         size = f"{len(problems):,} problems of {args.data}, {args.num_samples} samples each"
         print(f"{args.task}: {size}", flush=True)
         evaluate(problems, directory, box, args)
-    parallel.gather([])  # wait for the other ranks
+    parallel.barrier()
     if parallel.RANK == 0:
         result = table.tabulate(problems, read_log(directory), args)
         write(directory / "table.json", json.dumps(result, indent=1).encode())

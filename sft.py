@@ -1,13 +1,11 @@
-"""SFT: a prompt's completion is its reference (eq. 1, 3), no ratio (eq. 5), token mean (eq. 8).
+"""SFT: every completion is a reference (eq. 1, 3), no ratio and no KL (eq. 7), token mean (eq. 8).
 
 A code model learns to obey an API update by copying the right answer, token by token. It is the
 policy gradient of grpo.py with one completion per group, always the best one. For completion i and
 its token t:
 
-    A_i    = 1                                     every reference counts alike           (eq. 3)
-    S_it   = A logp                                log-likelihood                         (eq. 5)
-    k3_it  = exp(ref - logp) - (ref - logp) - 1    KL estimate to the first policy        (eq. 6)
-    J_it   = S_it - beta k3_it,  beta = 0                                                 (eq. 7)
+    A_i    = 1                                     every reference has the same weight    (eq. 3)
+    J_it   = A_i logp_it                           log-likelihood                         (eq. 7)
 
 and the bookkeeping around them:
 
@@ -31,6 +29,7 @@ Before you read:
 """
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,6 @@ from pathlib import Path
 import torch
 
 import data
-import dora
 import lib.config
 import recode
 import rollout
@@ -54,43 +52,27 @@ class Config(lib.config.Run):
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
     prompts_per_step: int = 1  # eq. 1, P, references per step
-    num_samples: int = 1  # eq. 1, not used: a prompt has one reference
     max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer held-out answers are cut; references never are
     temperature: float = 1.0  # of sampling and of the log-probabilities
     correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
     # objective
-    beta: float = 0.0  # eq. 7, weight of the KL penalty
     updates: int = 1  # eq. 9, U, optimizer steps per draw, each on its part of the references
     lr: float = 5e-5  # peak learning rate of AdamW, cosine to 0
 
 
 def advantages(rewards):
-    """Nothing is compared: every reference counts alike. rewards, result: (groups, 1)."""
+    """Nothing is compared: every reference has the same weight. rewards, result: (groups, 1)."""
     return torch.ones_like(rewards)  # eq. 3
 
 
-def surrogate(logps, advantages):
-    """The log-likelihood of every token, (B, T)."""
-    A = advantages.view(-1, 1)  # (B, 1)
-    return logps * A  # eq. 5
+def objective(logps, advantages):
+    """What to maximise, per token, (B, T): the log-likelihood of the reference.
 
-
-def k3(logps, ref_logps):
-    """The KL estimate of every token, never negative, (B, T)."""
-    return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # eq. 6
-
-
-def objective(logps, ref_logps, advantages, config):
-    """What to maximise, per token, (B, T).
-
-    logps, ref_logps: (B, T) log-probabilities of the reference's tokens now and under the first
-    policy (None if beta is 0). advantages: (B,), one per reference.
+    logps: (B, T) log-probabilities of the reference's tokens. advantages: (B,), one per reference.
     """
-    S = surrogate(logps, advantages)
-    if config.beta == 0:
-        return S
-    return S - config.beta * k3(logps, ref_logps)  # eq. 7
+    A = advantages.view(-1, 1)  # (B, 1)
+    return A * logps  # eq. 7
 
 
 def token_weights(mask, config):
@@ -123,29 +105,22 @@ def accumulate(model, batch, config):
     One pass at a time, with the weights of the whole batch, so the sum is exact.
     """
     weights = token_weights(batch.mask, config)  # (B, T)
-    count = batch.mask.sum().item()
-    sums = Counter(kl=0.0)
+    sums = Counter()
     model.train()
     parallel.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):
                 logps = recode.completion_logps(model, prompt, part, config.temperature)  # (B, T)
-                J = objective(logps, part.ref_logps, part.advantages, config)
+                J = objective(logps, part.advantages)
                 loss = -(weights[part.rows] * J).sum()  # eq. 9
                 loss.backward()
-                with torch.no_grad():
-                    sums["loss"] += loss.item()
-                    if config.beta:
-                        sums["kl"] += (k3(logps, part.ref_logps) * part.mask).sum().item() / count
+                sums["loss"] += loss.item()
     return sums
 
 
 def update(model, optimizer, batch, config):
     """--updates optimizer steps, each on its part of D; a non-finite one is skipped."""
-    if config.beta:
-        with dora.reference(model):
-            batch.ref_logps = rollout.batch_logps(model, batch, config)
     totals = Counter(skipped=0)
     parts = batch.split(config.prompts_per_step // config.updates)
     for part in parts:  # eq. 9
@@ -174,13 +149,15 @@ def main(argv=None):
             if parallel.any_rank(stop.asked):
                 break
             parallel.seed_dropout(config.seed, step)
+            started = time.perf_counter()
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
-            run.lap("sample")
+            metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
             metrics["lr"] = training.setup.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
+            started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)
-            run.lap("update")
+            metrics["seconds_update"] = time.perf_counter() - started
             step += 1
             nonfinite = nonfinite + 1 if metrics["skipped"] else 0
             run.log(step, metrics, groups)

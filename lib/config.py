@@ -66,6 +66,12 @@ class Run:
     log_to: str = ""  # also log to "tensorboard" or "wandb"; "" for neither
     quiet: bool = False  # print the header and the final table only
 
+    # No flags, because they are not annotated: the values of a script without such a setting.
+    num_samples = 1
+    max_tries = 1
+    overlong_cache = 0
+    beta = 0.0
+
 
 POSITIVE = (  # settings that must be above 0; the others may be 0
     "steps", "prompts_per_step", "num_samples", "max_tries", "updates", "max_prompt_tokens",
@@ -225,11 +231,6 @@ def parse_config(Config, argv, doc):
     return config
 
 
-def group_size(config):
-    """Completions per prompt in a step: samples, or in sft.py the one reference."""
-    return config.num_samples if type(config).num_samples > 1 else 1
-
-
 def check(config):
     """Raise BadInput, naming the flag, where the values of `config` make no sense."""
     for name, value in vars(config).items():
@@ -246,9 +247,9 @@ def check(config):
             raise BadInput(f"{flag} {value!r}: give one of {choices}")
     prompts, updates = config.prompts_per_step, config.updates
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    cache = getattr(config, "overlong_cache", 0)
+    cache = config.overlong_cache
     full = config.adapter == "none"
-    alone = config.num_samples == 1 and type(config).num_samples > 1  # sft.py compares nothing
+    alone = vars(config).get("num_samples") == 1  # sft.py has no such setting
     rules = (
         (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
         (alone, "--num-samples 1: advantages compare the samples of a group; give at least 2"),

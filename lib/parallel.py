@@ -134,7 +134,7 @@ def gather(items):
 
 
 def any_rank(flag):
-    """Whether the flag of any rank is set; the same answer on all ranks. Also a barrier."""
+    """Whether the flag of any rank is set; the same answer on all ranks."""
     if WORLD == 1:
         return bool(flag)
     raised = torch.tensor(int(bool(flag)))
@@ -147,6 +147,11 @@ def sum_ranks(tensor):
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def barrier():
+    """Wait until all ranks are here."""
+    sum_ranks(torch.zeros(1))  # on the CPU, through gloo
 
 
 def seed_dropout(seed, step):

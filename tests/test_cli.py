@@ -27,7 +27,7 @@ from lib import files, parallel
 from training import run, setup
 import lib.config
 
-SMALL = {"steps": 2, "prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 8, "r": 4}
+SMALL = {"steps": 2, "prompts_per_step": 2, "max_new_tokens": 8, "r": 4}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -51,9 +51,10 @@ def flags(settings):
 
 
 @pytest.fixture
-def settings(tmp_path, checkpoints, write_rows, rows):
+def settings(script, tmp_path, checkpoints, write_rows, rows):
     """The settings of a small run into tmp_path/run."""
-    return SMALL | {
+    sampled = {} if script is sft else {"num_samples": 2}
+    return SMALL | sampled | {
         "model": checkpoints["qwen2"],
         "data": write_rows(rows),
         "output": tmp_path / "run",
@@ -215,7 +216,7 @@ OTHERWISE = {  # where the others' defaults are not those of the paper's GRPO ru
         "max_tries": 10,
         "overlong_cache": 0,
     },
-    "sft": {"num_samples": 1, "beta": 0.0},
+    "sft": {},
 }
 
 
@@ -255,9 +256,9 @@ def test_paper_defaults(script, capsys):
 
 
 COLUMNS = """
-step loss kl grad_norm lr completion_length tokens_per_second seconds_sample seconds_update
+step loss grad_norm lr completion_length tokens_per_second seconds_sample seconds_update
 """.split()
-SAMPLED = "reward reward_std format es em stale clip_fraction truncated".split()  # not in sft.py
+SAMPLED = "kl reward reward_std format es em stale clip_fraction truncated".split()  # not in sft.py
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -324,13 +325,13 @@ def test_checkpoint_defaults(script, checkpoint, settings, capsys):
     yield to.
     """
     shutil.move(settings.pop("data"), checkpoint / "rows.jsonl")
-    defaults = {"data": "rows.jsonl", "steps": 3, "lr": 1, "beta": 0.5, "targets": "o_proj"}
+    defaults = {"data": "rows.jsonl", "steps": 3, "lr": 1, "alpha": 0.5, "targets": "o_proj"}
     (checkpoint / "defaults.json").write_text(json.dumps(defaults))
     assert script.main(flags(settings | {"model": checkpoint, "steps": 1, "lr": 0.001})) == 0
     config = json.loads((settings["output"] / "config.json").read_text())
     expected = defaults | {"data": str(checkpoint / "rows.jsonl"), "steps": 1, "lr": 0.001}
     assert expected.items() <= config.items() and len(metrics(settings["output"])) == 1
-    assert re.search(r"defaults .*beta 0.5.*targets o_proj", capsys.readouterr().out)
+    assert re.search(r"defaults .*alpha 0.5.*targets o_proj", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 5, 6, 8, "while logging"])
@@ -371,15 +372,15 @@ def test_full_disk(script, settings, monkeypatch, when):
 
 @pytest.fixture
 def spoil(script, monkeypatch):
-    """spoil(steps): from now on the objective of these steps of a run is NaN."""
-    objective, update = script.objective, script.update
+    """spoil(steps): from now on the loss of these steps of a run is NaN."""
+    token_weights, update = script.token_weights, script.update
 
     def start(steps):
         done = []
         monkeypatch.setattr(script, "update", lambda *args: done.append(0) or update(*args))
         factor = lambda: torch.nan if len(done) in steps else 1.0
         monkeypatch.setattr(
-            script, "objective", lambda *args, **more: objective(*args, **more) * factor()
+            script, "token_weights", lambda *args: token_weights(*args) * factor()
         )
 
     return start
@@ -483,7 +484,7 @@ def test_resume_with_other_settings(script, refused, settings):
     """Going on with another learning rate, data or size mixes two experiments under one name."""
     assert script.main(flags(settings)) == 0
     assert "not empty" in refused()
-    for name, value in {"lr": 0.001, "num_samples": 4, "seed": 1, "correctness": "em"}.items():
+    for name, value in {"lr": 0.001, "temperature": 0.5, "seed": 1, "correctness": "em"}.items():
         message = refused(resume=True, **{name: value})
         assert name in message and str(value) in message
     assert script.main(flags(settings | {"resume": True, "steps": 3, "save_every": 7})) == 0

@@ -17,11 +17,11 @@ SMALL = "--steps 2 --prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --qui
 ENTROPY = (  # grpo.py with an entropy bonus: (old line, new lines)
     ("    beta: float = 0.001  #",
      "    bonus: float = 0.01  # weight of the entropy bonus\n    beta: float = 0.001  #"),
-    ("                loss.backward()",
-     "                surprise = -(logps * part.mask).sum() / count  # the entropy\n"
-     "                loss = loss - config.bonus * surprise\n                loss.backward()"),
-    ('                    sums["loss"] +=',
-     '                    sums["entropy"] += surprise.item()\n                    sums["loss"] +='),
+    (16 * " " + "loss.backward()",
+     16 * " " + "surprise = -(logps * part.mask).sum() / count  # its mean is the entropy\n"
+     + 16 * " " + "loss = loss - config.bonus * surprise\n" + 16 * " " + "loss.backward()"),
+    (16 * " " + 'sums["loss"] +=',
+     16 * " " + 'sums["entropy"] += surprise.item()\n' + 16 * " " + 'sums["loss"] +='),
 )  # fmt: skip
 
 
@@ -109,8 +109,7 @@ def test_an_answer_is_graded_once(monkeypatch):
 def test_dr_grpo_as_the_exercise_says(tmp_path):
     """Stops the documented exercise from needing more than the lines of eq. 3 and 8."""
     edits = (
-        ("    return (rewards - mean) / (std + 1e-4)  # eq. 3",
-         "    return rewards - mean  # eq. 3"),
+        ("    A = (rewards - mean) / (std + 1e-4)  # eq. 3", "    A = rewards - mean  # eq. 3"),
         ("    return mask / mask.sum(1, keepdim=True) / len(mask)  # eq. 8",
          "    return mask / config.max_new_tokens / len(mask)  # eq. 8"),
     )  # fmt: skip

@@ -51,7 +51,8 @@ def test_objective_equals_the_peers(case):
     gradient = torch.autograd.grad(loss, new)[0]
     if beta and case["peer"] == "trl" and settings.get("bias_kl", True):
         # TRL's default KL term is rho k3: the same value, but rho adds to the gradient
-        gradient += beta * weights * grpo.k3(new.detach(), ref)
+        k3 = grpo.objective_terms(new.detach(), old, ref, A, config)[1]
+        gradient += beta * weights * k3
     assert loss.item() == pytest.approx(case["loss"], abs=1e-9)
     torch.testing.assert_close(gradient, read("grad_new_logps"), atol=1e-9, rtol=0)
     if "scale_rewards_none" not in case["name"]:

@@ -42,12 +42,9 @@ def one_update(name, groups):
     script, adapter = CASES[NAMES.index(name)]
     model = policy() if adapter == "dora" else random_model("qwen2", tie_word_embeddings=True)
     batch = ragged(model).select(torch.arange(2 * groups))
-    return (
-        script,
-        model,
-        batch,
-        script.Config(beta=0.1, micro_tokens=9, adapter=adapter, max_grad_norm=1e9),
-    )
+    beta = {} if script is sft else {"beta": 0.1}
+    config = script.Config(**beta, micro_tokens=9, adapter=adapter, max_grad_norm=1e9)
+    return script, model, batch, config
 
 
 def gradient_of_ranks(name, groups):
@@ -73,12 +70,15 @@ def train(base, name, output, *more, stop=None):
     script, adapter = CASES[NAMES.index(name)]
     log, flags = run.RunDirectory.log, (
         f"--model {base}/model --data {base}/data.jsonl --output {base}/{output} "
-        f"--adapter {adapter} --steps 4 --save-every 2 --prompts-per-step 3 --num-samples 4 "
+        f"--adapter {adapter} --steps 4 --save-every 2 --prompts-per-step 3 "
         "--max-new-tokens 8 --micro-tokens 60 --r 4 --lr 0.01 --dropout 0 --warmup 0.3 "
         "--show-every 2 --heldout 0.34 --weight-decay 0.1"
     )  # fmt: skip
-    flags += {grpo: "", dapo: " --max-tries 2 --updates 3", sft: ""}[script]
-    flags += " --beta 0" if adapter == "none" else " --beta 0.01"
+    if script is not sft:
+        flags += " --num-samples 4"
+        flags += " --beta 0" if adapter == "none" else " --beta 0.01"
+    if script is dapo:
+        flags += " --max-tries 2 --updates 3"
 
     def logged(self, step, *rest):
         log(self, step, *rest)
@@ -100,7 +100,7 @@ def job(base):
         assert train(base, name, f"{name}-stopped", stop=(1, 2)) == 130
         if parallel.RANK == 0:
             shutil.copytree(base / f"{name}-stopped", base / f"{name}-2to1")
-        parallel.any_rank(False)
+        parallel.barrier()
         assert train(base, name, f"{name}-stopped", "--resume") == 0
         assert train(base, name, f"{name}-1to2", "--resume") == 0
     torch.save(found, base / f"rank{parallel.RANK}.pt")

@@ -77,14 +77,15 @@ def brute_force(script, model, batch, config):
                 if script is dapo and A < 0 and surrogate < 10 * A:
                     surrogate = 10 * A
                 clipped += bool(surrogate != rho * A)
-            d = batch.ref_logps[i, t] - logp
-            row += surrogate - config.beta * (d.exp() - d - 1)
-            kl += (d.exp() - d - 1).item() / count
+                d = batch.ref_logps[i, t] - logp
+                surrogate = surrogate - config.beta * (d.exp() - d - 1)
+                kl += (d.exp() - d - 1).item() / count
+            row += surrogate
         loss -= row / len(ids) / len(batch.mask) if script is grpo else row / count
     loss.backward()
     sums = {"loss": loss.item(), "clip_fraction": clipped / count, "kl": kl}
-    if script is sft:  # no ratio, nothing to clip
-        del sums["clip_fraction"]
+    if script is sft:  # no ratio, no reference
+        del sums["clip_fraction"], sums["kl"]
     return sums, gradients(model)
 
 
@@ -103,7 +104,8 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(script, kind):
             -1.0,
             batch.old_logps[1, 0] - 4,
         )  # the dual clip acts
-    config = lambda size: script.Config(beta=0.1, micro_tokens=size)
+    beta = {} if script is sft else {"beta": 0.1}
+    config = lambda size: script.Config(**beta, micro_tokens=size)
     wanted, exact = brute_force(script, model, batch, config(1))
     assert (wanted.get("clip_fraction", 0) > 0.1) == (kind != "on policy" and script is not sft)
     if kind == "checkpointed":
@@ -184,7 +186,8 @@ def test_second_update_compares_with_the_policy_that_sampled(script, monkeypatch
 def test_only_the_nonfinite_update_is_skipped(script, monkeypatch):
     """Stops one non-finite mini-batch from moving the weights or skipping the finite ones."""
     model = policy()
-    config = script.Config(beta=0, updates=4, prompts_per_step=4, num_samples=2)
+    sampled = {} if script is sft else {"beta": 0, "num_samples": 2}
+    config = script.Config(**sampled, updates=4, prompts_per_step=4)
     batch = ragged(model, off_policy=False)
     batch.advantages[2] = math.nan
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -214,10 +217,13 @@ def flags(script, checkpoints, write_rows, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "total", score)
     settings = (
         f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --steps 6 --save-every 2 "
-        "--prompts-per-step 2 --num-samples 4 --max-new-tokens 8 --updates 2 --micro-tokens 60 "
-        "--r 4 --dropout 0.1 --beta 0.01 --lr 0.01 --warmup 0.3 --show-every 2 --heldout 0.34"
+        "--prompts-per-step 2 --max-new-tokens 8 --updates 2 --micro-tokens 60 "
+        "--r 4 --dropout 0.1 --lr 0.01 --warmup 0.3 --show-every 2 --heldout 0.34"
     )
-    settings += {grpo: "", dapo: " --max-tries 2 --overlong-cache 4", sft: ""}[script]
+    if script is not sft:
+        settings += " --num-samples 4 --beta 0.01"
+    if script is dapo:
+        settings += " --max-tries 2 --overlong-cache 4"
     return lambda name, *more: [*settings.split(), "--output", str(tmp_path / name), *more]
 
 

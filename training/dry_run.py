@@ -9,7 +9,6 @@ import torch
 import recode
 import rollout
 from lib import parallel
-from lib.config import group_size
 
 
 def peak_bytes(device):
@@ -31,7 +30,7 @@ def dry_run(model, tasks, optimizer, config, update):
     before = peak_bytes(model.device)
     started = time.perf_counter()
     longest = max((prompt for prompt, _ in tasks), key=len)
-    P, G, T = config.prompts_per_step, group_size(config), config.max_new_tokens
+    P, G, T = config.prompts_per_step, config.num_samples, config.max_new_tokens
     mine = parallel.share([longest] * P)
     tokens, _, _ = recode.sample(model, mine, G, T, [], config.temperature, 0)
     sampled = time.perf_counter()
@@ -42,7 +41,7 @@ def dry_run(model, tasks, optimizer, config, update):
         groups.append(rollout.Group(longest, None, completions))
     update(model, optimizer, rollout.make_batch(groups, torch.randn(P, G), model.device), config)
     updated = time.perf_counter()
-    tries = getattr(config, "max_tries", 1) if G > 1 else 0  # sft.py does not sample
+    tries = config.max_tries if G > 1 else 0  # sft.py does not sample
     hours = (tries * (sampled - started) + updated - sampled) * config.steps / 3600
     print(f"dry run   one step of {P} x {G} completions of {T:,} tokens, prompt {len(longest):,}")
     print(f"          {sampled - started:.1f} s to sample, {updated - sampled:.1f} s to update")

@@ -67,8 +67,8 @@ def evaluate(model, tokenizer, tasks, config):
 
     Seed 0, so that runs with different seeds are measured on the same random numbers.
     """
-    one = dataclasses.replace(config, num_samples=1, seed=0)
-    best = dataclasses.replace(one, temperature=0.0)
+    one = SimpleNamespace(**vars(config) | {"num_samples": 1, "seed": 0})
+    best = SimpleNamespace(**vars(one) | {"temperature": 0.0})
     size = max(8, config.prompts_per_step * config.num_samples)
     hidden = config.quiet or parallel.RANK > 0
     greedy = []
@@ -172,7 +172,7 @@ class RunDirectory:
 
     def create(self):
         """Make the directory and lock it, after all ranks have passed their checks."""
-        parallel.any_rank(False)
+        parallel.barrier()
         if parallel.RANK > 0:
             return
         try:
@@ -217,19 +217,11 @@ class RunDirectory:
         bar = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
         try:
             with tqdm(**bar, disable=hidden or None) as self.bar:  # None: hidden without a terminal
-                self.laps = {}
-                self.mark = time.perf_counter()
                 yield stop
         finally:
             self.tracker.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-    def lap(self, name):
-        """Log the time since the last lap, or since the step began, as seconds_NAME."""
-        now = time.perf_counter()
-        self.laps[f"seconds_{name}"] = now - self.mark
-        self.mark = now
 
     def append(self, name, row):
         """Append a JSON object to a .jsonl file; its values that are not finite become None."""
@@ -255,7 +247,6 @@ class RunDirectory:
     def watch(self, step, groups):
         """Before the update: page.html shows what it does to one of the groups."""
         self.watched.before(step, groups)
-        self.mark = time.perf_counter()
 
     def say(self, text):
         """A line for the screen, above the bar, unless the run is --quiet."""
@@ -267,9 +258,9 @@ class RunDirectory:
         tokens = self.watched.after()
         if parallel.RANK > 0:
             return
-        seconds = sum(self.laps.values())
+        seconds = metrics["seconds_sample"] + metrics["seconds_update"]
         count = sum(len(ids) for group in groups for ids in group.completions)
-        row = {"step": step, **metrics, **self.laps, "tokens_per_second": count / seconds}
+        row = {"step": step, **metrics, "tokens_per_second": count / seconds}
         self.append("metrics.jsonl", row)
         self.rows.append(row)
         self.tracker.log(row)
@@ -290,7 +281,6 @@ class RunDirectory:
             self.append_samples(step, self.watched.group, tokens)
             self.say(screen.show(step, self.watched.group))
         self.write_page()
-        self.mark = time.perf_counter()
 
     def write_page(self, last=False):
         """Write page.html, but so seldom that it takes at most 1 % of the run's time."""
@@ -310,7 +300,6 @@ class RunDirectory:
             write(self.checkpoint, lambda file: torch.save(saved, file))
         if self.config.adapter != "none":
             dora.save_adapter(model, self.config, self.path / "adapter")
-        self.mark = time.perf_counter()
 
     def load(self, model, optimizer):
         """Load the checkpoint, truncate the logs to it; its (step, position, nonfinite)."""

@@ -14,7 +14,7 @@ import data
 import dora
 import recode
 from lib import parallel
-from lib.config import BadInput, group_size, open_policy, read_settings
+from lib.config import BadInput, open_policy, read_settings
 from lib.loading import load_model, load_tokenizer
 from training.run import RunDirectory
 
@@ -104,7 +104,7 @@ def set_up(config):
         settings = read_settings(defaults).items()
         text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
         print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
-    size = f"{config.prompts_per_step} x {group_size(config)}"
+    size = f"{config.prompts_per_step} x {config.num_samples}"
     print(f"run       {run.path}: {config.steps:,} steps of {size} completions")
     if not config.dry_run:
         run.create()
