@@ -269,6 +269,20 @@ def test_a_mistyped_path_is_reported_at_once(name, monkeypatch):
         loading.load_tokenizer(name)
 
 
+@pytest.mark.parametrize("inside", ["", "Qwen2.5-Coder-0.5B/tokenizer.json"])
+def test_a_directory_with_the_name_of_an_owner(tmp_path, monkeypatch, inside):
+    """Stops "no directory" for a hub id, where an earlier download has made a directory Qwen/."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", asked.append)
+    (tmp_path / "Qwen" / inside).mkdir(parents=True)
+    with pytest.raises(AttributeError):  # what from_pretrained returns here is no tokenizer
+        loading.load_tokenizer("Qwen/Qwen2.5-Coder-7B-Instruct")
+    assert asked == ["Qwen/Qwen2.5-Coder-7B-Instruct"]
+    with pytest.raises(BadInput, match="no directory 'Qwen/a/b'"):
+        loading.load_tokenizer("Qwen/a/b")
+
+
 # ------------------------------------------------------------------------- runs
 
 HOLD = "import sys, pathlib, time; sys.path.insert(0, '.'); from lib.files import lock; "
