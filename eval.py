@@ -30,8 +30,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 import rollout
 import tasks
 from lib import loading, parallel
@@ -40,7 +38,7 @@ from lib.files import append, write
 from tasks import judging, table
 from tasks.log import claim, read_log
 from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
-from training import setup
+from training import screen, setup
 
 
 def complete(model, tokenizer, batch, args):
@@ -76,10 +74,13 @@ def evaluate(problems, directory, box, args):
     def judge(row):
         return row | by_name[row["problem"]].judge(row["completion"], box)
 
+    def right():
+        return f"{sum(passed)} of {len(passed)} right"
+
     pool = ThreadPoolExecutor(judging.JUDGES)
     try:
-        bar = tqdm([*parallel.share(batches), []], disable=parallel.RANK > 0 or None)
-        for batch in bar:  # the last one is empty: only verdicts are left
+        mine = [*parallel.share(batches), []]  # the last one is empty: only verdicts are left
+        for batch in screen.progress(mine, args.task, parallel.RANK > 0, right):
             keys = {(problem.name, j) for problem, *_ in batch for j in range(args.num_samples)}
             rows = []
             if not keys <= log.keys():
@@ -91,7 +92,6 @@ def evaluate(problems, directory, box, args):
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done, "give the same command again")
             passed += [row["passed"] for row in done]
-            bar.set_postfix_str(f"{sum(passed)} of {len(passed)} right", refresh=False)
             missing = [row for row in rows if (row["problem"], row["sample"]) not in log]
             jobs = [pool.submit(judge, row) for row in missing]
     finally:

@@ -24,9 +24,12 @@ where steps are long. Only rank 0 writes; with --resume every rank reads the che
 
 import contextlib
 import functools
+import io
 import os
+import re
 import sys
 import time
+import traceback
 from collections import Counter
 from datetime import timedelta
 
@@ -65,7 +68,7 @@ def start():
             raise BadInput(f"torchrun --nproc-per-node {LOCAL_WORLD}: there are {count} GPUs here")
         torch.cuda.set_device(LOCAL_RANK)
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
     dist.init_process_group(BACKEND, store=store(), rank=RANK, world_size=WORLD, timeout=PATIENCE)
 
 
@@ -86,8 +89,28 @@ OUT_OF_MEMORY = """
   --resume continues from the last checkpoint."""
 
 
+def out_of_memory(error):
+    """Whether an exception says that no memory is left; often it is a plain RuntimeError."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    said = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+    return isinstance(error, kinds) or re.search(said, str(error)) is not None
+
+
+def open_streams():
+    """Make all output possible: where a stream is closed, and where its encoding is too small."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: >&-
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
+
+
 def run_main(main):
-    """Run `main` as a program: its result is the exit status, bad input is one line and 2."""
+    """Run `main` as a program: its result is the exit status, bad input is one line and 2.
+
+    A defect of ours is a traceback and 70, as no program's result is.
+    """
+    open_streams()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()  # here, where a closed pipe is handled, and not at exit
@@ -100,19 +123,18 @@ def run_main(main):
     except (BadInput, OSError) as error:
         report(first_line(error))
         sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        first = first_line(error)
-        memory = (torch.OutOfMemoryError, MemoryError)
-        if isinstance(error, memory) or "can't allocate memory" in first:
-            report(f"{first} {OUT_OF_MEMORY}")
-            sys.exit(2)
-        if WORLD == 1 or not store().check(["failed"]):
-            raise
-        sys.exit(2)  # another rank has reported why it gave up
     except KeyboardInterrupt:
         if RANK == 0:
             print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if out_of_memory(error):
+            report(f"{first_line(error)} {OUT_OF_MEMORY}")
+            sys.exit(2)
+        if WORLD > 1 and store().check(["failed"]):
+            sys.exit(2)  # another rank has reported why it gave up
+        traceback.print_exc()
+        sys.exit(70)
 
 
 # ------------------------------------------------------------------------- sharing work

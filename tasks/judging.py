@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.config import BadInput
+from training import screen
 
 JUDGES = max(1, os.cpu_count() // parallel.LOCAL_WORLD)  # answers that are judged at once
 
@@ -38,7 +39,8 @@ def references(problems, box):
     with ThreadPoolExecutor(JUDGES) as pool:
         right = pool.map(lambda p: p.run(box, p.reference), problems)
         wrong = pool.map(lambda p: p.run(box, p.control, updated=False), problems)
-        for problem, good, bad in zip(tqdm(problems, disable=None), right, wrong):
+        each = screen.progress([[problem] for problem in problems], "references")
+        for [problem], good, bad in zip(each, right, wrong):
             passed += good.passed
             leaked += bad.passed
             if not good.passed:

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 import data
+import eval
 import grpo
 import rollout
 from training import run, screen
@@ -334,3 +335,44 @@ def test_runs_that_are_none(tmp_path):
     with pytest.raises(BadInput, match="with a step"):
         tools.compare.main([str(tmp_path / "empty"), *output])
     assert not (tmp_path / "x.html").exists()
+
+
+# ------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(terminal, monkeypatch, capsys):
+    """Stops minutes of silence without a terminal, a log full of lines, and a wrong time left."""
+    clock = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    seen = []
+    for batch in screen.progress([[1, 2], [3], [4, 5, 6, 7], [8]] + [[9]] * 20 + [[]], "tasks"):
+        seen += batch
+        clock[0] += 29.0 if batch == [3] else 11.0
+        if seen == [1, 2]:
+            assert capsys.readouterr().out == ("" if terminal else "tasks: 0 of 28\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8, *[9] * 20]
+    if terminal:
+        assert lines == []
+        return
+    assert lines[0] == "tasks: 3 of 28, 05:33 left"  # 40 seconds for 3: 333 for 25 more
+    assert lines[1] == "tasks: 9 of 28, 02:34 left"  # 73 seconds for 9
+    assert len(lines) == 8  # in 293 seconds, every 33
+    list(screen.progress([[1]], "tasks", hidden=True))
+    assert capsys.readouterr().out == ""
+
+
+def test_measurements_show_progress(checkpoints, write_rows, rows, tmp_path, capsys):
+    """Stops the held-out measurements of a run, and eval.py, from doing without that."""
+    source = write_rows(rows)
+    flags = ["--model", checkpoints["qwen2"], "--data", source, "--max-new-tokens", "4"]
+    flags += ["--num-samples", "2"]
+    small = ["--heldout", source, "--steps", "1", "--prompts-per-step", "1", "--r", "4"]
+    assert grpo.main([*flags, *small, "--output", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("\nheld-out tasks: 0 of 6\n") == 2
+    assert grpo.main([*flags, *small, "--quiet", "--output", str(tmp_path / "quiet")]) == 0
+    assert "tasks: " not in capsys.readouterr().out
+    assert eval.main([*flags, "--k", "1", "--output", str(tmp_path / "eval")]) == 0
+    assert "\nmigration: 0 of 6\n" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What strangers ran into: odd models, lost or mixed runs, dead ends. One clear line each."""
 
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import grpo
 import recode
 import reward
 from lib import loading, parallel
-from training import run, setup
+from training import run, screen, setup
 from lib.config import BadInput, open_policy
 
 SMALL = (
@@ -268,6 +269,20 @@ def test_a_mistyped_path_is_reported_at_once(name, monkeypatch):
         loading.load_tokenizer(name)
 
 
+@pytest.mark.parametrize("inside", ["", "Qwen2.5-Coder-0.5B/tokenizer.json"])
+def test_a_directory_with_the_name_of_an_owner(tmp_path, monkeypatch, inside):
+    """Stops "no directory" for a hub id, where an earlier download has made a directory Qwen/."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", asked.append)
+    (tmp_path / "Qwen" / inside).mkdir(parents=True)
+    with pytest.raises(AttributeError):  # what from_pretrained returns here is no tokenizer
+        loading.load_tokenizer("Qwen/Qwen2.5-Coder-7B-Instruct")
+    assert asked == ["Qwen/Qwen2.5-Coder-7B-Instruct"]
+    with pytest.raises(BadInput, match="no directory 'Qwen/a/b'"):
+        loading.load_tokenizer("Qwen/a/b")
+
+
 # ------------------------------------------------------------------------- runs
 
 HOLD = "import sys, pathlib, time; sys.path.insert(0, '.'); from lib.files import lock; "
@@ -414,6 +429,89 @@ def test_out_of_memory_on_a_cpu(monkeypatch, capsys):
         parallel.run_main(main)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and "--micro-tokens" in said
+
+
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to ..."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nmore"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: str(error)[-20:])
+def test_out_of_memory_before_the_first_step(error, monkeypatch, capsys):
+    """Stops a model that is too large from being refused for its attention, or a traceback."""
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(recode, "token_logps", fail)
+    monkeypatch.setattr(sys, "argv", ["grpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        parallel.run_main(lambda argv: setup.check_policy(random_model("qwen2"), words(97), "x"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "attention" not in said and "--micro-tokens" in said
+
+
+def status(main):
+    """The exit status of a main() run as a program."""
+    with pytest.raises(SystemExit) as stop:
+        parallel.run_main(main)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, AssertionError])
+def test_a_defect_has_a_status_of_its_own(error, capsys):
+    """Stops a traceback with status 1, which for migrate.py means that it has made a diff."""
+
+    def main(argv):
+        raise error("here")
+
+    assert status(main) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and f"{error.__name__}: " in said and "here" in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_character_that_stdout_lacks(encoding, monkeypatch):
+    """Stops a run that ends because a note has a character that the terminal cannot show."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert status(lambda argv: print("\xe9 \u4e2d \udc80")) is None
+    shown = {"ascii": rb"\xe9 \u4e2d", "latin-1": b"\xe9 \\u4e2d", "utf-8": "\xe9 \u4e2d".encode()}
+    assert written.getvalue() == shown[encoding] + b" \\udc80\n"
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdin", "stdout", "stderr"]])
+def test_closed_streams(closed, monkeypatch, capsys):
+    """Stops an AttributeError where the shell has closed stdin, stdout or stderr, as >&- does."""
+
+    def main(argv):
+        print(screen.style("a", "1"))
+        print("b", file=sys.stderr)
+        if argv:
+            raise argv[0]
+        return 5
+
+    for error, expected in (None, 5), (BadInput("c"), 2), (KeyError("d"), 70):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["x.py", error] if error else ["x.py"])
+            for name in closed:
+                patch.setattr(sys, name, None)
+            assert status(main) == expected
+        out, err = capsys.readouterr()
+        assert out == ("" if "stdout" in closed else "a\n")
+        assert err.startswith("" if "stderr" in closed else "b\n")
+
+
+def test_all_streams_are_closed():
+    """Stops a traceback or another exit status where a job starts a program without any stream."""
+    code = "import sys; sys.path.insert(0, '.'); from lib import parallel; "
+    code += "parallel.run_main(lambda argv: print(sys.stdin.read()) or 5)"
+    command = f"{sys.executable} -c {shlex.quote(code)} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 5
 
 
 def test_a_closed_pipe():

@@ -73,9 +73,9 @@ def evaluate(model, tokenizer, tasks, config):
     hidden = config.quiet or parallel.RANK > 0
     greedy = []
     sampled = []
-    starts = range(0, len(tasks), size)
-    for start in tqdm(starts, "held-out tasks", leave=False, disable=hidden or None):
-        batch = tasks[start : start + size]
+    batches = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    for batch in screen.progress(batches, "held-out tasks", hidden):
+        start = len(greedy)
         greedy += rollout.sample_groups(model, tokenizer, batch, best, start)
         sampled += rollout.sample_groups(model, tokenizer, batch, one, start)
     return rollout.summarize(greedy) | {"reward": rollout.summarize(sampled)["reward"]}, greedy

@@ -3,6 +3,9 @@
 import os
 import sys
 import textwrap
+import time
+
+from tqdm import tqdm
 
 COLUMNS = (  # metric, heading, width and format of a step's row on the screen
     ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
@@ -20,6 +23,30 @@ def style(text, code):
     if dumb or not sys.stdout.isatty():
         return text
     return f"\033[{code}m{text}\033[0m"
+
+
+def progress(batches, what, hidden=False, note=None):
+    """Yield lists of items; a bar shows how many are done, and note(), a function's text.
+
+    Without a terminal: a line now, and at most one every half minute.
+    """
+    total = sum(map(len, batches))
+    done = 0
+    began = shown = time.monotonic()
+    with tqdm(total=total, desc=what, leave=False, disable=hidden or None) as bar:
+        lines = bar.disable and not hidden
+        if lines:
+            print(f"{what}: 0 of {total:,}", flush=True)
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            bar.set_postfix_str(note() if note else "", refresh=False)
+            bar.update(len(batch))
+            now = time.monotonic()
+            if lines and done and now >= shown + 30:
+                left = tqdm.format_interval((now - began) / done * (total - done))
+                print(f"{what}: {done:,} of {total:,}, {left} left", flush=True)
+                shown = now
 
 
 def excerpt(text, most):

@@ -14,7 +14,7 @@ import data
 import dora
 import recode
 from lib import parallel
-from lib.config import BadInput, open_policy, read_settings
+from lib.config import BadInput, first_line, open_policy, read_settings
 from lib.loading import load_model, load_tokenizer
 from training.run import RunDirectory
 
@@ -37,8 +37,11 @@ def check_policy(model, tokenizer, name):
     mask = torch.ones_like(tokens, dtype=torch.bool)
     try:
         ours = recode.token_logps(model, [ids[0, :half].tolist()], tokens, mask)
-    except RuntimeError:  # its layers do more than call the attention function
-        raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
+    except RuntimeError as error:  # its layers do more than call the attention function
+        if parallel.out_of_memory(error):
+            raise
+        why = f"has an attention that cannot be replaced ({first_line(error)}); not supported"
+        raise BadInput(f"model: {kind} {why}")
     logits = model(ids, use_cache=False).logits[:, half - 1 : -1].float()
     theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
