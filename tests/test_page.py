@@ -257,7 +257,7 @@ def test_a_step_in_a_browser(tmp_path):
     rows.append(sample(2, answer(OLD), 2.5, 0.5, [], stale=1.0))
     rows.append(sample(2, "\nx = (", -3.0, -2.0, worst, format=-1.0, parses=False, cut=True))
     rows.append(sample(2, answer(NEW), 3.0, 1.0, best, **exact))
-    rows.append(sample(3, answer(OLD), 1.0, 0.0, []))
+    rows += [sample(3, answer(OLD), 1.0, 0.0, [])] * 4
     path = write_run(tmp_path / "run", rows)
     script = "const first = state(); move(1); const second = state(); press('ArrowRight');"
     script += "const third = state(); press('ArrowLeft'); return [first, second, third, state()];"
@@ -276,7 +276,7 @@ def test_a_step_in_a_browser(tmp_path):
     assert copy[1:] == ["code +1.50, a copy of the old code", "lacks double"]
     assert broken[:3] == ["format -1.00, cut at the limit", "code -2.00, no code", "lacks double"]
     up, same, down, last = second["tints"]
-    assert up == ["double", "more", 60.0] and same[2] == 0 and 20 < down[2] < last[2] < up[2]
+    assert up == ["double", "more", 45.0] and same[2] == 0 and 15 < down[2] < last[2] < up[2]
     assert (down[1], last[:2]) == ("less", ["twice\u21b5\n", "less"])
     assert second["gone"] == ["twice", "twice"] and second["added"] == ["double", "double"]
     assert second["marked"] == ["double"] * 3  # in the note, the reference, the right answer
@@ -284,7 +284,8 @@ def test_a_step_in_a_browser(tmp_path):
     assert [each["heads"][3] for each in (first, second, third)] == obeys
     heads = [name for name in CURVES if name != "KL"]  # 0 in this run
     assert all(head.startswith(name) for head, name in zip(first["heads"], heads))
-    assert first["likely"] == ["no push"]
+    assert first["likely"] == ["no push"] and third["rewards"] == ["1"]
+    assert "reward, 4 times" in third["body"] and "times" not in second["body"]
 
 
 @needs_chrome

@@ -221,7 +221,7 @@ def test_commands_run(place, monkeypatch):
                 assert status in fine, f"{line}\n{shown}"
                 ran += 1
     assert ran > 20
-    assert (place / "figures" / "compare.svg").exists()
+    assert (place / "runs" / "compare.html").exists()
     assert (place / "merged" / "config.json").exists()
 
 

@@ -1,8 +1,7 @@
 """page.html: the curves of runs, their held-out metrics and their steps, in one file.
 
-It opens from disk and loads nothing. training/page.html is its style and its script; page() adds
-the data as JSON in which "<" is escaped, and the script makes text nodes of it. So a text that a
-model wrote never becomes a part of the page, whatever is in it.
+It opens from disk and loads nothing. training/page.html is its style and script; page() adds JSON
+with "<" escaped, of which the script makes text nodes. So no text of a model is ever run.
 """
 
 import difflib
