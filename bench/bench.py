@@ -6,25 +6,20 @@
     python bench/bench.py --gpu                          random models of 0.5B and 7B on one GPU
 
     --settings="--adapter lora --beta 0"    flags of grpo.py; TRL gets what it has of them
-    --parent DIR                            another checkout of this project as a further side, e.g.
-                                            from git worktree add DIR COMMIT
+    --parent DIR                            another checkout takes part, e.g. of an older commit
 
 In a round every side runs once, in a process of its own: it loads the model, takes one step to warm
-up, then two that count. Rounds differ in their seed, which gives the prompts and their order. The
-table has medians over all rounds: seconds per step, milliseconds per completion token, and that
-divided by our own; the same for sampling (rollout) and all else (update); rollout divided by the
-tokens of the longest completion; peak memory above the libraries and the frozen weights.
+up, then two that count. The round is the seed. The table has medians, in brackets divided by ours:
+seconds per step; milliseconds per completion token, in all, in sampling and scoring (rollout), and
+in the rest (update); milliseconds of the rollout per token of the longest completion; tokens per
+completion; peak memory above the libraries and the frozen weights.
 
 TRL is at its defaults, and again with activations kept: its gradient checkpointing costs time and
-saves memory. Dropout is 0 on all sides, the learning rate 1e-6. Random models are timed in CPU
-seconds of one thread, so other work on the machine does not matter; all else in wall time. On a GPU
-there is also our side without CUDA graphs.
-
-With --parent, both checkouts also compute the gradient of one update on the same completions, in
-fp32 and in the dtype of the runs.
-
-Ratios are comparable across machines, seconds are not. Where completions end by themselves, the
-sides sample different ones; the table says INVALID if their mean lengths differ by over 10 %.
+saves memory. Dropout is 0 and the learning rate 1e-6 on all sides. Random models are timed in CPU
+seconds of one thread, so other work on the machine does not matter; all else in wall time. --gpu
+adds our side without CUDA graphs. --parent also compares the gradients of both checkouts on the
+same completions. Where completions end by themselves, each side samples its own; the table says
+INVALID if their mean lengths differ by over 10 %. Compare ratios across machines, not seconds.
 """
 
 import dataclasses
@@ -42,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from lib.config import BadInput, Parser
 
-SAME = "--dropout 0 --lr 1e-6 --quiet".split()  # for all sides
+SAME = "--heldout= --dropout 0 --lr 1e-6 --quiet".split()  # for all sides
 
 
 @dataclasses.dataclass
@@ -53,39 +48,34 @@ class Workload:
     sizes: str
     shape: str = ""  # of a random model, see random_model.py
     end: float = 1 / 110  # its probability of EOS at every token; 0: full length
-    shortest: int = 180  # its prompts, in tokens
-    longest: int = 220
+    longest: int = 220  # its prompts have this many tokens, or up to a fifth less
     checkpoint: str = ""  # a real model in its place
     data: str = ""
 
 
-STEP = "--prompts-per-step 8 --num-samples 8 --max-new-tokens 256"
-REAL = "--prompts-per-step 1 --num-samples 8 --max-new-tokens 160 --max-prompt-tokens 512"
-PAPER = "--prompts-per-step 1 --num-samples 8 --max-new-tokens 1024"  # grpo.py's defaults
-WIDE = "--prompts-per-step 8 --num-samples 8 --max-new-tokens 512"
+STEP = "--prompts-per-step 8 --max-new-tokens 256"
+REAL = "--prompts-per-step 1 --max-new-tokens 160 --max-prompt-tokens 512"
+PAPER = "--prompts-per-step 1 --max-new-tokens 1024"  # grpo.py's defaults
+WIDE = "--prompts-per-step 8 --max-new-tokens 512"
+SHRUNK = "--prompts-per-step 2 --num-samples 4 --max-new-tokens 8"
 GPU = (
-    Workload("0.5B, 8 rows", PAPER, "0.5B", 0, 500, 500),
-    Workload("7B, 8 rows, the paper's size", PAPER, "7B", 0, 2048, 2048),
-    Workload("7B, 64 rows, lengths that vary", WIDE, "7B", 1 / 220, 400, 500),
+    Workload("0.5B, 8 rows", PAPER, "0.5B", 0, 500),
+    Workload("7B, 8 rows, the paper's size", PAPER, "7B", 0, 2048),
+    Workload("7B, 64 rows, lengths that vary", WIDE, "7B", 1 / 220, 500),
 )
-SHRUNK = "--prompts-per-step 2 --num-samples 2 --max-new-tokens 8 --micro-tokens 32"
 
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------- running the sides
-
-
 def run(script, spec, root=ROOT, threads=1):
     """Run a file of bench/ with the modules of a checkout; its answer, an object, or None."""
-    threads = {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, str(ROOT / "bench" / script), json.dumps(spec)]
-    environment = os.environ | threads | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    settings = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings)
     if done.returncode:
-        raise BadInput(f"{script} ended with status {done.returncode}, see above; {command[2]}")
+        raise BadInput(f"status {done.returncode} of {script} '{command[2]}', see above")
     return json.loads(done.stdout) if done.stdout else None
 
 
@@ -125,82 +115,62 @@ def rounds(arguments, flags, cpu_time, threads):
 
 def compare_gradients(flags, parent, dtype, threads, folder):
     """A line on the gradients of both checkouts, in fp32 and in the dtype of the runs."""
-    for each in dict.fromkeys(("float32", dtype)):
-        short = {"float32": "fp32", "bfloat16": "bf16"}[each]
+    for short in ("fp32",) if dtype == "float32" else ("fp32", "bf16"):
         more = ["--dtype", short, "--max-grad-norm", "1e9"]  # not clipped
         spec = {"side": "gradients", "flags": flags + more, "file": f"{folder}/{short}.pt"}
         run("sides.py", spec, parent, threads)
         found = run("sides.py", spec, ROOT, threads)
-        yield "gradient, {}: differs by {error:.1e}, at most {worst:.1e} in {name}".format(
-            short, **found
-        )
+        text = "The gradients differ by {error:.1e} in {}, at most by {worst:.1e}: {name}."
+        yield text.format(short, **found)
 
 
-# ------------------------------------------------------------------------- the table
-
-
-def tokens(step):
-    return sum(step["lengths"])
-
-
-def mean_length(steps):
-    return fmean(length for step in steps for length in step["lengths"])
-
-
-def cells(steps, peak):
-    """The numbers of a side's row."""
-    seconds = [step["rollout"] + step["update"] for step in steps]
-    decode = median(step["rollout"] / max(step["lengths"]) for step in steps)
-    per_token = {
-        "step": median(s / tokens(step) for s, step in zip(seconds, steps, strict=True)),
-        "rollout": median(step["rollout"] / tokens(step) for step in steps),
-        "update": median(step["update"] / tokens(step) for step in steps),
-    }
+def numbers(step):
+    """A step in the units of the table's columns."""
+    tokens = sum(step["lengths"])
+    seconds = step["rollout"] + step["update"]
     return {
-        "seconds": median(seconds), "decode": 1000 * decode, "peak": peak,
-        "length": mean_length(steps),
-    } | {name: 1000 * value for name, value in per_token.items()}  # fmt: skip
+        "s per step": seconds,
+        "ms per token": 1000 * seconds / tokens,
+        "rollout": 1000 * step["rollout"] / tokens,
+        "update": 1000 * step["update"] / tokens,
+        "ms per decoding step": 1000 * step["rollout"] / max(step["lengths"]),
+        "length": tokens / len(step["lengths"]),
+    }
 
 
 def table(results):
     """Yield the lines of a Markdown table of {name: answers}, and what must be known of it."""
     rows = {}
     for name, answers in results.items():
-        steps = [step for answer in answers for step in answer["steps"]]
-        rows[name] = cells(steps, max(answer["peak"] for answer in answers))
+        steps = [numbers(step) for answer in answers for step in answer["steps"]]
+        rows[name] = {key: median(step[key] for step in steps) for key in steps[0]}
+        rows[name]["length"] = fmean(step["length"] for step in steps)
+        rows[name]["peak MiB"] = max(answer["peak"] for answer in answers)
     ours = rows["ours"]
-    heads = "s per step", "ms per token", "rollout", "update", "ms per decoding step", "peak MiB"
-    yield f"| | {' | '.join(heads)} | length |"
-    yield "|---" * (len(heads) + 2) + "|"
+    yield "| | " + " | ".join(ours) + " |"
+    yield "|---" * (len(ours) + 1) + "|"
     for name, row in rows.items():
-        parts = [f"{row['seconds']:.2f}"]
-        for part in ("step", "rollout", "update"):
-            parts.append(f"{row[part]:.3g} ({row[part] / ours[part]:.2f})")
-        parts += [f"{row['decode']:.3g}", f"{row['peak']:,.0f}", f"{row['length']:.1f}"]
-        yield f"| {name} | {' | '.join(parts)} |"
-    reading = 1000 * median(answer["reading"] for answer in results["ours"])
-    yield f"\nreading the weights once takes {reading:.3g} ms"
+        cells = [f"{value:.4g} ({value / ours[key]:.2f})" for key, value in row.items()]
+        yield f"| {name} | {' | '.join(cells)} |"
     lengths = [row["length"] for row in rows.values()]
     if max(lengths) > 1.1 * min(lengths):
-        yield "INVALID: the mean lengths differ by over 10 %"
-
-
-# ------------------------------------------------------------------------- main
+        yield "\nINVALID: the mean lengths differ by over 10 %."
 
 
 def bench(work, arguments, folder):
     """Run a workload and print its table."""
     checkpoint, source = work.checkpoint, work.data
     if work.shape:
-        spec = {"directory": folder, "shape": work.shape, "end": work.end}
-        run("random_model.py", spec | {"shortest": work.shortest, "longest": work.longest})
+        spec = {"shape": work.shape, "end": work.end, "longest": work.longest}
+        spec |= {"directory": folder, "gpu": arguments.gpu and not arguments.shrink}
+        run("random_model.py", spec)
         checkpoint, source = folder, f"{folder}/data.jsonl"
-    flags = ["--model", checkpoint, "--data", source, "--heldout", "", "--output", f"{folder}/run"]
-    flags += SAME + shlex.split(work.sizes) + shlex.split(arguments.settings)
+    flags = ["--model", checkpoint, "--data", source, *SAME]
+    flags += shlex.split(work.sizes) + shlex.split(arguments.settings)
     one_thread = bool(work.shape) and not arguments.gpu
     threads = 1 if one_thread else os.cpu_count()
     results = rounds(arguments, flags, one_thread, threads)
-    print(f"\n{work.name}; {work.sizes} {arguments.settings}; {arguments.rounds} rounds\n")
+    print(f"\n{work.name}: {work.sizes} {arguments.settings}, {arguments.rounds} rounds\n")
     for line in table(results):
         print(line)
     if arguments.parent:
@@ -212,27 +182,25 @@ def bench(work, arguments, folder):
 def workloads(arguments):
     """The workloads that the command line asks for; with --shrink as small as can be."""
     if arguments.gpu:
-        found = GPU
+        found = list(GPU)
     elif arguments.checkpoint:
         real = {"checkpoint": arguments.checkpoint, "data": arguments.data}
         found = [Workload(Path(arguments.checkpoint).name, REAL, **real)]
     else:
         found = [Workload(f"random, {arguments.shape}", STEP, arguments.shape)]
-    if not arguments.shrink:
-        return found
-    small = []
-    for work in found:
-        shape = "shrunk" if work.shape else ""
-        end = 1 / 8 if work.end else 0
-        changes = {"shape": shape, "end": end, "shortest": 90, "longest": 99, "sizes": SHRUNK}
-        small.append(dataclasses.replace(work, **changes))
-    return small
+    if arguments.shrink:
+        small = {"end": 1 / 8, "longest": 120, "sizes": SHRUNK}
+        for i, work in enumerate(found):
+            shape = "shrunk" if work.shape else ""
+            found[i] = dataclasses.replace(work, name=f"{work.name}, shrunk", shape=shape, **small)
+    return found
 
 
 def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--shape", default="5M", help="of a random model, see random_model.py [5M]")
+    shapes = "5M", "25M", "0.5B", "7B"
+    add("--shape", default="5M", choices=shapes, help="size of the random model [5M]")
     add("--checkpoint", default="", metavar="DIR", help="a real model in its place [none]")
     add("--data", default="", metavar="FILE", help="its tasks, JSONL [none]")
     add("--gpu", action="store_true", help="random models of 0.5B and 7B on one GPU [off]")
@@ -240,23 +208,30 @@ def parse(argv):
     add("--parent", default="", metavar="DIR", help="an older checkout, a further side [none]")
     add("--rounds", type=int, default=3, metavar="N", help="turns of every side [3]")
     add("--shrink", action="store_true", help="try the same code on tiny sizes, anywhere [off]")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def check(arguments):
+    """Raise BadInput where the paths or numbers of the command line make no sense."""
     for path, name in ((arguments.checkpoint, "config.json"), (arguments.parent, "grpo.py")):
         if path and not (Path(path) / name).is_file():
             raise BadInput(f"{path}: a directory without {name}; give another one")
     if bool(arguments.checkpoint) != bool(arguments.data):
         raise BadInput("--checkpoint and --data: give both")
-    return arguments
+    if arguments.rounds < 1:
+        raise BadInput(f"--rounds {arguments.rounds}: must be at least 1")
 
 
 def main(argv=None):
     try:
         arguments = parse(argv)
+        check(arguments)
         for work in workloads(arguments):
             with tempfile.TemporaryDirectory() as folder:
                 bench(work, arguments, folder)
     except BadInput as error:
-        sys.exit(f"error: {error}")
+        say(f"error: {error}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,20 @@
-"""A random model of a given size whose completions end, and tasks for it; bench.py runs this file.
+"""A random model whose completions end, and tasks for it: python bench/random_model.py SPEC.
 
-    python bench/random_model.py SPEC      SPEC is JSON, the arguments of make()
-
-The model is Llama's architecture with random weights; for Qwen2's, transformers would replace the
-tokenizer below. Real completions vary in length, but a random model hardly ever emits EOS.
-Therefore one channel of the residual stream is set to a constant that
-no layer changes, and EOS reads that channel alone: at every position its probability is about
-`end`, in any sampler. Lengths are then geometric (1/110 with at most 256 tokens: 99 on average).
+SPEC is JSON, the arguments of make(). A random model hardly ever emits EOS, and real completions
+vary in length. Therefore one channel of the residual stream is a constant that no layer changes,
+and EOS reads that channel alone: at every position its probability is about `end`, in any sampler.
+Lengths are then geometric (1/110 with at most 256 tokens: 99 on average).
 
 The tokenizer has one word per id. It decodes any ids to a well-formed answer with one name per
 line, so the reward does all its work (parsing, edit distance) and the rewards of a group differ.
+The model is a Llama, because transformers gives every Qwen2 the tokenizer of Qwen2.
 """
 
-import dataclasses
 import json
 import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, LlamaConfig
@@ -55,7 +51,7 @@ def random_model(shape, end):
 
 @torch.no_grad()
 def set_eos_probability(model, end):
-    """Set the probability of EOS to `end` everywhere (0: never); PAD and UNKNOWN never come."""
+    """Set the probability of EOS to `end` everywhere (0: never), that of PAD and UNKNOWN to 0."""
     embedding = model.get_input_embeddings().weight  # (V, d)
     head = model.get_output_embeddings().weight  # (V, d)
     for layer in model.base_model.layers:  # no layer writes to channel 0
@@ -95,35 +91,35 @@ def make_tokenizer(vocab):
     )
 
 
-def make_rows(tokenizer, vocab, shortest, longest):
-    """64 rows of a data set whose prompts have `shortest` to `longest` tokens.
+def make_rows(tokenizer, vocab, longest):
+    """64 rows of a data set whose prompts have `longest` tokens or up to a fifth less.
 
-    The note is random words, the reference answer 100 names. The words of the prompt's own text
-    are not in the vocabulary; each is one unknown word.
+    The note is random words, the reference answer 100 names. All other words of a prompt are
+    unknown to the tokenizer.
     """
     rng = random.Random(0)
     row = {"dependency": "lib", "new_version": "2.0", "description": "", "old_code": "x3"}
     own = len(data.encode_prompt(data.Example(**row, update_info="", new_code=""), tokenizer))
     rows = []
     for _ in range(64):
-        note = rng.choices(range(3, vocab), k=rng.randint(shortest, longest) - own)
+        note = rng.choices(range(3, vocab), k=rng.randint(longest * 4 // 5, longest) - own)
         answer = rng.choices(range(3, vocab), k=100)
-        texts = {
-            "update_info": " ".join(f"x{i}" for i in note),
-            "new_code": "\n".join(f"x{i}" for i in answer),
-        }
-        rows.append(row | texts)
+        row["update_info"] = " ".join(f"x{i}" for i in note)
+        row["new_code"] = "\n".join(f"x{i}" for i in answer)
+        rows.append(dict(row))
     return rows
 
 
-def make(directory, shape, end, shortest, longest):
+def make(directory, shape, end, longest, gpu):
     """Write a checkpoint, and data.jsonl with its tasks, to a directory."""
+    if gpu and DEVICE == "cpu":
+        sys.exit("error: --gpu: torch sees no GPU here; --shrink tries the code without one")
     model = random_model(shape, end)
     vocab = model.config.vocab_size
     tokenizer = make_tokenizer(vocab)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    rows = make_rows(tokenizer, vocab, shortest, longest)
+    rows = make_rows(tokenizer, vocab, longest)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (Path(directory) / "data.jsonl").write_text(text)
 

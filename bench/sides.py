@@ -11,6 +11,7 @@ answer is one line of JSON on stdout.
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 import time
@@ -56,52 +57,26 @@ def clock(spec):
     return time.process_time() if spec.cpu_time else time.perf_counter()
 
 
-def status(field):
-    """Resident memory of this process (VmRSS) or its peak (VmHWM), in MiB. Linux only."""
+def memory():
+    """(now, peak) of this process in MiB: allocated on a GPU, or resident on a CPU (Linux only)."""
+    if CUDA:
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
     text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{field}:")[1].split()[0]) / 1024
+    fields = [text.split(f"{name}:")[1].split()[0] for name in ("VmRSS", "VmHWM")]
+    return int(fields[0]) / 1024, int(fields[1]) / 1024
 
 
-def frozen_bytes(model):
-    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+def forget_peak():
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-class Memory:
-    """The peak above libraries and frozen weights. Make it before the model is loaded."""
-
-    def __init__(self):
-        self.libraries = 0 if CUDA else status("VmRSS")
-
-    def reset(self):
-        """Forget the peak of loading."""
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self, model):
-        """MiB since reset()."""
-        highest = torch.cuda.max_memory_allocated() / 2**20 if CUDA else status("VmHWM")
-        return highest - self.libraries - frozen_bytes(model) / 2**20
-
-
-def seconds_to_read(model, spec):
-    """Seconds to read the frozen weights once, at the bandwidth of a large copy, the best of ten.
-
-    A decoding step reads all of them but an input embedding that is not tied to the output layer.
-    """
-    size = frozen_bytes(model)
-    embedding = model.get_input_embeddings().weight
-    if model.get_output_embeddings().weight is not embedding:
-        size -= embedding.numel() * embedding.element_size()
-    source = torch.ones(2**28, dtype=torch.uint8, device=model.device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        started = clock(spec)
-        target.copy_(source)
-        times.append(clock(spec) - started)
-    return size * min(times) / (2 * 2**28)  # a copy reads and writes
+def finish(steps, before, model):
+    """A side's answer: the steps that count; the peak above `before` and the frozen weights."""
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    return {"steps": steps[WARM_UP:], "peak": memory()[1] - before - frozen / 2**20}
 
 
 # ------------------------------------------------------------------------- our side
@@ -114,17 +89,18 @@ def no_graph(*_):
 
 def set_up(flags):
     """What main() in grpo.py begins with: (config, model, tokenizer, tasks, optimizer)."""
-    config = lib.config.parse_config(grpo.Config, flags, grpo.__doc__)
-    _, model, tokenizer, tasks, _ = training.setup.set_up(config)
+    with tempfile.TemporaryDirectory() as output:  # a run directory, never used
+        config = lib.config.parse_config(grpo.Config, [*flags, "--output", output], grpo.__doc__)
+        _, model, tokenizer, tasks, _ = training.setup.set_up(config)
     return config, model, tokenizer, tasks, training.setup.make_optimizer(model, config)
 
 
 def ours(spec):
-    memory = Memory()
+    before, _ = memory()
     if not spec.graphs:
         speed.capture_and_check = no_graph
     config, model, tokenizer, tasks, optimizer = set_up(spec.flags)
-    memory.reset()
+    forget_peak()
     steps = []
     position = 0
     for _ in range(WARM_UP + STEPS):
@@ -135,33 +111,25 @@ def ours(spec):
         ended = clock(spec)
         lengths = batch.mask.sum(1).tolist()
         steps.append({"rollout": sampled - started, "update": ended - sampled, "lengths": lengths})
-    answer = {"steps": steps[WARM_UP:], "peak": memory.peak(model)}
-    answer |= {"config": dataclasses.asdict(config), "dtype": str(model.dtype).split(".")[1]}
-    return answer | {"reading": seconds_to_read(model, spec)}
+    settings = {"config": dataclasses.asdict(config), "dtype": str(model.dtype).split(".")[1]}
+    return finish(steps, before, model) | settings
 
 
 # ------------------------------------------------------------------------- TRL's side
 
 
-def prompt_text(prompt, tokenizer):
-    """A text that the tokenizer encodes as `prompt`, a list of ids."""
-    for text in (
-        tokenizer.decode(prompt),
-        " ".join(tokenizer.convert_ids_to_tokens(prompt)),  # random_model.py's decodes otherwise
-    ):
-        if tokenizer(text)["input_ids"] == prompt:
-            return text
-    raise AssertionError("the prompt cannot be given to TRL as text")
-
-
 def make_rows(tokenizer, config):
-    """A data set for TRL: the tasks of our side, in its order."""
+    """A data set for TRL: the tasks of our side in its order, prompts as text."""
     examples = data.load_examples(config["data"])
     tasks = data.encode_tasks(examples, tokenizer, config["max_prompt_tokens"], {})
-    drawn = data.draw(tasks, 0, config["prompts_per_step"] * (WARM_UP + STEPS), config["seed"])
     rows = []
-    for prompt, example in drawn:
-        rows.append({"prompt": prompt_text(prompt, tokenizer), "target": example.new_code})
+    count = config["prompts_per_step"] * (WARM_UP + STEPS)
+    for prompt, example in data.draw(tasks, 0, count, config["seed"]):
+        text = tokenizer.decode(prompt)
+        if tokenizer.encode(text) != prompt:  # the tokenizer of random_model.py
+            text = " ".join(tokenizer.convert_ids_to_tokens(prompt))
+        assert tokenizer.encode(text) == prompt, "TRL would see another prompt"
+        rows.append({"prompt": text, "target": example.new_code})
     return rows
 
 
@@ -214,14 +182,15 @@ def trl_settings(spec):
     ours = spec.config
     rows = ours["prompts_per_step"] * ours["num_samples"]
     size = min(8, rows)  # 8 is TRL's default
-    same = {"num_generations": ours["num_samples"], "beta": ours["beta"], "seed": ours["seed"]}
-    same |= {"max_completion_length": ours["max_new_tokens"], "temperature": ours["temperature"]}
-    same |= {"max_steps": WARM_UP + STEPS, "learning_rate": ours["lr"], "loss_type": "grpo"}
-    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
-    where = {"use_cpu": not CUDA, "bf16": spec.dtype == "bfloat16", "shuffle_dataset": False}
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
-    quiet["disable_tqdm"] = True
-    return same | sizes | where | quiet | {"gradient_checkpointing": spec.checkpointing}
+    return {
+        "per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size,
+        "num_generations": ours["num_samples"], "max_completion_length": ours["max_new_tokens"],
+        "beta": ours["beta"], "learning_rate": ours["lr"], "temperature": ours["temperature"],
+        "loss_type": "grpo", "max_steps": WARM_UP + STEPS, "seed": ours["seed"],
+        "shuffle_dataset": False, "gradient_checkpointing": spec.checkpointing,
+        "use_cpu": not CUDA, "bf16": spec.dtype == "bfloat16", "disable_tqdm": True,
+        "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
+    }  # fmt: skip
 
 
 def trl(spec):
@@ -231,7 +200,7 @@ def trl(spec):
 
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    memory = Memory()
+    before, _ = memory()
     ours = spec.config
     tokenizer = AutoTokenizer.from_pretrained(ours["model"], padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(ours["model"], dtype=spec.dtype)
@@ -241,18 +210,16 @@ def trl(spec):
         use_dora=ours["adapter"] == "dora", task_type="CAUSAL_LM",
     )  # fmt: skip
     watch = Watch(spec)
+    more = {"processing_class": tokenizer, "peft_config": adapter, "callbacks": [watch]}
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(output, **trl_settings(spec))
-        trainer = GRPOTrainer(
-            model, score, config, rows, processing_class=tokenizer, peft_config=adapter,
-            callbacks=[watch],
-        )  # fmt: skip
+        trainer = GRPOTrainer(model, score, config, rows, **more)
         check_untouched(trainer.model)
         watch.time(trainer, "_generate_single_turn")
         watch.time(trainer, "_calculate_rewards")
-        memory.reset()
+        forget_peak()
         trainer.train()
-    return {"steps": watch.steps[WARM_UP:], "peak": memory.peak(trainer.model)}
+    return finish(watch.steps, before, trainer.model)
 
 
 # ------------------------------------------------------------------------- gradients
@@ -268,27 +235,30 @@ def gradients(spec):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     path = Path(spec.file)
     known = torch.load(path) if path.exists() else {}
+    found = {"adapter": known.get("adapter", {}), "sample": known.get("sample")}
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in trained.items():
-            p.copy_(known["adapter"][name] if known else p + 0.003 * torch.randn(p.shape).to(p))
+            if not known:
+                found["adapter"][name] = p + 0.003 * torch.randn(p.shape).to(p)
+            p.copy_(found["adapter"][name])
     sample = recode.sample
-    found = {"adapter": {name: p.detach().clone() for name, p in trained.items()}}
 
-    def replay(*args):
-        found["sample"] = known["sample"] if known else sample(*args)
+    def sample_once(*args, **settings):
+        found["sample"] = found["sample"] or sample(*args, **settings)
         return found["sample"]
 
-    def keep():
-        found["gradients"] = {name: p.grad.float().cpu() for name, p in trained.items()}
+    def keep_gradients():
+        found["gradients"] = {name: p.grad.float() for name, p in trained.items()}
 
-    recode.sample = replay
-    optimizer.step = keep
+    recode.sample = sample_once
+    optimizer.step = keep_gradients
     batch = grpo.collect(model, tokenizer, tasks, 0, config)[0]
     grpo.update(model, optimizer, batch, config)
-    if not known:
-        torch.save(found, path)
-    return difference(known["gradients"], found["gradients"]) if known else {}
+    if known:
+        return difference(known["gradients"], found["gradients"])
+    torch.save(found, path)
+    return {}
 
 
 def difference(old, new):
@@ -296,8 +266,8 @@ def difference(old, new):
     errors = {name: (new[name] - g).norm().item() for name, g in old.items()}
     sizes = {name: g.norm().item() for name, g in old.items()}
     worst = max(old, key=lambda name: errors[name] / sizes[name])
-    whole = sum(e**2 for e in errors.values()) / sum(size**2 for size in sizes.values())
-    return {"error": whole**0.5, "worst": errors[worst] / sizes[worst], "name": worst}
+    error = math.hypot(*errors.values()) / math.hypot(*sizes.values())
+    return {"error": error, "worst": errors[worst] / sizes[worst], "name": worst}
 
 
 def main():

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_model
+from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -164,34 +164,3 @@ def test_a_dry_run_measures_its_own_peak(monkeypatch, capsys):
     assert events[0] == "reset" and events[1:] == ["read", "sample", "read"]
     out = capsys.readouterr().out
     assert "peak 7.00 GB; before the step 2.00 GB" in out and "reserved by torch 8.00 GB" in out
-
-
-class OldModel:
-    """A model as in transformers 5.17: checkpointing has only its old name."""
-
-    def __init__(self):
-        self.enabled = []
-
-    def gradient_checkpointing_enable(self, settings):
-        self.enabled.append(settings)
-
-
-class NewModel(OldModel):
-    """A model as in transformers 5.23: the old name still works but warns."""
-
-    def gradient_checkpointing_enable(self, settings):
-        raise AssertionError("the deprecated name was called")
-
-    def activation_checkpointing_enable(self, settings):
-        self.enabled.append(settings)
-
-
-@pytest.mark.parametrize("kind", [OldModel, NewModel])
-def test_bench_enables_checkpointing_under_both_names(kind, monkeypatch):
-    """Stops GPU benchmarks from failing on a transformers that has only one of the names."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    bench_work = pytest.importorskip("bench_work")
-    monkeypatch.setattr(bench_work.dora, "add_dora", lambda model, *settings: model)
-    model = kind()
-    bench_work.adapt(model, bench_work.Spec(), grpo.Config(keep_activations=False))
-    assert model.enabled == [{"use_reentrant": False}]
