@@ -156,7 +156,7 @@ def check_command(words, monkeypatch):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A copy of the project in which commands may write, with the reader's own files."""
-    folders = ("training", "tasks", "sandbox", "tools", "tiny", "figures")
+    folders = ("lib", "training", "tasks", "sandbox", "tools", "tiny", "figures")
     for path in (*ROOT.glob("*.py"), *(ROOT / folder for folder in folders)):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     few = (ROOT / "tiny" / "train.jsonl").read_text().splitlines()[:20]
@@ -287,14 +287,14 @@ def test_quoted_equations_are_in_the_code():
         text = (ROOT / name).read_text()
         assert line in map(str.strip, text.splitlines()), f"{name}: {line}"
         assert "# eq. " not in line or re.search(rf"# eq\. {number}\b", line), line
-    for script in ("grpo", "reward", "training/dora", "eval"):
+    for script in ("grpo", "reward", "dora", "eval"):
         numbers = set(re.findall(r"\(eq\. (\d+)\)", (ROOT / f"{script}.py").read_text()))
         assert numbers == {number for name, number, *_ in rows if name == f"{script}.py"}, script
 
 
 def test_listed_messages_are_in_the_code():
     """Stops the table of messages from listing one that no program prints any more."""
-    paths = (*ROOT.glob("*.py"), *ROOT.glob("training/*.py"))
+    paths = (*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("training/*.py"))
     sources = "\n".join(path.read_text() for path in paths)
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # join strings split over lines
     table = PAGES["docs/troubleshooting.md"]
