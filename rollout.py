@@ -78,7 +78,7 @@ def sample_groups(model, tokenizer, tasks, config, position):
     sample it.
     """
     parallel.gather_weights(model)
-    first = config.seed * 1_000_003 + position  # a prime keeps (seed, position) apart
+    first = config.seed * 1_000_003 + position  # the next seed begins 1,000,003 tasks later
     n = config.num_samples
     mine = parallel.share(tasks)
     seeds = parallel.share(range(first, first + len(tasks)))

@@ -178,7 +178,7 @@ def barrier():
 
 def seed_dropout(seed, step):
     """Seed torch's generator so that every step of every rank has dropout masks of its own."""
-    torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)  # a prime keeps (seed, step) apart
+    torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)  # seeds are 1,000,003 steps apart
 
 
 # ------------------------------------------------------------------------- all weights, sharded

@@ -353,6 +353,15 @@ def test_the_printed_command_resumes(train, tmp_path, monkeypatch, capsys):
     assert steps(output) == [1, 2]
 
 
+def test_resume_with_other_steps(train, tmp_path, capsys):
+    """Stops a learning rate that leaves its schedule without a word."""
+    assert train("--steps", "2") == 0
+    assert train("--steps", "3", "--resume") == 0
+    assert "warning   --steps was 2, now 3: the learning rate" in capsys.readouterr().out
+    assert train("--steps", "3", "--resume") == 0
+    assert "--steps was" not in capsys.readouterr().out
+
+
 def test_resume_through_a_link(train, tmp_path, checkpoints):
     """Stops a run from being refused because its model is named by another path."""
     assert train("--steps", "1") == 0

@@ -169,6 +169,9 @@ class RunDirectory:
             same = was == now or os.path.realpath(str(was)) == os.path.realpath(str(now))
             if name not in MAY_CHANGE and not same:
                 raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
+            if name == "steps" and was != now:
+                text = "the learning rate goes on along the cosine of the new number"
+                print(f"warning   --steps was {was:,}, now {now:,}: {text}")
 
     def create(self):
         """Make the directory and lock it, after all ranks have passed their checks."""
