@@ -40,9 +40,6 @@ def attention(module, query, key, value, mask, attend=None, **kwargs):
     return attend(module.layer_idx, query, key, value, kwargs.get("scaling")), None
 
 
-# cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds a
-# plan, 0.4 s, for every new shape; lengths differ in every step.
-torch.backends.cuda.enable_cudnn_sdp(False)
 AttentionInterface.register("shared_prompt", attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 

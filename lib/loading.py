@@ -27,8 +27,12 @@ def fused_rms_norm(self, x):
     return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
-    norm.forward = fused_rms_norm
+def fuse_norms(model):
+    """Give the RMSNorms of this model, and of no other, their fused form."""
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm | Qwen2RMSNorm | Qwen3RMSNorm):
+            module.forward = functools.partial(fused_rms_norm, module)
+
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
 OURS = ("runs", "tiny", "tests", "..", ".")  # no owners on the hub
@@ -119,6 +123,10 @@ def load_model(model, dtype="auto"):
     except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     check_weights(loaded, info, model)
+    fuse_norms(loaded)
+    # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
+    # a plan, 0.4 s, for every new shape; lengths differ in every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device == "cpu" and size < SMALL:
         torch.set_num_threads(1)
     if device == "cpu" and size > LARGE:
