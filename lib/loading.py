@@ -27,11 +27,14 @@ def fused_rms_norm(self, x):
     return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-def fuse_norms(model):
-    """Give the RMSNorms of this model, and of no other, their fused form."""
+def choose_kernels(model):
+    """Give the RMSNorms of this model, and of no other, their fused form; no cuDNN attention."""
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm | Qwen2RMSNorm | Qwen3RMSNorm):
             module.forward = functools.partial(fused_rms_norm, module)
+    # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
+    # a plan, 0.4 s, for every new shape; lengths differ in every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
@@ -123,10 +126,7 @@ def load_model(model, dtype="auto"):
     except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     check_weights(loaded, info, model)
-    fuse_norms(loaded)
-    # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
-    # a plan, 0.4 s, for every new shape; lengths differ in every step.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    choose_kernels(loaded)
     if device == "cpu" and size < SMALL:
         torch.set_num_threads(1)
     if device == "cpu" and size > LARGE:
