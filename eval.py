@@ -56,7 +56,7 @@ def complete(model, tokenizer, batch, args):
 
 
 def load_checked(tokenizer, prompts, args):
-    """The model with its adapter; BadInput where it is not supported, or the prompts are too long."""
+    """The model with its adapter; BadInput if it is not supported or a prompt is too long."""
     model = loading.load_policy(args.model, args.adapter, args.dtype)
     setup.check_policy(model, tokenizer, args.model)
     setup.check_context(model, prompts, args)

@@ -109,7 +109,8 @@ def test_an_answer_is_graded_once(monkeypatch):
 def test_dr_grpo_as_the_exercise_says(tmp_path):
     """Stops the documented exercise from needing more than the lines of eq. 3 and 8."""
     edits = (
-        ("    A = (rewards - mean) / (std + 1e-4)  # eq. 3", "    A = rewards - mean  # eq. 3"),
+        ("    return (rewards - mean) / (std + 1e-4)  # eq. 3",
+         "    return rewards - mean  # eq. 3"),
         ("    return mask / mask.sum(1, keepdim=True) / len(mask)  # eq. 8",
          "    return mask / config.max_new_tokens / len(mask)  # eq. 8"),
     )  # fmt: skip
