@@ -360,7 +360,7 @@ def test_bad_files(program, tmp_path, monkeypatch):
     assert program(about, about.decode()) == 0
 
 
-@pytest.mark.parametrize("model", ["runs/grop", "./none", "folder/none", "../none", "none"])
+@pytest.mark.parametrize("model", ["runs/grop", "./none", "../none", "none"])
 def test_a_misspelt_model(program, tmp_path, monkeypatch, model):
     """Stops minutes of retries at the hub for a run directory whose name is misspelt."""
     (tmp_path / "folder").mkdir()

@@ -272,7 +272,7 @@ def test_a_graph_is_captured_without_fsdp(monkeypatch, capsys):
         return lambda: None, step()
 
     monkeypatch.setattr("recode.Decoder.graphs", True)
-    monkeypatch.setattr("training.speed.capture", capture)
+    monkeypatch.setattr("lib.speed.capture", capture)
     monkeypatch.setattr(parallel, "CUDA", True)
     parallel.gather_weights(model)
     recode.sample(model, [[5, 6, 7]], 2, 1, [3])
