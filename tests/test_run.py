@@ -16,14 +16,13 @@ import data
 import eval
 import grpo
 import rollout
+import sft
 from training import run, screen
 from lib.config import BadInput
 import tools.compare
 
 SMALL = [
     "--prompts-per-step",
-    "2",
-    "--num-samples",
     "2",
     "--max-new-tokens",
     "8",
@@ -48,7 +47,8 @@ def train(tmp_path, checkpoints, write_rows, rows):
             "--output",
             str(tmp_path / "run"),
         ]
-        return script.main([*fixed, *SMALL, *flags])
+        group = [] if script is sft else ["--num-samples", "2"]
+        return script.main([*fixed, *SMALL, *group, *flags])
 
     return start
 
