@@ -82,13 +82,10 @@ def evaluate(problems, directory, box, args):
     def judge(row):
         return row | by_name[row["problem"]].judge(row["completion"], box)
 
-    def right():
-        return f"{sum(passed)} of {len(passed)} right"
-
     pool = ThreadPoolExecutor(judging.JUDGES)
     try:
         mine = [*parallel.share(batches), []]  # the last one is empty: only verdicts are left
-        for batch in screen.progress(mine, args.task, parallel.RANK > 0, right):
+        for batch in screen.progress(mine, args.task, parallel.RANK > 0, passed):
             keys = {(problem.name, j) for problem, *_ in batch for j in range(args.num_samples)}
             rows = []
             if not keys <= log.keys():

@@ -25,8 +25,8 @@ def style(text, code):
     return f"\033[{code}m{text}\033[0m"
 
 
-def progress(batches, what, hidden=False, note=None):
-    """Yield lists of items; a bar shows how many are done, and note(), a function's text.
+def progress(batches, what, hidden=False, passed=()):
+    """Yield lists of items; a bar shows how many are done, and how many of `passed` are true.
 
     Without a terminal: a line now, and at most one every half minute.
     """
@@ -40,7 +40,8 @@ def progress(batches, what, hidden=False, note=None):
         for batch in batches:
             yield batch
             done += len(batch)
-            bar.set_postfix_str(note() if note else "", refresh=False)
+            right = f"{sum(passed)} of {len(passed)} right" if passed else ""
+            bar.set_postfix_str(right, refresh=False)
             bar.update(len(batch))
             now = time.monotonic()
             if lines and done and now >= shown + 30:
