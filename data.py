@@ -25,7 +25,7 @@ from pathlib import Path
 
 import reward
 from lib.config import BadInput, first_line
-from lib.files import HUB_ID, fetch, json_rows
+from lib.files import HUB_ID, fetch, json_rows, unix_lines
 
 SYSTEM = (
     "You migrate code to a new version of a library. Follow the update notes you are given, "
@@ -77,7 +77,7 @@ def read_example(where, row):
             raise BadInput(f"{where}: field {name!r} is missing; a row has six fields")
         if not isinstance(row[name], str | None):
             raise BadInput(f"{where}: field {name!r} is not text but {row[name]!r:.40}")
-        texts[name] = row[name] if row[name] else ""
+        texts[name] = unix_lines(row[name] or "")
     texts["new_version"] = texts["new_version"].removeprefix("==").strip()
     return Example(**texts)
 

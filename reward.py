@@ -63,11 +63,7 @@ TOKEN = re.compile(
 # The text of an f-string and the sign after it. A backslash protects a quote, but a brace only in
 # \N{BULLET}.
 TEXT = re.compile(
-    r"""
-    (?: [^\\{}"'\n] | \\N\{[\w\ -]*+\} | \\[^{}] | \\ )*+
-    (?P<sign> \{\{ | [{}\n] | "{3}|'{3}|"|')
-    """,
-    re.VERBOSE,
+    r"""(?:[^\\{}"'\n]|\\N\{[\w -]*+\}|\\[^{}]|\\)*+(?P<sign>\{\{|[{}\n]|"{3}|'{3}|"|')"""
 )
 
 

@@ -28,26 +28,18 @@ def fetch(hub_id, name):
 
 
 def unix_lines(text):
-    """`text` with "\\n" at the end of every line, and without a byte order mark."""
+    """`text` with line ends as in a model's answers, "\\n", and without a byte order mark."""
     return re.sub("\r\n?", "\n", text.removeprefix("\ufeff"))
 
 
-def unix_texts(row):
-    """A JSON object with unix_lines() in all its texts."""
-    return {name: unix_lines(x) if isinstance(x, str) else x for name, x in row.items()}
-
-
 def json_rows(path, content):
-    """Yield ("PATH, line N", JSON object) for every line of `content`, bytes, that is not blank.
-
-    All texts have Unix line ends, as the answers of a model do.
-    """
+    """Yield ("PATH, line N", JSON object) for every line of `content`, bytes, that is not blank."""
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line, object_hook=unix_texts)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise BadInput(f"{where}: not JSON ({error}); each line must be one JSON object")
         if not isinstance(row, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 import data
 import reward
 from lib.config import BadInput
-from lib.files import fetch, json_rows
+from lib.files import fetch, json_rows, unix_lines
 
 SYSTEM = "You write Python code. {}Think first, then answer."
 OBEY = (
@@ -83,8 +83,9 @@ def broken(where, field, why):
 
 
 def check_texts(where, row, names):
-    """Raise BadInput unless all named fields are text."""
+    """Give all named fields Unix line ends; raise BadInput unless they are text."""
     for name in names:
         value = row.get(name)
         if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
             raise broken(where, name, "is not text" if name in row else "is missing")
+        row[name] = unix_lines(value)

@@ -191,7 +191,7 @@ def test_rope_that_depends_on_the_length(kind):
     assert found == ([25] if kind in ("dynamic", "longrope") else [25, 26, 60])
     limits = {"dynamic": 80, "longrope": 80}
     assert setup.exact_length(model.config) == limits.get(kind, math.inf)
-    model.config.rope_parameters = {"full_attention": rope, "other": {"rope_type": "default"}}
+    model.config.rope_parameters = {"full_attention": rope}  # for each type of layer
     assert setup.exact_length(model.config) == limits.get(kind, math.inf)
 
 

@@ -56,17 +56,12 @@ def exact_length(config):
     a token would have other keys in sampling, where the length grows, than in training.
     """
     context = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return context
-    exact = math.inf
-    for each in (rope, *rope.values()):  # some models have one for each type of layer
-        kind = each.get("rope_type", "") if isinstance(each, dict) else ""
-        if kind == "longrope":
-            exact = min(exact, each.get("original_max_position_embeddings", context))
-        elif "dynamic" in kind:
-            exact = min(exact, context)
-    return exact
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get(FULL, rope)  # some models have one for each type of layer
+    kind = rope.get("rope_type", "none")
+    if kind == "longrope":
+        return rope["original_max_position_embeddings"]
+    return context if kind == "none" or "dynamic" in kind else math.inf
 
 
 def check_context(model, prompts, config):
