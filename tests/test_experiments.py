@@ -28,14 +28,14 @@ def as_before(monkeypatch):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """What training.run.evaluate() was called with, in place of its work; it returns METRICS."""
+    """What training.run.measure_heldout() was called with, in place of its work; it returns METRICS."""
     calls = []
 
-    def evaluate(*args):
+    def measure_heldout(*args):
         calls.append(args)
         return METRICS, []
 
-    monkeypatch.setattr(training.run, "evaluate", evaluate)
+    monkeypatch.setattr(training.run, "measure_heldout", measure_heldout)
     return calls
 
 

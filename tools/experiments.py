@@ -60,7 +60,7 @@ def measure(model):
     for split, columns in SPLITS:
         examples = data.load_examples(f"{TINY}/{split}.jsonl")
         tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        metrics, _ = training.run.evaluate(model, tokenizer, tasks, config)
+        metrics, _ = training.run.measure_heldout(model, tokenizer, tasks, config)
         result |= {column: metrics[name] for name, column in columns.items()}
     return result
 
