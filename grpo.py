@@ -51,7 +51,7 @@ import rollout
 import training.dry_run
 import training.run
 import training.setup
-from lib import parallel
+from lib import fsdp, parallel
 
 
 @dataclass
@@ -144,7 +144,7 @@ def accumulate(model, batch, config):
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):

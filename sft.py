@@ -43,7 +43,7 @@ import rollout
 import training.dry_run
 import training.run
 import training.setup
-from lib import parallel
+from lib import fsdp, parallel
 
 
 @dataclass
@@ -107,7 +107,7 @@ def accumulate(model, batch, config):
     weights = token_weights(batch.mask, config)  # (B, T)
     sums = Counter()
     model.train()
-    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):

@@ -58,7 +58,6 @@ class Run:
     dtype: str = "auto"  # of frozen weights: fp32, bf16, or auto, the faster one here
     micro_tokens: int = 8192  # tokens per forward and backward pass, padding included
     keep_activations: bool = False  # no gradient checkpointing: faster, much more memory
-    offload: bool = False  # with --adapter none: fp32 weights and AdamW in CPU memory
     dry_run: bool = False  # run one worst-case step, report memory and time, exit
     # log
     save_every: int = 100  # steps between checkpoints
@@ -257,7 +256,6 @@ def check(config):
         (prompts < ranks, f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks"),
         (cache > config.max_new_tokens, f"--overlong-cache {cache}: over --max-new-tokens"),
         (full and config.beta, "--adapter none: has no reference policy; give --beta 0"),
-        (config.offload and not full, "--offload: only with --adapter none"),
     )
     for broken, message in rules:
         if broken:

@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import dora
-from lib import parallel
+from lib import fsdp, parallel
 from lib.config import BadInput, first_line
 from lib.files import HUB_ID, write
 
@@ -171,7 +171,7 @@ def write_model(model, tokenizer, directory, what):
     """
     state = {}
     for name, p in model.named_parameters():
-        full = parallel.full_tensor(p.detach()).to(model.config.dtype)  # shards are fp32
+        full = fsdp.full_tensor(p.detach()).to(model.config.dtype)  # shards are fp32
         state[name] = full.cpu() if parallel.RANK == 0 else None
     if parallel.RANK > 0:
         return

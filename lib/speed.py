@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from lib import parallel
+from lib import fsdp
 from lib.config import first_line
 
 
@@ -26,7 +26,7 @@ def capture_and_check(model, step, expected):
     Returns (replay, the tensor that it fills); (None, None), and a warning, where that fails.
     """
     try:
-        with parallel.unhooked(model):
+        with fsdp.unhooked(model):
             replay, logits = capture(step)
         replay()
         found = logits.float().nan_to_num()

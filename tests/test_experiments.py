@@ -28,7 +28,7 @@ def as_before(monkeypatch):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """What training.run.measure_heldout() was called with, in place of its work; it returns METRICS."""
+    """The arguments of each call of measure_heldout(), which does no work and returns METRICS."""
     calls = []
 
     def measure_heldout(*args):

@@ -75,8 +75,6 @@ def test_memory_by_hand():
     )
     full = grpo.Config(adapter="none", beta=0.0)
     assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000 + 12 * 1000 / 4
-    full.offload = True
-    assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000
 
 
 @pytest.mark.parametrize("adapter", ["dora", "none"])
@@ -223,7 +221,6 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
         "--micro-tokens",
         "--keep-activations",
         "--num-samples",
-        "--offload",
         "--dry-run",
         "--resume",
     ):

@@ -42,7 +42,7 @@ from training.watch import Watch
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
 MAY_CHANGE = (  # between a run and its --resume
-    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload",
+    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet",
     "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
