@@ -271,7 +271,6 @@ def test_a_graph_is_captured_without_fsdp(monkeypatch, capsys):
         fsdp.gather_weights(model)
         return lambda: None, step()
 
-    monkeypatch.setattr("recode.Decoder.graphs", True)
     monkeypatch.setattr("lib.speed.capture", capture)
     monkeypatch.setattr(parallel, "CUDA", True)
     fsdp.gather_weights(model)

@@ -149,9 +149,8 @@ def make_trainable(model, config, adapter):
     print(f"          {trained:,} trained: {what}")
     if config.adapter == "none":
         fsdp.shard(model)
-    if not config.keep_activations:  # transformers 5.17 has the old name only
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    if not config.keep_activations:
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def make_optimizer(model, config):
