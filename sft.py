@@ -47,7 +47,7 @@ from lib import fsdp, parallel
 
 
 @dataclass
-class Config(lib.config.Run):
+class Config(lib.config.Settings):
     # rollout
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
@@ -144,7 +144,7 @@ def main(argv=None):
     if config.dry_run:
         return training.dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
-    with run.progress(step) as stop:
+    with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
             if parallel.any_rank(stop.asked):
                 break

@@ -55,7 +55,7 @@ def start():
     dist.init_process_group(BACKEND, timeout=PATIENCE)
 
 
-def report(error):
+def print_error(error):
     """Print an error as one line, with the rank where there are several."""
     where = f" (rank {RANK})" if WORLD > 1 else ""
     print(f"error: {error}{where}", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (BadInput, OSError) as error:
-        report(first_line(error))
+        print_error(first_line(error))
         sys.exit(2)
     except KeyboardInterrupt:
         if RANK == 0:
@@ -108,10 +108,10 @@ def run_main(main):
         sys.exit(130)
     except Exception as error:
         if out_of_memory(error):
-            report(f"{first_line(error)} {OUT_OF_MEMORY}")
+            print_error(f"{first_line(error)} {OUT_OF_MEMORY}")
             sys.exit(2)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            report("lost another rank, which says why")
+            print_error("lost another rank, which says why")
             sys.exit(2)
         traceback.print_exc()
         sys.exit(70)

@@ -73,7 +73,7 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
     return parts | {"peak": parts["weights"] + parts["trained"] + larger}  # eq. 6
 
 
-def table():
+def memory_table():
     """Peak memory per GPU of the largest step as Markdown, one prompt per GPU."""
     lines = [["", "DoRA, any number of GPUs", "full, 1 GPU", "full, 2 GPUs", "full, 8 GPUs"]]
     full = grpo.Config(adapter="none", beta=0.0)
@@ -91,7 +91,7 @@ def main(argv=None):
     """Print the table. The exit status is 0."""
     Parser(__doc__).parse_args(argv)
     print("prompt of 2,048 tokens, 8 answers of 1,024, bf16: peak memory per GPU\n")
-    print(table(), end="")
+    print(memory_table(), end="")
     return 0
 
 

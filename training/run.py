@@ -212,7 +212,7 @@ class RunDirectory:
         return metrics
 
     @contextlib.contextmanager
-    def progress(self, step):
+    def loop(self, step):
         """Around the training loop: the screen, the tracker, and the Stop that Ctrl-C sets."""
         self.tracker = open_tracker(self.config, step + 1)
         self.screen = screen.Screen(self.config, step)
