@@ -59,7 +59,7 @@ def sample_answers(
 
 @dataclasses.dataclass
 class Group:
-    """One task and its completions, lists of ids with their EOS; the rest if they were sampled."""
+    """A task and its completions, lists of ids with EOS; only a sampled one has the rest."""
 
     prompt: list
     example: data.Example

@@ -1,8 +1,8 @@
 """SFT: every completion is a reference (eq. 1, 3), no ratio and no KL (eq. 7), token mean (eq. 8).
 
 A code model learns to obey an API update by copying the right answer, token by token. It is the
-policy gradient of grpo.py with one completion per group, always the best one. For completion i and
-its token t:
+policy gradient of grpo.py with one completion per group, always the best one. The equation numbers
+are those of grpo.py. For completion i and its token t:
 
     A_i    = 1                                     every reference has the same weight    (eq. 3)
     J_it   = A_i logp_it                           log-likelihood                         (eq. 7)

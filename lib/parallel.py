@@ -11,8 +11,9 @@ WORLD-th group, and gradients are summed over ranks: loss and gradient are those
     --adapter none    The weights are sharded: see lib/fsdp.py.
 
 Ctrl-C ends all ranks together after the step. torchrun sends it twice, so only one that comes 2
-seconds later counts as the second, and kills a rank after 30 seconds: give --shutdown-timeout 600
-where steps are long. Only rank 0 writes; with --resume every rank reads the checkpoint.
+seconds later counts as the second. torchrun also kills a rank after 30 seconds: where steps are
+long, give it --shutdown-timeout 600. Only rank 0 writes; with --resume every rank reads the
+checkpoint.
 """
 
 import io
