@@ -39,7 +39,6 @@ HOSTILE = (
 OLD = "import mathlib\nx = mathlib.twice(4)\ny = x"
 NEW = "import mathlib\nx = mathlib.double(4)\ny = x"
 NOTE = "twice was removed; use double."
-SMALL = "--prompts-per-step 2 --max-new-tokens 8 --r 4 --save-every 2".split()
 CURVES = ("reward", "exact match", "stale", "obeys", "format", "length", "KL", "learning rate")
 
 
