@@ -2,8 +2,8 @@
 
 A code model learns to obey an API update by comparing its own answers. For every prompt it samples
 a group of completions, and reward.py scores them; those better than their group's mean become more
-likely, the others less likely (GRPO: arXiv 2402.03300, DAPO: arXiv 2503.14476). For completion i
-and its token t:
+likely, the others less likely (GRPO: arXiv 2402.03300, DAPO: arXiv 2503.14476). The equation
+numbers are this project's own. For completion i and its token t:
 
     A_i    = (R_i - mean(R)) / (std(R) + 1e-4)     advantage within the group             (eq. 3)
     rho_it = exp(logp_it - old_it)                 ratio to the policy that sampled       (eq. 4)
@@ -27,7 +27,7 @@ Three scripts share this text and these commands; each hunk of the diff names it
 
 Before you read:
   1. In the first update after a rollout rho is 1 (dropout aside) and the clip never acts. The loss
-     then says nothing (near 0 in GRPO, as a group's advantages sum to 0); its gradient matters.
+     value is then near 0 in GRPO and arbitrary in DAPO; only its gradient matters.
   2. eq. 8 is computed over the whole update batch, before it is split into micro-batches, so loss
      and gradient do not depend on --micro-tokens or the number of GPUs.
   3. A group whose rewards are all equal has advantage 0 and gives no policy gradient.
@@ -51,11 +51,11 @@ import rollout
 import training.dry_run
 import training.run
 import training.setup
-from lib import parallel
+from lib import fsdp, parallel
 
 
 @dataclass
-class Config(lib.config.Run):
+class Config(lib.config.Settings):
     # rollout
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # rollouts, each followed by --updates optimizer steps
@@ -129,6 +129,7 @@ def collect(model, tokenizer, tasks, position, config):
     kept = []
     sampled = []
     tries = 0
+    # GRPO keeps every group, so one turn is enough; DAPO draws again for the groups it drops.
     while len(kept) < config.prompts_per_step and tries < config.max_tries:  # eq. 1
         drawn = data.draw(tasks, position, config.prompts_per_step - len(kept), config.seed)
         groups = rollout.sample_groups(model, tokenizer, drawn, config, position)
@@ -152,7 +153,7 @@ def accumulate(model, batch, config):
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):
@@ -199,7 +200,7 @@ def main(argv=None):
     if config.dry_run:
         return training.dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
-    with run.progress(step) as stop:
+    with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
             if parallel.any_rank(stop.asked):
                 break

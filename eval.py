@@ -63,7 +63,7 @@ def load_checked(tokenizer, prompts, args):
     return model
 
 
-def evaluate(problems, directory, box, args):
+def sample_and_judge(problems, directory, box, args):
     """Sample and judge what the log lacks; a batch is judged while the next one is sampled."""
     path = directory / (f"samples-{parallel.RANK}.jsonl" if parallel.RANK else "samples.jsonl")
     if path.exists():
@@ -131,7 +131,7 @@ def parse(argv):
         args.k = [k for k in (1, 5) if k <= args.num_samples]
     if not args.compare:
         resolve(args)
-        check(args)
+        check_args(args)
     return args
 
 
@@ -150,7 +150,7 @@ def resolve(args):
         args.data = tasks.SOURCES.get(args.task, "")
 
 
-def check(args):
+def check_args(args):
     """Raise BadInput, naming the flag, where the arguments make no sense."""
     for name in ("num_samples", "max_new_tokens", "batch"):
         if getattr(args, name) < 1:
@@ -193,7 +193,7 @@ def main(argv=None):
         claim(directory, args)
         size = f"{len(problems):,} problems of {args.data}, {args.num_samples} samples each"
         print(f"{args.task}: {size}", flush=True)
-        evaluate(problems, directory, box, args)
+        sample_and_judge(problems, directory, box, args)
     parallel.barrier()
     if parallel.RANK == 0:
         result = table.tabulate(problems, read_log(directory), args)

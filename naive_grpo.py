@@ -20,6 +20,7 @@ Shapes: B = N = P * G rows; L and T tokens in the longest prompt and completion;
 """
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -28,8 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import reward
 
-ROOT = Path(__file__).parent
-
+TINY = Path(__file__).parent / "tiny"
 P = 8  # prompts per step
 G = 8  # completions per prompt, a group
 STEPS = 40
@@ -76,11 +76,11 @@ def loss(logps, old_logps, ref_logps, A, mask):
 
 def main():
     torch.manual_seed(42)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     reference = copy.deepcopy(model)  # never trained
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0)
-    tasks = data.load_examples(str(ROOT / "tiny" / "train.jsonl"))
+    tasks = [data.Example(**json.loads(row)) for row in open(TINY / "train.jsonl")]
     for step in range(STEPS):
         examples = tasks[step * P : (step + 1) * P]
         prompts = [data.encode_prompt(example, tokenizer) for example in examples]

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib import loading, parallel, speed
+from lib import parallel, speed
 from lib.config import BadInput
 
 # ------------------------------------------------------------------------- 1. prompts
@@ -109,8 +109,6 @@ class Decoder:
     once as a CUDA graph and replayed until rows are dropped or the cache grows.
     """
 
-    graphs = True  # until one has failed
-
     def __init__(self, model, prompts, num_samples):
         self.model = model
         self.block = 256 if parallel.CUDA else 64  # columns to grow by; each width is a new graph
@@ -133,6 +131,7 @@ class Decoder:
         masked = torch.arange(self.first, device=device) >= self.lengths[:, None]  # padding
         self.bias = torch.zeros(masked.shape, dtype=model.dtype, device=device)
         self.bias = self.bias.masked_fill(masked, -torch.inf)[:, None, None]  # (B, 1, 1, columns)
+        self.graphs = parallel.CUDA  # until one has failed
         self.replay = None
         self.logits = None
 
@@ -163,9 +162,9 @@ class Decoder:
             self.replay()
             return self.logits
         logits = self.step()
-        if Decoder.graphs and parallel.CUDA:
+        if self.graphs:
             self.replay, self.logits = speed.capture_and_check(self.model, self.step, logits)
-            Decoder.graphs = self.replay is not None
+            self.graphs = self.replay is not None
         return logits
 
     def step(self):
@@ -242,8 +241,8 @@ def sample(
     tokens = logps.long()
     mask = logps.bool()
     eos = torch.tensor(eos, device=model.device)
-    worth = 0.5 if parallel.CUDA else 0.8  # dropping costs a new graph, or a copy of the cache
-    with loading.packed_weights(model):
+    drop_below = 0.5 if parallel.CUDA else 0.8  # of the rows; a drop costs a graph, or a copy
+    with speed.packed_weights(model):
         decoder = Decoder(model, prompts, num_samples)
         alive = torch.ones_like(decoder.rows, dtype=torch.bool)  # rows without an EOS yet
         for t in range(max_new_tokens):
@@ -259,7 +258,7 @@ def sample(
                 progress(t + 1, len(noise) - left)
             if left == 0:
                 break
-            if left <= worth * len(rows):
+            if left <= drop_below * len(rows):
                 decoder.drop_finished(alive)
                 alive = alive[alive]
     return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import recode
 import reward
-from lib import parallel
+from lib import fsdp, parallel
 
 # ------------------------------------------------------------------------- 1. answers and groups
 
@@ -59,7 +59,7 @@ def sample_answers(
 
 @dataclasses.dataclass
 class Group:
-    """One task and its completions, lists of ids with their EOS; the rest if they were sampled."""
+    """A task and its completions, lists of ids with EOS; only a sampled one has the rest."""
 
     prompt: list
     example: data.Example
@@ -77,7 +77,7 @@ def sample_groups(model, tokenizer, tasks, config, position):
     Every rank samples its share. Task i of the stream uses a seed of its own, so any rank may
     sample it.
     """
-    parallel.gather_weights(model)
+    fsdp.gather_weights(model)
     first = config.seed * 1_000_003 + position  # the next seed begins 1,000,003 tasks later
     n = config.num_samples
     mine = parallel.share(tasks)
@@ -186,7 +186,7 @@ def batch_logps(model, batch, config):
     """The log-probabilities of a Batch without gradient or dropout, (B, T), on every rank."""
     model.eval()
     logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:
             for part in passes(batch, i, config.micro_tokens):

@@ -1,8 +1,8 @@
 """SFT: every completion is a reference (eq. 1, 3), no ratio and no KL (eq. 7), token mean (eq. 8).
 
 A code model learns to obey an API update by copying the right answer, token by token. It is the
-policy gradient of grpo.py with one completion per group, always the best one. For completion i and
-its token t:
+policy gradient of grpo.py with one completion per group, always the best one. The equation numbers
+are those of grpo.py. For completion i and its token t:
 
     A_i    = 1                                     every reference has the same weight    (eq. 3)
     J_it   = A_i logp_it                           log-likelihood                         (eq. 7)
@@ -43,11 +43,11 @@ import rollout
 import training.dry_run
 import training.run
 import training.setup
-from lib import parallel
+from lib import fsdp, parallel
 
 
 @dataclass
-class Config(lib.config.Run):
+class Config(lib.config.Settings):
     # rollout
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
@@ -107,7 +107,7 @@ def accumulate(model, batch, config):
     weights = token_weights(batch.mask, config)  # (B, T)
     sums = Counter()
     model.train()
-    parallel.gather_weights(model)  # all ranks take part, also one without a prompt
+    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):
@@ -144,7 +144,7 @@ def main(argv=None):
     if config.dry_run:
         return training.dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
-    with run.progress(step) as stop:
+    with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
             if parallel.any_rank(stop.asked):
                 break

@@ -1,6 +1,6 @@
 """The command line of a training script: every field of its Config is a flag.
 
-A script's Config holds the settings of its algorithm; it inherits those of the machinery from Run.
+A script's Config holds the settings of its algorithm; it inherits the others from Settings.
 The comment behind a field is the help of its flag; the comment above some fields heads a group.
 """
 
@@ -35,7 +35,7 @@ TINY = os.path.relpath(ROOT / "tiny")  # the embedded toy
 
 
 @dataclass
-class Run:
+class Settings:
     """Settings that every algorithm shares."""
 
     # model and data
@@ -58,7 +58,6 @@ class Run:
     dtype: str = "auto"  # of frozen weights: fp32, bf16, or auto, the faster one here
     micro_tokens: int = 8192  # tokens per forward and backward pass, padding included
     keep_activations: bool = False  # no gradient checkpointing: faster, much more memory
-    offload: bool = False  # with --adapter none: fp32 weights and AdamW in CPU memory
     dry_run: bool = False  # run one worst-case step, report memory and time, exit
     # log
     save_every: int = 100  # steps between checkpoints
@@ -112,7 +111,7 @@ def read_settings(path):
 
 
 def described(Config):
-    """Yield (heading, name, comment) of every field of a Config, its own before those of Run."""
+    """Yield (heading, name, comment) of every field of a Config, its own before inherited ones."""
     missing = {field.name for field in dataclasses.fields(Config)}
     for cls in Config.__mro__[:-1]:
         heading = "settings"
@@ -221,7 +220,7 @@ def parse_config(Config, argv, doc):
     parser.epilog = f"Defaults in brackets are those used with --model {model}; --no-X turns X off."
     add_flags(parser, Config, used)
     config = Config(**vars(parser.parse_args(argv)))
-    check(config)
+    check_config(config)
     if open_policy(model)[1]:
         for name in FIXED:
             was, now = used[name], getattr(config, name)
@@ -231,7 +230,7 @@ def parse_config(Config, argv, doc):
     return config
 
 
-def check(config):
+def check_config(config):
     """Raise BadInput, naming the flag, where the values of `config` make no sense."""
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
@@ -257,7 +256,6 @@ def check(config):
         (prompts < ranks, f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks"),
         (cache > config.max_new_tokens, f"--overlong-cache {cache}: over --max-new-tokens"),
         (full and config.beta, "--adapter none: has no reference policy; give --beta 0"),
-        (config.offload and not full, "--offload: only with --adapter none"),
     )
     for broken, message in rules:
         if broken:

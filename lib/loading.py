@@ -1,40 +1,16 @@
 """Loading and saving through transformers: a checkpoint directory, a hub id or a run directory."""
 
-import contextlib
-import ctypes
-import functools
-import platform
 from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import dora
-from lib import parallel
+from lib import fsdp, parallel, speed
 from lib.config import BadInput, first_line
 from lib.files import HUB_ID, write
-
-
-def fused_rms_norm(self, x):
-    """RMSNorm as one kernel; the model's own takes six, and rounds more in bf16."""
-    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
-
-
-def choose_kernels(model):
-    """Give the RMSNorms of this model, and of no other, their fused form; no cuDNN attention."""
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm | Qwen2RMSNorm | Qwen3RMSNorm):
-            module.forward = functools.partial(fused_rms_norm, module)
-    # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
-    # a plan, 0.4 s, for every new shape; lengths differ in every step.
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
@@ -65,44 +41,13 @@ def load_tokenizer(model):
     return tokenizer
 
 
-LARGE = 100_000_000  # parameters of a model whose speed on a CPU is worth memory and rounding
-SMALL = 2_000_000  # parameters of a model that more threads make slower on a busy CPU
+LARGE = 100_000_000  # parameters of a model whose speed on a CPU is worth the rounding of bf16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def native_bf16():
     """Whether this CPU multiplies in bf16; where it does not, bf16 is slower than fp32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def keep_freed_memory():
-    """Make glibc keep freed memory; page faults would be a quarter of a large model's step."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    # M_MMAP_THRESHOLD: only blocks over 1 GiB are mapped, and unmapped when freed
-    if mallopt(-3, 1 << 30):  # old versions of glibc refuse
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give back what exceeds 2 GiB at the top
-        mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MiB
-
-
-@contextlib.contextmanager
-def packed_weights(model):
-    """Give the linear layers of a large model on a CPU copies of their weights packed by oneDNN.
-
-    Sampling reads all weights at every token; packed, they are read about 1.5 times as fast. The
-    copies take as much memory as the weights, but none is left when training needs it.
-    """
-    large = LARGE < model.num_parameters() < 8e9 / model.dtype.itemsize  # at most 8 GB of copies
-    fast = torch.backends.mkldnn.is_available() and (model.dtype == torch.float32 or native_bf16())
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
-    with contextlib.ExitStack() as stack:
-        for layer in linear if large and fast else ():
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # for 8 rows
-            args = {"W": weight, "B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}
-            layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, **args)
-            stack.callback(delattr, layer, "forward")
-        yield
 
 
 def load_model(model, dtype="auto"):
@@ -126,12 +71,12 @@ def load_model(model, dtype="auto"):
     except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     check_weights(loaded, info, model)
-    choose_kernels(loaded)
-    if device == "cpu" and size < SMALL:
-        torch.set_num_threads(1)
-    if device == "cpu" and size > LARGE:
-        keep_freed_memory()
-    return loaded.to(device).eval()
+    # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
+    # a plan, 0.4 s, for every new shape; lengths differ in every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    loaded = loaded.to(device).eval()
+    speed.prepare(loaded)
+    return loaded
 
 
 def check_weights(loaded, info, model):
@@ -171,7 +116,7 @@ def write_model(model, tokenizer, directory, what):
     """
     state = {}
     for name, p in model.named_parameters():
-        full = parallel.full_tensor(p.detach()).to(model.config.dtype)  # shards are fp32
+        full = fsdp.full_tensor(p.detach()).to(model.config.dtype)  # shards are fp32
         state[name] = full.cpu() if parallel.RANK == 0 else None
     if parallel.RANK > 0:
         return

@@ -898,7 +898,7 @@ def test_ranks_share_the_work(command, tmp_path, monkeypatch):
     for rank in (1, 0):
         monkeypatch.setattr(parallel, "RANK", rank)
         monkeypatch.setattr(parallel, "WORLD", 2)
-        eval.evaluate(found, directory, None, eval.parse(command()))
+        eval.sample_and_judge(found, directory, None, eval.parse(command()))
     assert {path.name for path in directory.iterdir()} == {"samples.jsonl", "samples-1.jsonl"}
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 

@@ -28,14 +28,14 @@ def as_before(monkeypatch):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """What training.run.evaluate() was called with, in place of its work; it returns METRICS."""
+    """The arguments of each call of measure_heldout(), which does no work and returns METRICS."""
     calls = []
 
-    def evaluate(*args):
+    def measure_heldout(*args):
         calls.append(args)
         return METRICS, []
 
-    monkeypatch.setattr(training.run, "evaluate", evaluate)
+    monkeypatch.setattr(training.run, "measure_heldout", measure_heldout)
     return calls
 
 
@@ -50,7 +50,7 @@ def rows(path):
 def test_control_is_rewarded_at_random_and_measured_truly(tmp_path, evaluated):
     """Stops a control that sees the real reward, or whose metrics are as random as its rewards."""
     path = tmp_path / "grpo-random-reward-1"
-    assert experiments.run(path, 1) == 0
+    assert experiments.train_and_measure(path, 1) == 0
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     assert all(-3 <= sample["reward"] <= 3 for sample in samples)
     [row] = rows(path)
@@ -64,7 +64,7 @@ def test_a_run_goes_on(tmp_path, evaluated):
     path = tmp_path / "sft-1"
     assert experiments.train(path, 1) == 0
     first = rows(path)
-    assert experiments.run(path, 2) == 0
+    assert experiments.train_and_measure(path, 2) == 0
     assert rows(path)[0] == first[0] and [row["step"] for row in rows(path)] == [1, 2]
     got = json.loads((path / "result.json").read_text())
     seconds = [row[name] for row in rows(path) for name in row if name.startswith("seconds")]
@@ -94,7 +94,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
 def test_a_stopped_run_has_no_result(tmp_path, monkeypatch, evaluated):
     """Stops half-trained runs from being measured and taken for finished ones."""
     monkeypatch.setattr(sft, "main", lambda argv: 130)
-    assert experiments.run(tmp_path / "sft-1", 1) == 130
+    assert experiments.train_and_measure(tmp_path / "sft-1", 1) == 130
     assert evaluated == [] and not (tmp_path / "sft-1" / "result.json").exists()
 
 
@@ -113,7 +113,7 @@ def finish(output):
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch, capsys):
     """Stops finished runs from being trained again, seeds that share a directory, mixed-up rows."""
     finish(tmp_path / "x")
-    monkeypatch.setattr(experiments, "run", None)
+    monkeypatch.setattr(experiments, "train_and_measure", None)
     assert experiments.main(["--output", str(tmp_path / "x")]) == 0
     text = (tmp_path / "x" / "table.md").read_text()
     assert text in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_other_steps(tmp_path, monkeypatch):
     assert experiments.main(["--steps", "1", *output]) == 0
     with pytest.raises(BadInput, match="other --steps"):
         experiments.main(output)
-    monkeypatch.setattr(experiments, "run", None)
+    monkeypatch.setattr(experiments, "train_and_measure", None)
     assert experiments.main(["--steps", "1", *output]) == 0
 
 
@@ -144,7 +144,7 @@ def test_table_by_hand():
         seeds.append(values | {"exact match": em, "seconds": seconds})
     seeds[0]["retention"] = 0.9
     by_name = {"base": [values | {"seconds": 0}], "GRPO (ES\\*)": seeds}
-    head, line, base, grpo = experiments.table(by_name).splitlines()
+    head, line, base, grpo = experiments.results_table(by_name).splitlines()
     assert cells(head) == ["", *values, "seconds"]
     assert {cell.strip("-") for cell in cells(line)} == {""} and len(cells(line)) == 8
     assert cells(base) == ["base", "0.500", "0.250", "1.000", "2.000", "0.500", "0.500", "0"]
@@ -156,7 +156,7 @@ def test_table_by_hand():
 @pytest.mark.parametrize("flags", ["--steps 0", "--steps -3"])
 def test_counts_below_one(tmp_path, monkeypatch, flags):
     """Stops a mistyped number from starting everything, or from waiting forever."""
-    monkeypatch.setattr(experiments, "run", None)
+    monkeypatch.setattr(experiments, "train_and_measure", None)
     with pytest.raises(BadInput, match=f"{flags}.*at least 1"):
         experiments.main([*flags.split(), "--output", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()

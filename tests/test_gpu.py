@@ -43,7 +43,7 @@ def decoder(layers, dtype):
         num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    loading.choose_kernels(model)
+    speed.prepare(model)
     dora.add_dora(model, 4, 4.0, 0.0, "q_proj,v_proj")
     made = recode.Decoder(model, [list(range(5, 25))], 8)
     made.logits_at(0)
@@ -80,7 +80,7 @@ def test_kernels_of_a_decoding_step(drop, monkeypatch):
         **vars(F) | {"scaled_dot_product_attention": one, "rms_norm": one}
     )
     monkeypatch.setattr(recode, "F", fused)
-    monkeypatch.setattr(loading, "F", fused)
+    monkeypatch.setattr(speed, "F", fused)
     assert count(torch.bfloat16, drop) <= 1000
 
 
@@ -142,7 +142,7 @@ def test_fused_norm_equals_the_models_own():
     The change was once made to the class, so a model of TRL ran our norm in the benchmark.
     """
     model = random_model("llama")
-    loading.choose_kernels(model)
+    speed.prepare(model)
     assert "forward" not in vars(random_model("llama").model.norm)
     x = torch.randn(3, 5, 64)
     layer = model.model.norm

@@ -15,7 +15,7 @@ import migrate
 import recode
 import reward
 import dora
-from lib import config, loading, parallel
+from lib import config, loading, parallel, speed
 from lib.config import BadInput
 
 TINY = str(ROOT / "tiny")
@@ -180,13 +180,13 @@ def test_resume_in_bf16(train, tmp_path, adapter, monkeypatch, capsys):
 def test_only_large_models_keep_freed_memory(monkeypatch):
     """Stops the toy from growing, and a large model from giving memory back at every step."""
     called = []
-    monkeypatch.setattr(loading, "keep_freed_memory", lambda: called.append(1))
+    monkeypatch.setattr(speed, "keep_freed_memory", lambda: called.append(1))
     size = loading.load_model(TINY).num_parameters()
     assert called == []
-    monkeypatch.setattr(loading, "LARGE", size)
+    monkeypatch.setattr(speed, "LARGE", size)
     loading.load_model(TINY, "fp32")
     assert called == []
-    monkeypatch.setattr(loading, "LARGE", size - 1)
+    monkeypatch.setattr(speed, "LARGE", size - 1)
     loading.load_model(TINY, "fp32")
     assert called == [1]
 
@@ -208,8 +208,8 @@ def skip_without(dtype):
 def test_packed_weights_give_the_same_logits(monkeypatch, dtype):
     """Stops a lost bias, a copy that is older than the weights, and copies that stay."""
     skip_without(dtype)
-    monkeypatch.setattr(loading, "LARGE", 0)
-    monkeypatch.setattr(loading, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(speed, "LARGE", 0)
+    monkeypatch.setattr(speed, "keep_freed_memory", lambda: None)
     model = loading.load_model(TINY, dtype)
     dora.add_dora(model, 4, 8.0, 0.0, ALL)
     close = {"rtol": 0, "atol": 1e-4 if dtype == "fp32" else 0.25}  # of logits up to 20
@@ -219,11 +219,11 @@ def test_packed_weights_give_the_same_logits(monkeypatch, dtype):
             for p in model.parameters():
                 p.mul_(1.1)
             expected = model(ids).logits
-            with loading.packed_weights(model):
+            with speed.packed_weights(model):
                 assert all(packed(model))
                 torch.testing.assert_close(model(ids).logits, expected, **close)
         assert not any(packed(model))
-    with pytest.raises(KeyboardInterrupt), loading.packed_weights(model):
+    with pytest.raises(KeyboardInterrupt), speed.packed_weights(model):
         raise KeyboardInterrupt
     assert not any(packed(model))
 
@@ -235,7 +235,7 @@ def test_a_model_of_8_gb_is_not_packed(monkeypatch, dtype, size):
     model = loading.load_model(TINY, dtype)
     for parameters, expected in ((size - 1, True), (size, False)):
         monkeypatch.setattr(model, "num_parameters", lambda: parameters)
-        with loading.packed_weights(model):
+        with speed.packed_weights(model):
             assert set(packed(model)) == {expected}
 
 
@@ -244,8 +244,8 @@ def test_a_large_model_samples_from_packed_weights(monkeypatch):
     model = loading.load_model(TINY, "fp32")
     dora.add_dora(model, 4, 8.0, 0.0, ALL)
     found = []
-    for large in (loading.LARGE, 0):
-        monkeypatch.setattr(loading, "LARGE", large)
+    for large in (speed.LARGE, 0):
+        monkeypatch.setattr(speed, "LARGE", large)
         seen = []
         found.append(
             recode.sample(
@@ -272,9 +272,9 @@ def test_memory_is_kept_by_glibc_only(monkeypatch, libc, expected):
             asked.append(option)
             return 1
 
-    monkeypatch.setattr(loading.ctypes, "CDLL", lambda name: Library())
-    monkeypatch.setattr(loading.platform, "libc_ver", lambda: (libc, ""))
-    loading.keep_freed_memory()
+    monkeypatch.setattr(speed.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(speed.platform, "libc_ver", lambda: (libc, ""))
+    speed.keep_freed_memory()
     assert asked == expected
 
 

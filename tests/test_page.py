@@ -14,7 +14,7 @@ import zlib
 import pytest
 import torch
 from conftest import SCRIPTS, random_model
-from test_run import metrics, read_page
+from test_run import metrics, read_page, small
 
 import dora
 import grpo
@@ -39,7 +39,6 @@ HOSTILE = (
 OLD = "import mathlib\nx = mathlib.twice(4)\ny = x"
 NEW = "import mathlib\nx = mathlib.double(4)\ny = x"
 NOTE = "twice was removed; use double."
-SMALL = "--prompts-per-step 2 --max-new-tokens 8 --r 4 --save-every 2".split()
 CURVES = ("reward", "exact match", "stale", "obeys", "format", "length", "KL", "learning rate")
 
 
@@ -125,8 +124,7 @@ def train(tmp_path, checkpoints, write_rows, rows):
     source = write_rows(rows)
 
     def start(name, *flags, script=grpo):
-        fixed = ["--model", checkpoints["qwen2"], "--data", source, "--quiet", *SMALL]
-        fixed += [] if script is sft else ["--num-samples", "2"]
+        fixed = ["--model", checkpoints["qwen2"], "--data", source, "--quiet", *small(script)]
         assert script.main([*fixed, "--output", str(tmp_path / name), *flags]) == 0
         return tmp_path / name
 

@@ -75,8 +75,6 @@ def test_memory_by_hand():
     )
     full = grpo.Config(adapter="none", beta=0.0)
     assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000 + 12 * 1000 / 4
-    full.offload = True
-    assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000
 
 
 @pytest.mark.parametrize("adapter", ["dora", "none"])
@@ -105,7 +103,7 @@ def test_plan_is_a_program(capsys):
         plan.main(["7B"])
     assert plan.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "\n".join(lines[2:]) + "\n" == plan.table() and len(lines[4:]) == len(plan.SIZES)
+    assert "\n".join(lines[2:]) + "\n" == plan.memory_table() and len(lines[4:]) == len(plan.SIZES)
     assert {line.count("|") for line in lines[2:]} == {6}
 
 
@@ -223,7 +221,6 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
         "--micro-tokens",
         "--keep-activations",
         "--num-samples",
-        "--offload",
         "--dry-run",
         "--resume",
     ):

@@ -21,16 +21,11 @@ from training import run, screen
 from lib.config import BadInput
 import tools.compare
 
-SMALL = [
-    "--prompts-per-step",
-    "2",
-    "--max-new-tokens",
-    "8",
-    "--r",
-    "4",
-    "--save-every",
-    "2",
-]
+
+def small(script):
+    """The flags of a small run."""
+    flags = "--prompts-per-step 2 --max-new-tokens 8 --r 4 --save-every 2"
+    return f"{flags}{'' if script is sft else ' --num-samples 2'}".split()
 
 
 @pytest.fixture
@@ -47,8 +42,7 @@ def train(tmp_path, checkpoints, write_rows, rows):
             "--output",
             str(tmp_path / "run"),
         ]
-        group = [] if script is sft else ["--num-samples", "2"]
-        return script.main([*fixed, *SMALL, *group, *flags])
+        return script.main([*fixed, *small(script), *flags])
 
     return start
 
@@ -219,12 +213,14 @@ def test_a_log_file_is_plain_text(train, capfd):
     assert wide == []
 
 
-def test_samples_give_no_commands(tokenizer):
+def test_samples_give_no_commands(capsys):
     """Stops a model that writes escape sequences from moving the cursor, and a note of several
     lines from breaking out.
     """
     example = data.Example("lib", "1", "", "first\nsecond", "x", "y")
-    text = screen.show(3, rollout.Group([], example, [], ["one\r\x1b[2Jtwo\n\tthree"], [0.5]))
+    group = rollout.Group([], example, [], ["one\r\x1b[2Jtwo\n\tthree"], [0.5])
+    screen.Screen(grpo.Config(), 0).show_sample(3, group)
+    text = capsys.readouterr().out
     assert all(char.isprintable() or char == "\n" for char in text) and "note: first second" in text
     assert all(line == "" or line.startswith("    | ") for line in text.split("\n"))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import encode_prompt, encode_target, load_examples, split_heldout, unrelated
 from lib import loading, parallel
-from lib.config import TINY, BadInput, Parser, Run, open_policy
+from lib.config import TINY, BadInput, Parser, Settings, open_policy
 from lib.files import write
 from reward import strip_comments
 from training.screen import excerpt
@@ -54,12 +54,12 @@ def write_split(examples, share, directory, contrast):
     """Write a split as by a run's --heldout into a new directory: train, heldout, unrelated."""
     if Path(directory).exists():
         raise BadInput(f"--split {directory}: exists already; give a new directory")
-    train, heldout = split_heldout(share, examples, Run.seed)
-    added = unrelated(train, contrast, Run.seed)
+    train, heldout = split_heldout(share, examples, Settings.seed)
+    added = unrelated(train, contrast, Settings.seed)
     if len(added) < contrast:
         raise BadInput(f"--contrast {contrast}: the training rows give {len(added):,} at most")
     files = {"train": train + added, "heldout": heldout}
-    files["unrelated"] = unrelated(heldout, UNRELATED, Run.seed)
+    files["unrelated"] = unrelated(heldout, UNRELATED, Settings.seed)
     for name, some in files.items():
         path = Path(directory) / f"{name}.jsonl"
         write(path, b"".join(json.dumps(vars(example)).encode() + b"\n" for example in some))

@@ -60,7 +60,7 @@ def measure(model):
     for split, columns in SPLITS:
         examples = data.load_examples(f"{TINY}/{split}.jsonl")
         tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        metrics, _ = training.run.evaluate(model, tokenizer, tasks, config)
+        metrics, _ = training.run.measure_heldout(model, tokenizer, tasks, config)
         result |= {column: metrics[name] for name, column in columns.items()}
     return result
 
@@ -82,7 +82,7 @@ def train(path, steps):
     return script.main(sys.argv[1:])
 
 
-def run(path, steps):
+def train_and_measure(path, steps):
     """Train the run of a directory, measure it, write its result.json. Returns the exit status."""
     model = loading.load_model(TINY)
     rows = []
@@ -97,7 +97,7 @@ def run(path, steps):
     return 0
 
 
-def table(results):
+def results_table(results):
     """{row: [result per seed]} as Markdown: mean and, over several seeds, standard deviation."""
     columns = list(results["base"][0])
     lines = [["", *columns]]
@@ -132,11 +132,11 @@ def main(argv=None):
         for seed in [0] if name == "base" else SEEDS:
             path = output / f"{name}-{seed}"
             if not (path / "result.json").is_file():
-                status = run(path, args.steps)
+                status = train_and_measure(path, args.steps)
                 if status:
                     return status
             results.setdefault(row, []).append(read_settings(path / "result.json"))
-    text = table(results)
+    text = results_table(results)
     write(output / "table.md", text.encode())
     print(f"{text}\ndone: {output}/ holds the runs and table.md")
     return 0

@@ -13,7 +13,7 @@ time, in passes of r completions, c = r T tokens, at most M of them (--micro-tok
 
     weights    b W                                                                       (eq. 1)
     trained    16 A with an adapter; else 4 W + 12 W / N: the fp32 gradient, and as      (eq. 2)
-               shards (none with --offload) the fp32 weights and AdamW's moments
+               shards the fp32 weights and AdamW's moments
     sampling   b (2 n + 1) k p G (L + T) + 16 p G V    keys and values, one of them      (eq. 3)
                twice while it grows; logits
     layer      a = b ((11 d + 3 f) c + 2 k r (L + T))   what it keeps                    (eq. 4)
@@ -62,7 +62,7 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
         training = x.n * (held * L + a) + w
     trained = 16 * x.A  # eq. 2
     if config.adapter == "none":
-        trained = 4 * x.W + (0 if config.offload else 12 * x.W / N)
+        trained = 4 * x.W + 12 * x.W / N
     parts = {
         "weights": b * x.W,  # eq. 1
         "trained": trained,
@@ -73,7 +73,7 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
     return parts | {"peak": parts["weights"] + parts["trained"] + larger}  # eq. 6
 
 
-def table():
+def memory_table():
     """Peak memory per GPU of the largest step as Markdown, one prompt per GPU."""
     lines = [["", "DoRA, any number of GPUs", "full, 1 GPU", "full, 2 GPUs", "full, 8 GPUs"]]
     full = grpo.Config(adapter="none", beta=0.0)
@@ -91,7 +91,7 @@ def main(argv=None):
     """Print the table. The exit status is 0."""
     Parser(__doc__).parse_args(argv)
     print("prompt of 2,048 tokens, 8 answers of 1,024, bf16: peak memory per GPU\n")
-    print(table(), end="")
+    print(memory_table(), end="")
     return 0
 
 

@@ -8,7 +8,7 @@ import torch
 
 import recode
 import rollout
-from lib import parallel
+from lib import fsdp, parallel
 
 
 def peak_bytes(device):
@@ -24,7 +24,7 @@ def dry_run(model, tasks, optimizer, config, update):
 
     Prints memory and time. The model is useless afterwards: it has learned from random rewards.
     """
-    parallel.gather_weights(model)
+    fsdp.gather_weights(model)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = peak_bytes(model.device)

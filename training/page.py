@@ -120,7 +120,7 @@ def page(runs):
         points = [point(row) for row in read_rows(run / "metrics.jsonl")]
         steps, heldout = tasks(run)
         path = run / "heldout.json"
-        table = screen.table(**read_settings(path)) if path.is_file() else ""
+        table = screen.heldout_table(**read_settings(path)) if path.is_file() else ""
         fields = {"name": dump(str(run)), "logged": len(steps), "heldout": dump(table)}
         fields["curves"] = array(points, MAX_CURVES / len(runs))
         fields["steps"] = array(steps, MAX_STEPS / len(runs))

@@ -1,4 +1,4 @@
-"""A run from its first line on the screen to its last, and the directory that it leaves.
+"""Everything around the training loop: the run directory, its logs and checkpoints, --resume.
 
     config.json      every setting                     page.html    all of these to look at
     metrics.jsonl    one row per step                  adapter/     what was trained, in PEFT's form
@@ -36,13 +36,13 @@ from lib.config import BadInput, read_run
 from lib.files import append, lock, unlock, write
 from lib.loading import write_model
 from training import screen
-from training.page import page
+from training.page import page, read_rows
 from training.watch import Watch
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
 MAY_CHANGE = (  # between a run and its --resume
-    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet", "offload",
+    "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet",
     "micro_tokens", "keep_activations", "dry_run",
 )  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -62,7 +62,7 @@ class Stop:
         tqdm.write("stopping after this step; once more to stop at once")
 
 
-def evaluate(model, tokenizer, tasks, config):
+def measure_heldout(model, tokenizer, tasks, config):
     """(metrics, groups) of held-out `tasks`: greedy answers, but the reward is of sampled ones.
 
     Seed 0, so that runs with different seeds are measured on the same random numbers.
@@ -137,6 +137,22 @@ def open_tracker(config, step):
 # ------------------------------------------------------------------------- the run directory
 
 
+def check_resume(config):
+    """Raise BadInput unless --output holds a run of the same settings."""
+    path = Path(config.output)
+    if not (path / "config.json").is_file():
+        raise BadInput(f"--resume: no checkpoint in {path}; start without --resume")
+    before = read_run(path)
+    for name, now in vars(config).items():
+        was = before.get(name, now)  # an older run lacks a new setting
+        same = was == now or os.path.realpath(str(was)) == os.path.realpath(str(now))
+        if name not in MAY_CHANGE and not same:
+            raise BadInput(f"--resume: {name} was {was!r} in {path}, now {now!r}")
+        if name == "steps" and was != now:
+            text = "the learning rate goes on along the cosine of the new number"
+            print(f"warning   --steps was {was:,}, now {now:,}: {text}")
+
+
 class RunDirectory:
     """Claims --output, logs the steps, saves checkpoints, and finishes the run."""
 
@@ -145,33 +161,18 @@ class RunDirectory:
         self.config = config
         self.path = Path(config.output)
         self.checkpoint = self.path / "checkpoint" / "state.pt"
-        self.rows = []  # of metrics.jsonl
         self.before = {}  # held-out metrics before training
-        self.first = True  # no step of this process has been logged yet
         self.page_due = 0.0  # when page.html may be written again
+        self.watched = self.tracker = self.screen = None  # until begin()
         if config.log_to:
             import_tracker(config.log_to)  # fail now, not after the first measurement
         if config.resume:
-            self.check_settings()
+            check_resume(config)
         elif not config.dry_run:
             used = os.path.isdir(self.path) and set(os.listdir(self.path)) - {"lock"}
             if used or os.path.isfile(self.path):
                 way_out = "--resume continues it, another --output starts a new run"
                 raise BadInput(f"--output {self.path} is not empty; {way_out}")
-
-    def check_settings(self):
-        """Raise BadInput unless --output holds a run of the same settings."""
-        if not (self.path / "config.json").is_file():
-            raise BadInput(f"--resume: no checkpoint in {self.path}; start without --resume")
-        before = read_run(self.path)
-        for name, now in vars(self.config).items():
-            was = before.get(name, now)  # an older run lacks a new setting
-            same = was == now or os.path.realpath(str(was)) == os.path.realpath(str(now))
-            if name not in MAY_CHANGE and not same:
-                raise BadInput(f"--resume: {name} was {was!r} in {self.path}, now {now!r}")
-            if name == "steps" and was != now:
-                text = "the learning rate goes on along the cosine of the new number"
-                print(f"warning   --steps was {was:,}, now {now:,}: {text}")
 
     def create(self):
         """Make the directory and lock it, after all ranks have passed their checks."""
@@ -205,23 +206,22 @@ class RunDirectory:
 
     def measure(self, step, model, tokenizer, heldout):
         """The held-out metrics now; the first answers go to samples.jsonl."""
-        metrics, groups = evaluate(model, tokenizer, heldout, self.config)
+        metrics, groups = measure_heldout(model, tokenizer, heldout, self.config)
         for group in groups[:HELDOUT_SAMPLES]:
             self.append_samples(step, group, heldout=True)
         return metrics
 
     @contextlib.contextmanager
-    def progress(self, step):
-        """Around the training loop: the bar, the tracker, and the Stop that Ctrl-C sets."""
-        hidden = self.config.quiet or parallel.RANK > 0
+    def loop(self, step):
+        """Around the training loop: the screen, the tracker, and the Stop that Ctrl-C sets."""
         self.tracker = open_tracker(self.config, step + 1)
+        self.screen = screen.Screen(self.config, step)
         stop = Stop()
         handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        bar = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
         try:
-            with tqdm(**bar, disable=hidden or None) as self.bar:  # None: hidden without a terminal
-                yield stop
+            yield stop
         finally:
+            self.screen.bar.close()
             self.tracker.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -251,11 +251,6 @@ class RunDirectory:
         """Before the update: page.html shows what it does to one of the groups."""
         self.watched.before(step, groups)
 
-    def say(self, text):
-        """A line for the screen, above the bar, unless the run is --quiet."""
-        if not self.config.quiet:
-            tqdm.write(text)
-
     def log(self, step, metrics, groups):
         """Log a step to the files and the screen; the group that is watched, too."""
         tokens = self.watched.after()
@@ -265,24 +260,11 @@ class RunDirectory:
         count = sum(len(ids) for group in groups for ids in group.completions)
         row = {"step": step, **metrics, "tokens_per_second": count / seconds}
         self.append("metrics.jsonl", row)
-        self.rows.append(row)
         self.tracker.log(row)
-        heads = cells = ""
-        for name, heading, width, form in screen.COLUMNS:
-            if name in row or "reward" in row:  # sft.py samples nothing
-                value = row.get(name)  # None where nothing finite is known
-                heads += f"{heading:>{width}}"
-                cells += f"{math.nan if value is None else value:{width}{form}}"
-        if self.first:
-            left = (self.config.steps - step) * seconds
-            self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
-            self.say(screen.style(heads, "1"))
-            self.first = False
-        self.say(cells)
-        self.bar.update()
+        self.screen.show_step(row)
         if tokens:
             self.append_samples(step, self.watched.group, tokens)
-            self.say(screen.show(step, self.watched.group))
+            self.screen.show_sample(step, self.watched.group)
         self.write_page()
 
     def write_page(self, last=False):
@@ -318,49 +300,46 @@ class RunDirectory:
                     raise BadInput(f"--resume: {path} has lost rows; restore it, or start again")
             for name, size in saved["files"].items():
                 os.truncate(self.path / name, size)
-            lines = (self.path / "metrics.jsonl").read_text().splitlines()
-            self.rows = [json.loads(line) for line in lines]
         state = saved["state"]
         self.before = state["before"]
         return state["step"], state["position"], state["nonfinite"]
 
-    def finish(self, *args):
-        """After the loop: conclude() with the same arguments, and let go of the directory."""
-        try:
-            status = self.conclude(*args)
-            if parallel.RANK == 0:
-                self.write_page(last=True)
-            return status
-        finally:
-            unlock(self.path)
-
-    def conclude(self, model, tokenizer, optimizer, heldout, step, position, nonfinite):
-        """Save, print what came of the run, and return the exit status."""
-        config = self.config
+    def finish(self, model, tokenizer, optimizer, heldout, step, position, nonfinite):
+        """After the loop: save, measure, print what came of the run. Returns the exit status."""
         if nonfinite == MAX_NONFINITE:
             print(f"stopped: loss or gradient not finite {nonfinite} times in a row, step {step}")
-            print(f"{self.path} keeps the last checkpoint before; lower --lr and start again")
-            return 1
-        self.save(model, optimizer, step, position, nonfinite)
-        if config.adapter == "none":
-            what = f"{config.model} trained by {' '.join(sys.argv)}."
-            write_model(model, tokenizer, self.path / "model", what)
-        if step < config.steps:
-            print(f"stopped after step {step}, all saved in {self.path}; to continue:")
-            print(f"  {resume_command(config)}")
-            return 130
+            print(f"{self.path} keeps the last good checkpoint; lower --lr and start again")
+            status = 1
+        else:
+            self.save(model, optimizer, step, position, nonfinite)
+            if self.config.adapter == "none":
+                what = f"{self.config.model} trained by {' '.join(sys.argv)}."
+                write_model(model, tokenizer, self.path / "model", what)
+            if step < self.config.steps:
+                print(f"stopped after step {step}, all saved in {self.path}; to continue:")
+                print(f"  {resume_command(self.config)}")
+                status = 130
+            else:
+                self.conclude(model, tokenizer, heldout)
+                status = 0
+        if parallel.RANK == 0:
+            self.write_page(last=True)
+        unlock(self.path)
+        return status
+
+    def conclude(self, model, tokenizer, heldout):
+        """Measure the held-out tasks again, and print what the run leaves."""
         if heldout:
-            after = self.measure(step, model, tokenizer, heldout)
+            after = self.measure(self.config.steps, model, tokenizer, heldout)
             metrics = {"before": self.before, "after": after}
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
-            print(screen.table(**metrics))
-        if reason := nothing_learned(self.rows):
+            print(screen.heldout_table(**metrics))
+        if reason := nothing_learned(list(read_rows(self.path / "metrics.jsonl"))):
             print(f"warning   nothing was learned: {reason}")
-        kept = "model" if config.adapter == "none" else "adapter"
+        kept = "model" if self.config.adapter == "none" else "adapter"
         files = "metrics.jsonl, samples.jsonl, page.html, checkpoint/"
         print(f"done: {self.path}/ holds {files} and {kept}/")
-        return 0
 
 
 def nothing_learned(rows):

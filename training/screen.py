@@ -1,11 +1,14 @@
 """What a run prints: a row per step, a sample now and then, the table of the held-out tasks."""
 
+import math
 import os
 import sys
 import textwrap
 import time
 
 from tqdm import tqdm
+
+from lib import parallel
 
 COLUMNS = (  # metric, heading, width and format of a step's row on the screen
     ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
@@ -51,7 +54,7 @@ def progress(batches, what, hidden=False, passed=()):
 
 
 def excerpt(text, most):
-    """At most so many lines for the screen, without anything that a terminal would obey."""
+    """At most `most` lines of `text` for the screen, without control characters."""
     lines = []
     for line in text.expandtabs(4).split("\n"):
         clean = "".join(char if char.isprintable() else "?" for char in line)
@@ -61,14 +64,46 @@ def excerpt(text, most):
     return "\n".join(style(f"    | {line}", "2") for line in lines)
 
 
-def show(step, group):
-    """A sample completion for the screen: the reward, the update note, the answer."""
-    note = " ".join(group.example.update_info.split())
-    text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
-    return f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n"
+class Screen:
+    """The steps of a run above a progress bar; nothing with --quiet."""
+
+    def __init__(self, config, step):
+        self.config = config
+        self.first = True  # no step of this process has been shown yet
+        hidden = config.quiet or parallel.RANK > 0
+        bar = {"total": config.steps, "initial": step, "unit": "step", "leave": False}
+        self.bar = tqdm(**bar, disable=hidden or None)  # None: hidden without a terminal
+
+    def say(self, text):
+        """A line above the bar."""
+        if not self.config.quiet:
+            tqdm.write(text)
+
+    def show_step(self, row):
+        """A row of metrics; before the first one an estimate and the headings."""
+        heads = cells = ""
+        for name, heading, width, form in COLUMNS:
+            if name in row or "reward" in row:  # sft.py samples nothing
+                value = row.get(name)  # None where nothing finite is known
+                heads += f"{heading:>{width}}"
+                cells += f"{math.nan if value is None else value:{width}{form}}"
+        if self.first:
+            seconds = row["seconds_sample"] + row["seconds_update"]
+            left = (self.config.steps - row["step"]) * seconds
+            self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
+            self.say(style(heads, "1"))
+            self.first = False
+        self.say(cells)
+        self.bar.update()
+
+    def show_sample(self, step, group):
+        """The first completion of a group: its reward, the update note, the answer."""
+        note = " ".join(group.example.update_info.split())
+        text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
+        self.say(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
 
 
-def table(before, after):
+def heldout_table(before, after):
     """The held-out metrics side by side, as text; obeys only where a note names something."""
     names = {"em": "exact match", "stale": "stale rate", "obeys": "obeys", "format": "format"}
     names |= {"es": "ES", "reward": "sampled reward"}

@@ -13,7 +13,7 @@ import torch
 import data
 import dora
 import recode
-from lib import parallel
+from lib import fsdp, parallel
 from lib.config import BadInput, first_line, open_policy, read_settings
 from lib.loading import load_model, load_tokenizer
 from training.run import RunDirectory
@@ -143,17 +143,15 @@ def make_trainable(model, config, adapter):
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
     print(f"          {trained:,} trained: {what}")
     if config.adapter == "none":
-        parallel.shard(model, config.offload)
-    if not config.keep_activations:  # transformers 5.17 has the old name only
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        fsdp.shard(model)
+    if not config.keep_activations:
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def make_optimizer(model, config):
     """AdamW on what is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = config.offload or None  # ten times as fast on a CPU
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
 
 def learning_rate(step, config):
