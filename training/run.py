@@ -265,7 +265,7 @@ class RunDirectory:
         if tokens:
             self.append_samples(step, self.watched.group, tokens)
             self.screen.show_sample(step, self.watched.group)
-        self.write_page()
+            self.write_page()
 
     def write_page(self, last=False):
         """Write page.html, but so seldom that it takes at most 1 % of the run's time."""
