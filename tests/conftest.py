@@ -26,6 +26,11 @@ import sft
 
 torch.set_num_threads(1)  # the models are tiny: more threads would mostly wait for each other
 SCRIPTS = [pytest.param(script, id=script.__name__) for script in (grpo, dapo, sft)]
+TWINS = [  # where the three share the code under test
+    pytest.param(grpo, id="grpo"),
+    pytest.param(dapo, id="dapo", marks=pytest.mark.slow),
+    pytest.param(sft, id="sft", marks=pytest.mark.slow),
+]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 
 

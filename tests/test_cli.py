@@ -21,7 +21,7 @@ import torch
 import dapo
 import reward
 import sft
-from conftest import FAMILIES, ROOT, ROWS, SCRIPTS
+from conftest import FAMILIES, ROOT, ROWS, TWINS
 from lib.config import BadInput
 from lib import files, parallel
 from training import run, setup
@@ -30,7 +30,7 @@ import lib.config
 SMALL = {"steps": 2, "prompts_per_step": 2, "max_new_tokens": 8, "r": 4}
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=TWINS)
 def script(request):
     return request.param
 

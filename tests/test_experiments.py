@@ -162,6 +162,7 @@ def test_counts_below_one(tmp_path, monkeypatch, flags):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_a_stop(number, tmp_path):
     """Stops an experiment that goes on to the next run, or does not save, when it is told to stop.

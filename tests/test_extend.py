@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -47,6 +48,7 @@ def flags(tmp_path, checkpoints, write_rows, rows, name):
     ]
 
 
+@pytest.mark.slow
 def test_a_fourth_algorithm(tmp_path, checkpoints, write_rows, rows):
     """Stops a new setting or metric from needing an edit elsewhere, on one rank or two."""
     changed = sum(new.count("\n") + 1 - old.count("\n") for old, new in ENTROPY) - len(ENTROPY)

@@ -143,6 +143,7 @@ def test_generate(tokenizer, monkeypatch):
         assert kept == (ends[0] + 1 if ends else len(row))
 
 
+@pytest.mark.slow
 def test_it_learns(monkeypatch, capsys):
     """Stops a lesson whose rewards do not rise, e.g. a wrong sign or a step never taken."""
     monkeypatch.setattr(naive_grpo, "STEPS", 6)

@@ -90,10 +90,17 @@ def train(base, name, output, *more, stop=None):
         return script.main([*flags.split(), *more])
 
 
-def job(base):
-    """What both ranks run: one job for everything, because starting one takes seconds."""
+def accumulate_all(base):
+    """What both ranks run for the gradients: one job, because starting one takes seconds."""
     parallel.start()
     found = {(name, groups): gradient_of_ranks(name, groups) for name in NAMES for groups in (3, 1)}
+    torch.save(found, base / f"rank{parallel.RANK}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def train_all(base):
+    """What both ranks run for the runs."""
+    parallel.start()
     for name in NAMES:
         assert train(base, name, f"{name}-2") == 0
     for name in RESUMED:
@@ -103,7 +110,6 @@ def job(base):
         parallel.barrier()
         assert train(base, name, f"{name}-stopped", "--resume") == 0
         assert train(base, name, f"{name}-1to2", "--resume") == 0
-    torch.save(found, base / f"rank{parallel.RANK}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -119,6 +125,27 @@ def environment():
     }  # fmt: skip
 
 
+def run_ranks(job, base):
+    """Run job(base) on two ranks, and wait for them."""
+    processes, settings = [], environment()
+    for rank in range(2):
+        with patch.dict(os.environ, settings(rank)):
+            processes.append(multiprocessing.get_context("spawn").Process(target=job, args=(base,)))
+            processes[-1].start()
+    for process in processes:
+        process.join(600)
+        process.kill()  # if one still waits for the other
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """A directory with the gradients of two ranks."""
+    base = tmp_path_factory.mktemp("gradients")
+    run_ranks(accumulate_all, base)
+    return base
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, checkpoints):
     """A directory with all runs, those of one process and those of two ranks."""
@@ -129,15 +156,7 @@ def base(tmp_path_factory, checkpoints):
         assert train(base, name, f"{name}-1") == 0
     for name in RESUMED:
         assert train(base, name, f"{name}-1to2", stop=(0, 2)) == 130
-    processes, settings = [], environment()
-    for rank in range(2):
-        with patch.dict(os.environ, settings(rank)):
-            processes.append(multiprocessing.get_context("spawn").Process(target=job, args=(base,)))
-            processes[-1].start()
-    for process in processes:
-        process.join(600)
-        process.kill()  # if one still waits for the other
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_ranks(train_all, base)
     return base
 
 
@@ -179,24 +198,26 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("groups", [3, 1])
 @every_case
-def test_gradient_equals_that_of_one_process(name, groups, base):
+def test_gradient_equals_that_of_one_process(name, groups, gradients):
     """Stops weights normalised per rank, gradients averaged, not summed, and rows done twice."""
     wanted, exact = brute_force(*one_update(name, groups))
     length = math.sqrt(sum(grad.square().sum().item() for grad in exact))
     for rank in range(2):
-        sums, grads, norm = torch.load(base / f"rank{rank}.pt")[name, groups]
+        sums, grads, norm = torch.load(gradients / f"rank{rank}.pt")[name, groups]
         assert {key: sums[key] for key in wanted} == pytest.approx(wanted, abs=1e-5)
         assert norm == pytest.approx(length, rel=1e-5)
         for got, expected in zip(grads, exact, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @every_case
 def test_run_equals_that_of_one_process(name, base):
     """Stops samples that depend on the rank, groups out of order, steps that differ by rank."""
     assert_same_run(base / f"{name}-2", base / f"{name}-1")
 
 
+@pytest.mark.slow
 def test_all_weights_are_exported(base, tokenizer):
     """Stops an exported model/ that is one shard, or that is not what was trained."""
     for name in ("dapo-none-1", "dapo-none-2"):
@@ -210,12 +231,14 @@ def test_all_weights_are_exported(base, tokenizer):
 # ------------------------------------------------------------------------- stop and resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_two_ranks_resume_exactly(name, base):
     """Stops a Ctrl-C that only one rank obeys, and shards restored in the wrong place."""
     assert same(artifacts(base / f"{name}-stopped"), artifacts(base / f"{name}-2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_the_number_of_ranks_may_change(name, base):
     """Stops a checkpoint that only as many ranks as wrote it can read."""
@@ -345,6 +368,7 @@ def fail(how, base):
         parallel.run_main(lambda _: train(base, "grpo-dora", how.replace(" ", "-"), *more))
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_job(ends, base):
     """Stops a rank from waiting forever for one that was killed; what was saved stays."""
     status, text = ends["killed"]
@@ -352,6 +376,7 @@ def test_a_dead_rank_ends_the_job(ends, base):
     assert artifacts(base / "killed")[2]["state"]["step"] in (0, 2)
 
 
+@pytest.mark.slow
 def test_a_rank_with_an_error_of_its_own(ends):
     """Stops the one line with the cause from drowning in tracebacks of broken connections."""
     status, text = ends["own error"]
@@ -359,6 +384,7 @@ def test_a_rank_with_an_error_of_its_own(ends):
     assert "gloo" not in text and "RuntimeError" not in text
 
 
+@pytest.mark.slow
 def test_an_error_of_all_ranks(ends, base):
     """Stops an error without its rank, and a traceback, where all ranks meet the same one."""
     status, text = ends["same error"]

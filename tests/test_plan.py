@@ -147,7 +147,7 @@ def model_of(layers):
     return dora.add_dora(model, 4, 4.0, 0.01, "q_proj,v_proj")
 
 
-@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_training_memory_matches_the_tensors_alive(layers, keep, prompts, monkeypatch):
@@ -167,7 +167,7 @@ def test_training_memory_matches_the_tensors_alive(layers, keep, prompts, monkey
     assert 0.9 <= formula["training"] / alive.peak <= 1.1
 
 
-@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("prompts", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_sampling_memory_matches_the_tensors_alive(prompts):
     """Stops a formula that counts a prompt's KV cache once per group, or omits a copy of it."""
     model = model_of(8)

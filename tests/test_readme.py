@@ -194,6 +194,7 @@ def runnable(words):
     return not CHECKED.search(" ".join(words)) and not OTHERS.match(" ".join(words))
 
 
+@pytest.mark.slow
 def test_commands_run(place, monkeypatch):
     """Stops a documented command that fails, e.g. for a renamed flag, file or function."""
     from tools import experiments

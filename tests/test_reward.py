@@ -453,9 +453,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("code", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_completions(code):
-    """A completion that raises, hangs or eats the memory ends a training run; a model writes any
-    text.
-    """
+    """A completion that raises or hangs ends a training run; a model writes any text."""
     target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
     for text in (answer(code), code, "so</think><answer>" + code, answer(target) + code):
         started = time.process_time()
@@ -464,6 +462,13 @@ def test_hostile_completions(code):
         stripped = reward.strip_comments(text)
         assert time.process_time() - started < 1.0
         assert -3.0 <= total <= 3.0 and stale == 0.0 and isinstance(stripped, str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_completions_take_little_memory(code):
+    """A completion that eats the memory ends a training run."""
+    target = "import mathlib\n" + "\n".join(f"x{i} = mathlib.double('{i}')" for i in range(60))
     tracemalloc.start()
     reward.score(answer(code), target)
     peak = tracemalloc.get_traced_memory()[1]

@@ -104,6 +104,7 @@ with sandbox.Sandbox(workers=2) as box:
 """
 
 
+@pytest.mark.slow
 def test_hostile_as_a_normal_user():
     """Stops a containment that works only for root."""
     become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]

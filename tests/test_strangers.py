@@ -313,7 +313,7 @@ def test_stopped_before_the_first_checkpoint(train, tmp_path, monkeypatch, momen
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if moment == "held-out":
-            patch.setattr(run, "evaluate", die)
+            patch.setattr(run, "measure_heldout", die)
         else:
             patch.setattr(run.RunDirectory, "save", die)
         train("--steps", "2", "--heldout", "0.34")

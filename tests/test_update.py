@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import SCRIPTS, random_model
+from conftest import SCRIPTS, TWINS, random_model
 from torch.utils._pytree import tree_flatten
 
 import dapo
@@ -206,7 +206,7 @@ def score(grade, *_):
     return zlib.crc32(grade.completion.encode()) % 7 - 3.0
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=TWINS)
 def script(request):
     return request.param
 
@@ -317,8 +317,8 @@ def killed(name, flags):
     "script, moment",
     [
         *((grpo, moment) for moment in ("fsync", "replace", "disk full", "kill -9")),
-        (dapo, "kill -9"),
-        (sft, "kill -9"),
+        pytest.param(dapo, "kill -9", marks=pytest.mark.slow),
+        pytest.param(sft, "kill -9", marks=pytest.mark.slow),
     ],
 )
 def test_death_in_the_middle_of_a_save(moment, script, flags, tmp_path, monkeypatch):
