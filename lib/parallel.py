@@ -123,7 +123,7 @@ def run_main(main):
 
 
 def share(items):
-    """The items of a list that are this rank's."""
+    """This rank's items of a list."""
     return items[RANK::WORLD]
 
 
