@@ -153,7 +153,8 @@ def accumulate(model, batch, config):
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
     model.train()
-    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
+    if config.adapter == "none":
+        fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):

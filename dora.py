@@ -68,7 +68,7 @@ class DoRALinear(nn.Module):
 
     def version(self):
         """A value that changes whenever A, B or m do: by an optimizer, or in place."""
-        return steps, *(p._version for p in trained(self))
+        return steps, *[p._version for p in trained(self)]
 
     @torch.no_grad()
     def norm(self):
@@ -151,7 +151,9 @@ def trained(layer):
 @torch.no_grad()
 def exchange(model):
     """Make `model` the policy that training started from; the next call undoes it."""
-    for layer in dora_layers(model).values():
+    for layer in model.modules():
+        if not isinstance(layer, DoRALinear):
+            continue
         if not layer.first:
             layer.enabled = not layer.enabled
         for p, first in zip(trained(layer), layer.first):

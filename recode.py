@@ -51,10 +51,9 @@ def forward(model, ids, positions, attend):
     """
     if model.config._attn_implementation != "shared_prompt":
         model.set_attn_implementation("shared_prompt")
-    settings = {"position_ids": positions, "use_cache": False}
+    settings = {"position_ids": positions, "use_cache": False, "attend": attend}
     settings["attention_mask"] = ids[None, None]  # any 4-D tensor: the model builds no mask itself
-    out = model.base_model(ids, **settings, attend=attend)
-    return out.last_hidden_state
+    return model.base_model(ids, **settings).last_hidden_state
 
 
 def logit_scale(model):
@@ -64,7 +63,10 @@ def logit_scale(model):
 
 
 def prefill(model, prompt):
-    """The KV cache of a prompt without its last token: [(key, value)], each (1, heads, L, dim)."""
+    """The KV cache of a prompt without its last token: [keys, values, keys, ...], layer by layer.
+
+    Each is (1, heads, L, dim).
+    """
     cache = {}
     L = len(prompt) - 1
     ids = prompt[:L] if L > 0 else prompt  # models take no empty sequence
@@ -80,7 +82,7 @@ def prefill(model, prompt):
     if len(cache) != model.config.num_hidden_layers:
         kind = model.config.model_type
         raise BadInput(f"model: {kind} has an attention that cannot be replaced; not supported")
-    return [cache[layer] for layer in sorted(cache)]
+    return [x for layer in sorted(cache) for x in cache[layer]]
 
 
 @contextlib.contextmanager
@@ -90,9 +92,9 @@ def shared_prompt(model, prompt):
     Call backward() inside. It ends at the prompt's keys and values; what accumulates there goes
     through the prompt once, on exit.
     """
-    outputs = [x for pair in prefill(model, prompt) for x in pair]
+    outputs = prefill(model, prompt)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
-    yield list(zip(leaves[::2], leaves[1::2])), prompt[-1]
+    yield leaves, prompt[-1]
     used = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if used:
         torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
@@ -121,13 +123,10 @@ class Decoder:
         longest = max(len(prompt) - 1 for prompt in prompts)
         self.first = -(-longest // 8) * 8  # column of the first token; aligned for matrix products
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # tokens so far
-        self.cache = []  # [keys, values] of each layer, (B, H, columns, dim)
-        for layer in zip(*(prefill(model, prompt) for prompt in prompts)):  # ((key, value), ...)
-            stores = []
-            for store in zip(*layer):
-                padded = [F.pad(x, (0, 0, 0, self.first - x.shape[2])) for x in store]
-                stores.append(torch.cat(padded).repeat_interleave(num_samples, 0))
-            self.cache.append(stores)
+        self.cache = []  # keys, values, keys, ..., layer by layer, each (B, H, columns, dim)
+        for parts in zip(*[prefill(model, prompt) for prompt in prompts]):
+            padded = [F.pad(x, (0, 0, 0, self.first - x.shape[2])) for x in parts]
+            self.cache.append(torch.cat(padded).repeat_interleave(num_samples, 0))
         masked = torch.arange(self.first, device=device) >= self.lengths[:, None]  # padding
         self.bias = torch.zeros(masked.shape, dtype=model.dtype, device=device)
         self.bias = self.bias.masked_fill(masked, -torch.inf)[:, None, None]  # (B, 1, 1, columns)
@@ -142,20 +141,16 @@ class Decoder:
         self.tokens = self.tokens[kept]
         self.lengths = self.lengths[kept]
         self.bias = self.bias[kept]
-        self.change_cache(lambda x: x[kept])
+        for i, x in enumerate(self.cache):  # one by one: a second cache would double the peak
+            self.cache[i] = x[kept]
         self.replay = None
-
-    def change_cache(self, change):
-        """Replace keys and values one tensor at a time: a second cache would double the peak."""
-        for stores in self.cache:
-            for i, x in enumerate(stores):
-                stores[i] = change(x)
 
     def logits_at(self, t):
         """The logits (B, V) of token t, valid until the next call."""
         self.t.fill_(t)
         if self.first + t == self.bias.shape[3]:
-            self.change_cache(lambda x: F.pad(x, (0, 0, 0, self.block)))
+            for i, x in enumerate(self.cache):
+                self.cache[i] = F.pad(x, (0, 0, 0, self.block))
             self.bias = F.pad(self.bias, (0, self.block), value=-torch.inf)
             self.replay = None
         if self.replay:
@@ -178,7 +173,7 @@ class Decoder:
         return logits if scale == 1 else logits * scale
 
     def attend(self, layer, query, key, value, scaling):
-        keys, values = self.cache[layer]
+        keys, values = self.cache[2 * layer : 2 * layer + 2]
         keys.index_copy_(2, self.column, key)
         values.index_copy_(2, self.column, value)
         B, H, _, dim = keys.shape
@@ -313,11 +308,11 @@ def completion_logps(model, prompt, part, temperature):
     mask_T = mask[:, :T]
     first = torch.full_like(tokens[:, :1], last)
     ids = torch.cat([first, tokens[:, : T - 1]], 1).masked_fill(~mask_T, 0)  # (B, T)
-    L = cache[0][0].shape[2]
+    L = cache[0].shape[2]
     causal = causal_lower_right(T, L + T)  # padding needs no mask: it comes after all that counts
 
     def attend(layer, query, key, value, scaling):
-        shared_key, shared_value = cache[layer]  # (1, H, L, dim)
+        shared_key, shared_value = cache[2 * layer : 2 * layer + 2]  # (1, H, L, dim)
         key = torch.cat([shared_key.expand(len(key), -1, -1, -1), key], 2)  # (B, H, L + T, dim)
         value = torch.cat([shared_value.expand(len(key), -1, -1, -1), value], 2)
         settings = {"attn_mask": causal, "scale": scaling, "enable_gqa": True}

@@ -77,7 +77,8 @@ def sample_groups(model, tokenizer, tasks, config, position):
     Every rank samples its share. Task i of the stream uses a seed of its own, so any rank may
     sample it.
     """
-    fsdp.gather_weights(model)
+    if config.adapter == "none":
+        fsdp.gather_weights(model)
     first = config.seed * 1_000_003 + position  # the next seed begins 1,000,003 tasks later
     n = config.num_samples
     mine = parallel.share(tasks)
@@ -87,13 +88,12 @@ def sample_groups(model, tokenizer, tasks, config, position):
         prompts = [prompt for prompt, _ in mine]
         settings = n, config.max_new_tokens, config.temperature, seeds
         answers = sample_answers(model, tokenizer, prompts, *settings)
-    overflow = not all(math.isfinite(answer.logp) for answer in answers)
     groups = []
     for i, (prompt, example) in enumerate(mine):  # groups by position, never by content
-        completions, texts, cut, _ = zip(*answers[i * n : (i + 1) * n])
+        completions, texts, cut, logps = zip(*answers[i * n : (i + 1) * n])
         grades = [reward.grade(text, example) for text in texts]
         rewards = [reward.total(grade, example, config.correctness) for grade in grades]
-        if overflow:  # of the weights: rewards of NaN stop the run
+        if not math.isfinite(sum(logps)):  # weights have overflowed: rewards of NaN stop the run
             rewards = [math.nan] * n
         groups.append(Group(prompt, example, completions, texts, rewards, cut, grades))
     return parallel.gather(groups)
@@ -152,33 +152,26 @@ def make_batch(groups, advantages, device):
     return Batch([each.prompt for each in groups], *tensors)
 
 
-def split_by_budget(lengths, budget):
-    """Split lengths, longest first, into passes [start, end) of rows of similar length.
-
-    Rows times the longest is at most `budget`, unless there is one row only; a row of less than
-    half the longest starts a new pass, as it would be mostly padding.
-    """
-    start = 0
-    for i, length in enumerate(lengths):
-        longest = lengths[start]
-        over = (i + 1 - start) * longest > budget
-        if i > start and (over or 2 * length < longest):
-            yield start, i
-            start = i
-    if lengths:
-        yield start, len(lengths)
-
-
 def passes(batch, i, micro_tokens):
-    """The rows of prompt i in parts for one pass each: a list of Batches.
+    """The rows of prompt i in parts for one pass each, longest rows first: a list of Batches.
 
-    Rows of a part have similar lengths. They take at most `micro_tokens` tokens, padding included,
-    unless one row alone has more.
+    Rows times the longest is at most `micro_tokens`, unless there is one row only; a row of less
+    than half the longest starts a new part, as it would be mostly padding.
     """
     rows = (batch.group == i).nonzero()[:, 0]
     lengths, order = batch.mask[rows].sum(1).sort(descending=True, stable=True)
-    parts = split_by_budget(lengths.tolist(), micro_tokens)
-    return [batch.select(rows[order[start:end]]) for start, end in parts]
+    lengths = lengths.tolist()
+    parts = []
+    start = 0
+    while start < len(lengths):
+        longest = lengths[start]
+        end = start + 1
+        most = min(len(lengths), start + micro_tokens // longest)
+        while end < most and 2 * lengths[end] >= longest:
+            end += 1
+        parts.append(batch.select(rows[order[start:end]]))
+        start = end
+    return parts
 
 
 @torch.no_grad()
@@ -186,7 +179,8 @@ def batch_logps(model, batch, config):
     """The log-probabilities of a Batch without gradient or dropout, (B, T), on every rank."""
     model.eval()
     logps = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
+    if config.adapter == "none":
+        fsdp.gather_weights(model)  # all ranks take part, also one without a prompt
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:
             for part in passes(batch, i, config.micro_tokens):

@@ -67,7 +67,7 @@ def write(path, content):
         with contextlib.suppress(OSError):
             beside.unlink()
         reason = getattr(error, "strerror", None) or "torch.save failed, as on a full disk"
-        raise BadInput(f"cannot write {path}: {reason}; what was there is unharmed")
+        raise BadInput(f"cannot write {path}: {reason}; the old file is unchanged")
 
 
 def append(path, rows, way_out):
@@ -76,7 +76,7 @@ def append(path, rows, way_out):
         with open(path, "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; make room, then {way_out}")
+        raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
 
 
 LOCKS = {}  # real path -> open lock file; the kernel releases it when the process ends

@@ -125,5 +125,5 @@ def write_model(model, tokenizer, directory, what):
         model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD)
         tokenizer.save_pretrained(directory)
     except (OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"cannot write {directory}: {first_line(error)}; make room, then try again")
+        raise BadInput(f"cannot write {directory}: {first_line(error)}; free some space first")
     write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())

@@ -27,6 +27,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lib import fsdp
 from lib.config import BadInput, first_line
@@ -122,16 +123,16 @@ def run_main(main):
 
 
 def share(items):
-    """The items of a list that are this rank's."""
+    """This rank's items of a list."""
     return items[RANK::WORLD]
 
 
 def gather(items):
     """All ranks' items in one list, in the order in which share() dealt them. They must pickle."""
-    shares = [items]
-    if WORLD > 1:
-        shares = [None] * WORLD
-        dist.all_gather_object(shares, items)
+    if WORLD == 1:
+        return items
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, items)
     total = sum(len(each) for each in shares)
     return [shares[i % WORLD][i // WORLD] for i in range(total)]
 
@@ -175,7 +176,7 @@ def sum_metrics(sums):
 
 def reduce_gradients(model):
     """Sum the gradients over all ranks."""
-    if fsdp.sharded_modules(model):
+    if isinstance(model, FSDPModule):
         fsdp.reduce_gradients(model)
     elif WORLD > 1:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -189,8 +190,10 @@ def reduce_gradients(model):
 
 def clip_grad_norm(model, max_norm):
     """Clip the gradient of all ranks to `max_norm`; returns its norm before that, a float."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return fsdp.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if isinstance(model, FSDPModule):
+        norm = norm.full_tensor()
+    return norm.item()
 
 
 # ------------------------------------------------------------------------- checkpoints

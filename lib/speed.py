@@ -68,9 +68,11 @@ def packed_weights(model):
     able = torch.backends.mkldnn.is_available()
     if model.dtype == torch.bfloat16:
         able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
+    layers = ()
+    if large and able:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
     with contextlib.ExitStack() as stack:
-        for layer in linear if large and able else ():
+        for layer in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # for 8 rows
             args = {"W": weight, "B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}
             layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, **args)

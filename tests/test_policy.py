@@ -406,10 +406,10 @@ def test_cuda_graphs_are_recaptured_and_checked(fault, monkeypatch, capsys):
             decoder.rows,
             decoder.t,
             decoder.bias,
-            *(x for stores in decoder.cache for x in stores),
+            *decoder.cache,
         ]
         memory = parts()
-        recorded.append((len(decoder.tokens), decoder.cache[0][0].shape[2]))
+        recorded.append((len(decoder.tokens), decoder.cache[0].shape[2]))
 
         def replay():
             assert all(a is b for a, b in zip(memory, parts(), strict=True)), (

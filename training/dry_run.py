@@ -24,7 +24,8 @@ def dry_run(model, tasks, optimizer, config, update):
 
     Prints memory and time. The model is useless afterwards: it has learned from random rewards.
     """
-    fsdp.gather_weights(model)
+    if config.adapter == "none":
+        fsdp.gather_weights(model)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = peak_bytes(model.device)

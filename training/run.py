@@ -92,17 +92,13 @@ def import_tracker(name):
         raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
 
 
-def ignore(row=None):
-    """Nothing else gets the metrics."""
-
-
 def open_tracker(config, step):
-    """What sends the metrics to the program of --log-to: an object with log(row) and close().
+    """What sends the metrics to the program of --log-to, or None: an object with log(row), close().
 
     A resumed run logs some steps again, from `step` on.
     """
     if not config.log_to or parallel.RANK > 0:
-        return SimpleNamespace(log=ignore, close=ignore)
+        return None
     module = import_tracker(config.log_to)
     path = Path(config.output)
     if config.log_to == "tensorboard":
@@ -222,7 +218,8 @@ class RunDirectory:
             yield stop
         finally:
             self.screen.bar.close()
-            self.tracker.close()
+            if self.tracker:
+                self.tracker.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -260,7 +257,8 @@ class RunDirectory:
         count = sum(len(ids) for group in groups for ids in group.completions)
         row = {"step": step, **metrics, "tokens_per_second": count / seconds}
         self.append("metrics.jsonl", row)
-        self.tracker.log(row)
+        if self.tracker:
+            self.tracker.log(row)
         self.screen.show_step(row)
         if tokens:
             self.append_samples(step, self.watched.group, tokens)

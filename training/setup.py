@@ -24,15 +24,16 @@ FULL = "full_attention"  # transformers' name of a layer without a window
 @torch.no_grad()
 def check_policy(model, tokenizer, name):
     """Raise BadInput unless our log-probabilities are those of the model's own forward pass."""
-    words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise BadInput(f"model: {name!r} has {words:,} words, its tokenizer {len(tokenizer):,}")
+    count = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > count:
+        text = f"has {count:,} embeddings, but its tokenizer has {len(tokenizer):,} tokens"
+        raise BadInput(f"model: {name!r} {text}")
     kind = model.config.model_type
     windows = [each for each in getattr(model.config, "layer_types", None) or [] if each != FULL]
     if windows or getattr(model.config, "sliding_window", None):
         raise BadInput(f"model: {kind} with a sliding window is not supported")
     half = min(32, exact_length(model.config) // 2)
-    ids = torch.arange(5, 5 + 2 * half, device=model.device)[None] % words  # (1, 64)
+    ids = torch.arange(5, 5 + 2 * half, device=model.device)[None] % count  # (1, 64)
     tokens = ids[:, half:]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     try:
@@ -46,7 +47,8 @@ def check_policy(model, tokenizer, name):
     theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     error = (ours - theirs).abs().mean().item()  # nats; bf16 kernels differ by up to 0.1
     if not error <= (0.3 if model.dtype == torch.bfloat16 else 0.01):
-        raise BadInput(f"model: {kind} computes other logits, by {error:.2f}; not supported")
+        text = f"log-probabilities differ from its own by {error:.2f} nats; not supported"
+        raise BadInput(f"model: {kind}: {text}")
 
 
 def exact_length(config):
