@@ -274,7 +274,7 @@ def target_logps(hidden, targets, head, temperature):
 class FrozenHeadLogps(torch.autograd.Function):
     """target_logps() of an output layer that is not trained, with one product less.
 
-    d logp_i / d hidden_i = (W[y_i] - sum_v p_iv W_v) / temperature is as small as hidden_i. The
+    d logp_i / d hidden_i = sum_v ([v = y_i] - p_iv) W_v / temperature is as small as hidden_i. The
     forward pass keeps it, so the backward pass needs neither the logits nor the output layer.
     """
 
@@ -284,8 +284,10 @@ class FrozenHeadLogps(torch.autograd.Function):
         chosen = logps.gather(-1, targets[:, None])[:, 0]  # (N,)
         if ctx.needs_input_grad[0]:
             W = head.weight
-            mean = logps.exp_().to(W.dtype) @ W  # (N, d), in place: logps is the largest tensor
-            ctx.save_for_backward((W[targets] - mean) / temperature)
+            p = logps.exp_()  # (N, V), in place: logps is the largest tensor
+            # Before the product: W[y] - p W would cancel in bf16 where p of the target is near 1.
+            p[torch.arange(len(p), device=p.device), targets] -= 1
+            ctx.save_for_backward(-(p.to(W.dtype) @ W) / temperature)
         return chosen
 
     @staticmethod

@@ -7,6 +7,7 @@ from collections import Counter
 import conftest
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -566,3 +567,21 @@ def test_full_logits_never_exist(monkeypatch):
         < mask.sum() * V / 6
     )
     assert not any(V in shape for shape in saved)
+
+
+def test_gradient_of_confident_tokens_in_bf16():
+    """Stops a gradient that is all rounding where the model is nearly sure of a token.
+
+    W[y] - p W is such a difference: at p = 0.996 it is 40 % off. The oracle is float64.
+    """
+    torch.manual_seed(0)
+    head = nn.Linear(256, 5000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    targets = torch.randint(5000, (64,))
+    towards = F.normalize(head.weight[targets].float(), dim=1)  # (64, 256)
+    hidden = (24 * towards + 0.3 * torch.randn(64, 256)).to(torch.bfloat16).requires_grad_()
+    recode.FrozenHeadLogps.apply(hidden, targets, head, 1.0).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    logps = (exact @ head.weight.double().T).log_softmax(-1).gather(-1, targets[:, None])
+    logps.sum().backward()
+    assert 0.99 < logps.exp().median() < 0.9999
+    assert (hidden.grad - exact.grad).norm() < 0.05 * exact.grad.norm()
