@@ -84,8 +84,9 @@ def read_example(where, row):
 
 def fault(example):
     """Why a row would teach nothing or the wrong thing; "" for a usable row."""
-    texts = [example.dependency, example.update_info, example.old_code]
-    texts.append(reward.strip_comments(example.new_code))  # else an empty answer would earn 3.0
+    texts = [example.dependency, example.update_info]
+    codes = [example.old_code, example.new_code]  # an empty answer must not earn 3.0
+    texts += map(reward.strip_comments, codes)
     if not all(text.strip() for text in texts):
         return "no update note or no code"
     if re.search("[\ud800-\udfff]", "".join(vars(example).values())):
