@@ -1,15 +1,21 @@
-"""Rewrite a Python file for a new version of a library, following update notes; print the diff.
+"""Rewrite Python files for a new version of a library, following update notes; print a patch.
 
-    python migrate.py old.py --model runs/7b --library numpy --version 2.0 \\
+    python migrate.py src old.py --model runs/7b --library numpy --version 2.0 \\
         --update "np.in1d was removed; use np.isin" > migration.patch
     git show HEAD:old.py | python migrate.py - --library numpy --version 2.0 --update-file notes.txt
 
-The model answers several times. Answers without code, or whose code does not parse, are dropped;
-of the others, the one most similar to the rest is taken. Nothing is run and no file is changed:
-read the diff and the warnings, then apply it with `git apply` or `patch -p1` at the root of the
-git work tree; outside git, in the current directory. If it is another one, stderr names it.
+A file is cut into pieces: its definitions, the methods of a long class, its imports, and what
+stands between them. The model answers several times for each piece that names something which the
+notes name. Answers that do not fit their piece are dropped; of the others, the one most similar to
+the rest is taken. Nothing is run: read the patch and the warnings, then apply it with `git apply`
+or `patch -p1` at the root of the git work tree; outside git, in the current directory. If it is
+another one, stderr names it.
 
-Exit status: 0 nothing to change, 1 changed, 2 bad input, 3 no usable answer.
+--json prints an object a file: file, path (in the patch), changed, code, encoding, diff, errors,
+still_named, lost_remarks, pieces (name, line, changed, answers, usable, dropped, cut, agreement).
+
+Exit status: 0 nothing to change, 1 changed, 2 bad input (the patch holds the good files), 3 nothing
+changed and a piece without a usable answer, 70 a defect.
 """
 
 import json
@@ -17,87 +23,157 @@ import math
 import os
 import re
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
 import data
 import reward
 import rollout
-from lib import loading, parallel
+from lib import loading, parallel, sources
 from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
-from lib.files import diff_path, read_text, unified, unix_lines
-from tasks.migration import review
+from lib.files import read_text, unix_lines
+from lib.pieces import Piece, cut
+from tasks import answers
 from training import setup
 from training.screen import style
 
-BLANK = "\ufeff \t\r\n\f"  # may surround the code, and is kept
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+BATCH = 1 << 17  # tokens that are sampled at once, prompts included
 
 
-def read_code(name):
-    """(text, code): the exact text of a Python file, and its code as the model sees it."""
-    if name != "-" and Path(name).suffix not in (".py", ".pyi"):
-        raise BadInput(f"{name}: not a .py or .pyi file; other Python code can come from stdin")
-    text = read_text(name)
-    code = re.sub("\r\n?", "\n", text.strip(BLANK))
-    if code.startswith("{") and '"nbformat"' in code:  # JSON that often parses as Python
-        raise BadInput(f"{name}: a notebook; convert it with jupyter nbconvert --to script")
-    if not reward.strip_comments(code):
-        raise BadInput(f"{name}: no code in it; give a Python file")
-    if not reward.parses(code):
-        raise BadInput(f"{name}: does not parse as Python {sys.version.split()[0]}; fix it first")
-    if "\n```" in code or "</answer>" in code:
-        raise BadInput(f"{name}: has </answer> or ``` at the start of a line, which end an answer")
-    if len(set(re.findall("\r\n|\r|\n", text))) > 1:
-        raise BadInput(f"{name}: mixes line endings; unify them first, e.g. with dos2unix")
-    return text, code
+@dataclass
+class Task:
+    """A piece that is asked for."""
+
+    source: sources.Source
+    piece: Piece
+    code: str  # the old code of its prompt
+    prompt: list  # token ids
+    limit: int = 0  # tokens that an answer may have
+    room: float = math.inf  # tokens that the model has room for
+    answers: list = ()
 
 
-def splice(text, code):
-    """`text` with other code: its line endings and what surrounds the code are kept."""
-    ending = re.search("\r\n|\r|\n|$", text)[0] or "\n"
-    return text.replace(text.strip(BLANK), code.replace("\n", ending))
+def find_tasks(source, tokenizer, args):
+    """The Tasks of a file: its pieces that name something which the notes name."""
+
+    def fits(code):
+        return len(tokenizer.encode(code, **PLAIN)) <= args.max_piece_tokens
+
+    tasks = []
+    for piece in cut(source.text, fits if args.max_piece_tokens else None):
+        code = answers.question(piece, source.text)
+        if args.all or data.names(code, args.library) & reward.words(args.update):
+            version = args.version.removeprefix("==")
+            example = data.Example(args.library, version, "", args.update.strip(), code, "")
+            tasks.append(Task(source, piece, code, data.encode_prompt(example, tokenizer)))
+    return tasks
 
 
-def migrate(model, tokenizer, example, num_samples, max_new_tokens, temperature=0.8, seed=0):
-    """(new code or None, how it was found); `example.new_code` is not used.
+def admit(task, tokenizer, model, settings, args):
+    """Set how long the answers may be; False, with an error, where the model cannot be asked."""
+    prompt = len(task.prompt)
+    size = len(tokenizer.encode(task.code, **PLAIN))
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    task.room = min(context, setup.exact_length(model.config)) - prompt
+    usual = max(settings.get("max_new_tokens", 1024), 2 * size)
+    task.limit = args.max_new_tokens or min(usual, task.room)
+    if re.search("^```|</answer>", task.code, re.MULTILINE):
+        fault = "has </answer> or ``` at the start of a line, which end an answer"
+    elif len(task.code) > reward.MAX_CODE:
+        fault = f"has {len(task.code):,} characters, and an answer at most {reward.MAX_CODE:,}"
+    elif args.max_prompt_tokens and prompt > args.max_prompt_tokens:
+        fault = f"the prompt has {prompt:,} tokens, --max-prompt-tokens {args.max_prompt_tokens}"
+    elif max(task.limit, size) > task.room:
+        fault = f"no room for the answer in the context of {prompt + task.room:,} tokens"
+    else:
+        return True
+    task.source.errors.append(f"{task.source.name}: {task.piece.name}: {fault}; left alone")
+    return False
 
-    Of the usable answers, the one with the highest mean edit similarity to the others is taken,
-    comments aside; ties go to the most likely one.
-    """
-    prompts = [data.encode_prompt(example, tokenizer)]
-    settings = num_samples, max_new_tokens, temperature, seed
-    hidden = os.environ.get("TERM") == "dumb"
-    form = "{n_fmt} of at most {total_fmt} tokens{postfix}, {elapsed}, at most {remaining} left"
-    with tqdm(total=max_new_tokens, bar_format=form, leave=False, disable=hidden or None) as line:
+
+def sample(model, tokenizer, tasks, args):
+    """Set the answers of all tasks, in batches, the longest first."""
+    n = args.num_samples if args.temperature else 1  # greedy answers are equal: no agreement
+    todo = sorted(tasks, key=lambda task: -len(task.prompt) - task.limit)
+    form = "{n_fmt} of {total_fmt} pieces{postfix}, {elapsed}, {remaining} left"
+    hidden = os.environ.get("TERM") == "dumb" or None
+    with tqdm(total=len(tasks), bar_format=form, leave=False, miniters=0, disable=hidden) as bar:
 
         def progress(token, finished):
-            line.set_postfix_str(f"{finished} of {num_samples} answers finished", refresh=False)
-            line.update()
+            text = f"token {token} of {limit}, {finished} of {len(batch) * n} answers finished"
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(0)
 
-        answers = rollout.sample_answers(model, tokenizer, prompts, *settings, progress=progress)
-    codes = [reward.extract_code(answer.text) or "" for answer in answers]
-    plain = [reward.strip_comments(code) for code in codes]
-    usable = [i for i, code in enumerate(codes) if plain[i] and reward.parses(code)]
-    ranked = []
-    for i in usable:
-        others = sum(reward.similarity(plain[i], plain[j]) for j in usable) - 1  # 1: to itself
-        ranked.append((others / max(len(usable) - 1, 1), answers[i].logp, codes[i]))
-    agreement, _, code = max(ranked, default=(None, None, None))
-    details = {
-        "answers": num_samples, "usable": len(usable), "without_code": plain.count(""),
-        "not_parsed": len(plain) - plain.count("") - len(usable),
-        "cut": sum(answer.cut for answer in answers),
-        "agreement": agreement if len(usable) > 1 else None,
-    }  # fmt: skip
-    return code, details
+        while todo:
+            count = max(1, BATCH // (n * (len(todo[0].prompt) + todo[0].limit)))
+            batch, todo = todo[:count], todo[count:]
+            prompts = [task.prompt for task in batch]
+            limit = max(task.limit for task in batch)
+            limit = min(limit, *[task.room for task in batch])
+            settings = n, limit, args.temperature, [args.seed] * len(batch)
+            found = rollout.sample_answers(model, tokenizer, prompts, *settings, progress=progress)
+            for i, task in enumerate(batch):
+                task.answers = found[i * n : (i + 1) * n]
+            bar.update(len(batch))
+
+
+def say(source, pieces, found):
+    """Say on stderr what became of a file, and what to check in it."""
+    agreed = [piece["agreement"] for piece in pieces if piece["usable"] > 1]
+    agreement = f", lowest agreement {min(agreed):.2f}" if agreed else ""
+    lines = []
+    if pieces:
+        changed = sum(piece["changed"] for piece in pieces)
+        lines.append(f"{changed} of {len(pieces)} pieces changed{agreement}")
+    elif not source.errors:
+        lines.append("names nothing of the notes, left alone")
+    for piece in pieces:
+        if not piece["usable"]:
+            counts = "".join(f"{count} {why}, " for why, count in piece["dropped"].items())
+            way_out = "raise --max-new-tokens" if piece["cut"] else "try another --seed or --model"
+            text = f"no answer is usable: {counts}{piece['cut']} cut; {way_out}"
+            lines.append(f"warning: {piece['name']}: {text}")
+    if pieces and found["still_named"]:
+        names = ", ".join(found["still_named"]) + " (fine if meant to stay)"
+        lines.append(f"warning: named in the note and still in the code: {names}")
+    if found["lost_remarks"]:
+        lines.append(f"warning: {len(found['lost_remarks'])} comments or docstrings are lost")
+    lines = [f"{source.name}: {line}" for line in lines] + [f"error: {x}" for x in source.errors]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def show(diff):
+    """Write a diff, bytes, to stdout, whatever the terminal's encoding."""
+    colours = {"+": "32", "-": "31", "@": "36"}
+    lines = diff.decode("utf-8", "surrogateescape").split("\n")
+    text = "\n".join(style(x, colours[x[0]]) if x[:1] in colours else x for x in lines)
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+
+
+def report(source, pieces, args):
+    """Write the new file, or print its diff or JSON object; say what to check."""
+    example = data.Example(args.library, args.version, "", args.update, source.text, "")
+    found = answers.review(example, source.new)
+    diff = sources.unified(source)
+    if args.write and diff:
+        sources.save(source)
+    say(source, pieces, found)
+    if args.json:
+        found |= {"file": source.name, "path": source.path, "changed": bool(diff)}
+        found |= {"code": source.new, "encoding": source.encoding, "errors": source.errors}
+        found |= {"diff": diff.decode(source.encoding, "replace"), "pieces": pieces}
+        print(json.dumps(found))
+    elif not args.write:
+        show(diff)
 
 
 def parse_migration(argv):
     """The checked command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("file", help="Python file to migrate (.py, .pyi), - for stdin")
+    add("files", nargs="+", metavar="FILE", help="Python file, directory, or - for stdin")
     add("--library", required=True, metavar="X", help="name of the library (required)")
     add("--version", required=True, metavar="X", help="its new version (required)")
     note = parser.add_mutually_exclusive_group(required=True)
@@ -106,23 +182,26 @@ def parse_migration(argv):
     add("--model", metavar="X", help="run directory, checkpoint directory or hub id [tiny, a toy]")
     add("--num-samples", default=8, type=int, metavar="X", help="answers to choose from [8]")
     add("--temperature", default=0.8, type=float, metavar="X", help="0: one greedy answer [0.8]")
+    text = "a class of more is cut into methods; 0: whole files are pieces [256]"
+    add("--max-piece-tokens", default=256, type=int, metavar="X", help=text)
     add("--max-prompt-tokens", type=int, metavar="X", help="longer is refused [model's context]")
-    text = "longer answers are cut [as in training, or twice the file if that is more]"
+    text = "longer answers are cut [as in training, or twice the piece if that is more]"
     add("--max-new-tokens", type=int, metavar="X", help=text)
     add("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
     add("--dtype", default="auto", choices=CHOICES["dtype"], help="of frozen weights [auto]")
-    add("--json", action="store_true", help="print one JSON object instead of the diff [off]")
+    add("--all", action="store_true", help="ask for all pieces, whatever they name [off]")
+    add("--write", action="store_true", help="change the files if git has them as they are [off]")
+    add("--force", action="store_true", help="let --write change other files, too [off]")
+    add("--json", action="store_true", help="print a JSON object for each file, no patch [off]")
     args = parser.parse_args(argv)
     if min(args.num_samples, args.max_new_tokens or 1, args.max_prompt_tokens or 1) < 1:
         raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens: at least 1")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**32:
         raise BadInput("--temperature must be at least 0, --seed in [0, 2**32)")
-    if args.temperature == 0:
-        args.num_samples = 1  # all would be equal, and that is no agreement
     if args.update is None:
         args.update = read_text(args.update_file)
     args.update = unix_lines(args.update)
-    for text in (args.file, args.library, args.version, args.update):
+    for text in (*args.files, args.library, args.version, args.update):
         if not text.strip() or re.search("[\ud800-\udfff]", text):
             raise BadInput("file, --library, --version, --update: empty, or not valid Unicode")
     if args.model is None:
@@ -132,70 +211,47 @@ def parse_migration(argv):
     return args
 
 
-def answer_limit(model, tokenizer, example, settings, args):
-    """The most tokens an answer may have. BadInput if the prompt leaves no room for it."""
-    prompt = len(data.encode_prompt(example, tokenizer))
-    plain = {"add_special_tokens": False, "split_special_tokens": True}
-    code = len(tokenizer.encode(example.old_code, **plain))
-    longest = args.max_prompt_tokens or math.inf
-    if prompt > longest:
-        raise BadInput(f"the prompt has {prompt:,} tokens, --max-prompt-tokens {longest} at most")
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    context = min(context, setup.exact_length(model.config))
-    usual = max(settings.get("max_new_tokens", 1024), 2 * code)
-    limit = args.max_new_tokens or min(usual, context - prompt)
-    if prompt + max(limit, code) > context:
-        raise BadInput(f"{prompt:,} prompt tokens leave no room for the answer in {context:,}")
-    return limit
-
-
-def report(found):
-    """Print the diff or the JSON object, and on stderr what to check; return the exit status."""
-    colours = {"+": "32", "-": "31", "@": "36"}
-    lines = found["diff"].split("\n")
-    diff = "\n".join(style(x, colours[x[0]]) if x[:1] in colours else x for x in lines)
-    print(json.dumps(found) + "\n" if found["json"] else diff, end="")
-    if found["code"] is None:
-        counts = "{without_code} without code, {not_parsed} that do not parse, {cut} cut"
-        way_out = "raise --max-new-tokens" if found["cut"] else "try another --seed or --model"
-        print(f"error: no answer is usable: {counts.format(**found)}; {way_out}", file=sys.stderr)
-        return 3
-    agree = f", agreement {found['agreement']:.2f}" if found["usable"] > 1 else ""
-    print(f"{found['usable']} of {found['answers']} answers are usable{agree}", file=sys.stderr)
-    if found["still_named"]:
-        names = ", ".join(found["still_named"]) + " (fine if meant to stay)"
-        print(f"warning: named in the note and still in the code: {names}", file=sys.stderr)
-    lost = []
-    for kind in ("definition", "comment", "docstring"):
-        items = found[f"lost_{kind}s"]
-        names = f" ({', '.join(items)})" if kind == "definition" else ""
-        if items:
-            lost.append(f"{len(items)} {kind}{'s' if len(items) > 1 else ''}{names}")
-    if lost:
-        print(f"warning: the new code lacks {', '.join(lost)} of the old code", file=sys.stderr)
-    if not found["changed"]:
-        print("the answer equals the file: nothing to change", file=sys.stderr)
-    return int(found["changed"])
+def ask(tasks, tokenizer, args):
+    """Load the model and set the answers of all tasks; those it cannot be asked become errors."""
+    base, adapter, settings = open_policy(args.model)
+    model = loading.load_policy(base, adapter, args.dtype)
+    setup.check_policy(model, tokenizer, base)
+    possible = [task for task in tasks if admit(task, tokenizer, model, settings, args)]
+    sample(model, tokenizer, possible, args)
 
 
 def main(argv=None):
-    """Migrate a file; the exit status."""
+    """Migrate files; the exit status."""
     args = parse_migration(argv)
-    text, code = read_code(args.file)
-    path = diff_path(args.file)
-    version = args.version.removeprefix("==")
-    example = data.Example(args.library, version, "", args.update.strip(), code, "")
-    base, adapter, settings = open_policy(args.model)
-    tokenizer = loading.load_tokenizer(base)
-    model = loading.load_policy(base, adapter, args.dtype)
-    setup.check_policy(model, tokenizer, base)
-    limit = answer_limit(model, tokenizer, example, settings, args)
-    sampling = args.num_samples, limit, args.temperature, args.seed
-    new_code, details = migrate(model, tokenizer, example, *sampling)
-    new_text = text if new_code is None else splice(text, new_code)
-    diff = unified(text, new_text, path)
-    result = {"changed": bool(diff), "code": None if new_code is None else new_text, "diff": diff}
-    return report(vars(args) | result | review(example, new_code or code) | details)
+    tokenizer = loading.load_tokenizer(open_policy(args.model)[0])
+    files = sources.find(args.files)
+    tasks = []
+    for source in files:
+        try:
+            sources.read(source)
+            found = find_tasks(source, tokenizer, args)
+            if found and args.write and not args.force:
+                sources.check_clean(source)
+            tasks += found
+        except BadInput as error:
+            source.errors.append(str(error))
+    if tasks:
+        ask(tasks, tokenizer, args)
+    changed = unusable = 0
+    for source in files:
+        mine = [task for task in tasks if task.source is source and task.answers]
+        pieces = answers.settle(source, [(task.piece, task.answers) for task in mine])
+        report(source, pieces, args)
+        changed += source.new != source.text
+        unusable += any(not piece["usable"] for piece in pieces)
+    bad = sum(bool(source.errors) for source in files)
+    if len(files) > 1:
+        print(f"{len(files)} files: {changed} changed, {bad} with errors", file=sys.stderr)
+    if bad:
+        return 2
+    if unusable and not changed:
+        return 3
+    return int(changed > 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Files: JSONL from here or the hub, atomic writes, logs, locks; code and its diff."""
+"""Files: JSONL from here or the hub, atomic writes, logs, locks."""
 
 import contextlib
-import difflib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +62,8 @@ def write(path, content):
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
@@ -107,32 +109,17 @@ def unlock(directory):
         held.close()
 
 
-def read_text(name):
-    """The exact text of a UTF-8 file, or of stdin for "-"."""
+def read_bytes(name):
+    """The content of a file, or of stdin for "-"."""
     try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8 first")
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise BadInput(f"{name}: cannot be read: {error.strerror}")
 
 
-def diff_path(name):
-    """The path in the diff: from the git work tree, else from here, else from its directory."""
-    if name == "-":
-        return "stdin"
-    file = Path(name).resolve()  # git and patch do not follow links
-    root = next((path for path in file.parents if (path / ".git").exists()), Path.cwd())
-    if not file.is_relative_to(root):
-        root = file.parent
-    if root != Path.cwd():
-        print(f"note: the diff is relative to {root}; apply it there", file=sys.stderr)
-    return file.relative_to(root).as_posix()
-
-
-def unified(old, new, path):
-    """The diff of two texts as `git apply` and `patch -p1` take it; "" if they are equal."""
-    old, new = [re.findall("[^\n]*\n|[^\n]+", text) for text in (old, new)]  # no split at \f
-    end = "\t" if " " in path else ""  # tells patch where a name with blanks ends
-    lines = difflib.unified_diff(old, new, f"a/{path}{end}", f"b/{path}{end}")
-    return "".join(x if x.endswith("\n") else f"{x}\n\\ No newline at end of file\n" for x in lines)
+def read_text(name):
+    """The exact text of a UTF-8 file, or of stdin for "-"."""
+    try:
+        return read_bytes(name).decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8 first")

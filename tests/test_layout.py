@@ -12,7 +12,7 @@ from conftest import ROOT
 
 EXCLUDED = ("tests", "bench", "tiny", "runs", "figures")  # not part of the code to read
 LAYERS = (  # a module imports from its own layer and those before it
-    ("reward", "sandbox", "lib.config", "lib.files"),
+    ("reward", "sandbox", "lib.config", "lib.files", "lib.sources", "lib.pieces"),
     ("data", "lib.fsdp", "lib.parallel"),
     ("dora", "lib.loading", "lib.speed", "naive_grpo"),
     ("recode",),
