@@ -4,7 +4,7 @@
     verdict.passed, verdict.status, verdict.reason      # True, "pass", ""
 
     with sandbox.Sandbox(preload=("numpy", "torch"), memory=4 << 30) as box:
-        verdicts = list(box.map([{"code": code, "tests": tests, "setup": setup}, ...]))
+        verdict = box.run(code, tests, setup="import numpy as np")
 
 A test is source code that defines functions test_*, each of which is called. With `entry_point` it
 defines check(candidate) instead, which gets the program's object of that name. Each test has a new
@@ -22,19 +22,16 @@ killed and collected, every file deleted. The harness has its own deadline and r
 that misses it. Without Landlock (ABI 3: Linux 6.2) or seccomp nothing runs, unless unsafe=True.
 
 This is not a true security sandbox. The lock protects the machine; nothing protects the verdict
-from a program that sets out to fool its test, because both share a process. Such a program passes
-if it answers with an object whose __eq__ is always true, patches `math.isclose` when it is called,
-reads the expected value from the test's frame, or writes the verdict itself.
+from a program that sets out to fool its test, because both share a process: e.g. it patches
+`math.isclose` when it is called, or answers with an object whose __eq__ is always true.
 
 Not covered: reading (Python, its packages, /usr, /etc/passwd; name, size and dates of other files);
 CPU, memory and disk use within the limits; time and load as a channel; kernel bugs. Threads and
-disk are checked every 50 ms and can exceed their limits in between. The lock also stops honest
-programs from using child processes, multiprocessing, sockets, and their own files outside the
-working directory. Tested on Linux 6.18 with Python 3.11, as root and as a normal user; not in
-Docker as a normal user. aarch64, macOS and Windows are refused.
+disk can exceed their limits for 50 ms. Honest programs cannot use child processes, sockets, or
+their own files outside the working directory. Tested on Linux 6.18 with Python 3.11, as root and as
+a normal user; not in Docker as a normal user. aarch64, macOS and Windows are refused.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -48,17 +45,12 @@ import tempfile
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 from sandbox.zygote import remove
 
 GRACE = 20  # seconds that a zygote may be late before it is replaced
-# The project's root is on the zygote's path, and so readable, only while it imports zygote.py.
-START = (
-    "import sys; sys.path.insert(0, sys.argv.pop()); from sandbox import zygote; "
-    "del sys.path[0]; zygote.serve()"
-)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+START = f"import sys; sys.path.insert(0, {ROOT!r}); from sandbox import zygote; zygote.serve()"
 ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 ENVIRONMENT |= {"MALLOC_ARENA_MAX": "2", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
 ENVIRONMENT["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # huge pages: a fork is 2 ms faster
@@ -89,13 +81,13 @@ class Worker:
         self.home = tempfile.mkdtemp(prefix="sandbox-")
         paths = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-B", "-c", START, ROOT], env=paths | ENVIRONMENT,
+            [sys.executable, "-P", "-B", "-c", START], env=paths | ENVIRONMENT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.home, start_new_session=True,
         )  # fmt: skip
         if self.exchange(self.settings | {"home": self.home}, 300) != ["pass", ""]:
             self.stop()
-            reason = "this system cannot contain a program, see above; --unsafe runs it anyway"
-            raise Unavailable(f"sandbox: {reason}")
+            way_out = "see above; --unsafe runs it anyway"
+            raise Unavailable(f"sandbox: this system cannot contain a program, {way_out}")
 
     def exchange(self, message, seconds):
         """Send a message and return the reply, or None if the zygote was late or died: it ends."""
@@ -131,9 +123,10 @@ class Worker:
         self.kill()
         self.process.communicate()
         self.process = None
-        for _ in range(100):  # its children, killed by PR_SET_PDEATHSIG, may take a moment to end
-            with contextlib.suppress(OSError):
-                return remove(self.home)
+        for _ in range(100):  # a test, killed by PR_SET_PDEATHSIG, may take a moment to end
+            remove(self.home)
+            if not os.path.exists(self.home):
+                break
             time.sleep(0.02)
 
 
@@ -165,26 +158,16 @@ class Sandbox(contextlib.AbstractContextManager):
             self.idle.put(worker)
         return verdict
 
-    def map(self, jobs):
-        """Verdicts of many programs (dicts of run's arguments), in order, on all workers."""
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            yield from pool.map(lambda job: self.run(**job), jobs)
-
-    def close(self):
+    def __exit__(self, *_):
         for worker in self.workers:
             worker.stop()
-
-    def __exit__(self, *_):
-        self.close()
 
 
 @functools.cache
 def default():
-    box = Sandbox()
-    atexit.register(box.close)
-    return box
+    return Sandbox()
 
 
 def run(code, tests, setup="", entry_point=None, timeout=15.0):
-    """Sandbox.run on workers that start at the first call and stop when Python exits."""
+    """Sandbox.run on workers that start at the first call and end with this process."""
     return default().run(code, tests, setup, entry_point, timeout)

@@ -15,20 +15,20 @@ import types
 class Saved:
     """The attributes of modules and of the classes in them, to restore after the program ran.
 
-    Only of packages that `text` names, and without `scope`. To copy all of torch's takes 0.1 s, and
-    a program hardly patches what neither it nor setup nor the test names.
+    Only of packages that `text` names: to copy all of torch's takes 0.1 s, and a program hardly
+    patches what neither it nor setup nor the test names.
     """
 
-    def __init__(self, text, scope):
+    def __init__(self, text):
         words = {"builtins", "sys", *re.findall(r"\w+", text)}
+        self.builtins = set(vars(builtins))
         self.modules = dict(sys.modules)
         named = [module for name, module in self.modules.items() if name.split(".")[0] in words]
         found = [vars(module) for module in named if isinstance(module, types.ModuleType)]
-        self.names = [(names, dict(names)) for names in found if names is not scope]
-        values = [value for _, copy in self.names for value in copy.values()]
+        self.names = [(names, dict(names)) for names in found]
+        values = [value for names in found for value in names.values()]
         classes = {id(value): value for value in values if issubclass(type(value), type)}
         self.classes = [(kind, dict(vars(kind))) for kind in classes.values()]
-        self.builtins = set(vars(builtins))
 
     def restore(self):
         for names, copy in self.names:  # builtins are among them: call none before
@@ -57,32 +57,27 @@ def execute(source, name, scope):
     exec(compile(source, file, "exec"), scope)
 
 
-def functions(code, entry_point):
-    """The names that a test defines and that are called: check, or else all test_*."""
-    if entry_point and "check" in code.co_names:
-        return ["check"]
-    names = [name for name in code.co_names if name.startswith("test")]
-    if not names:
-        raise ValueError("the test defines neither test_* nor, with an entry point, check")
-    return names
-
-
 def judge(job, test):
     """(status, reason) of a test: pass or fail, or error if setup or the test is broken."""
-    module = sys.modules["program"] = types.ModuleType("program")  # dataclasses look for it
+    # Dataclasses look for their module. Its name is no word, so Saved leaves it out.
+    module = sys.modules["<program>"] = types.ModuleType("<program>")
     scope = vars(module)
     entry_point = job["entry_point"]
     try:
         execute(job["setup"], "setup", scope)
         code = compile(test, "<test>", "exec")
-        names = functions(code, entry_point)
         for line in re.findall(r"^\s*((?:import|from) [^;\n]+)", test, re.MULTILINE):
             with contextlib.suppress(Exception):  # loaded before the program, so restored after it
                 exec(line, {})
     except BaseException as error:
         return "error", describe(error)
+    calls = [name for name in code.co_names if name.startswith("test")]
+    if entry_point and "check" in code.co_names:
+        calls = ["check"]
+    if not calls:
+        return "error", "the test defines neither test_* nor, with an entry point, check"
     trusted = dict(scope)
-    saved = Saved(job["setup"] + job["code"] + test, scope)
+    saved = Saved(job["setup"] + job["code"] + test)
     try:
         execute(job["code"], "program", scope)
         saved.restore()
@@ -91,7 +86,7 @@ def judge(job, test):
         if entry_point:
             seen[entry_point] = scope[entry_point]
         exec(code, seen)
-        for name in names:
+        for name in calls:
             if name == "check":
                 seen[name](seen[entry_point])
             elif callable(seen.get(name)):  # not a list of test cases

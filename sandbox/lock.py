@@ -5,8 +5,8 @@
     Landlock       read Python, the system's libraries and a few files; write in one directory
     seccomp        no new process, exec, signal, socket, lasting IPC, change of mode, owner or limit
 
-It takes about 1 ms and cannot be undone; threads and children inherit it. Landlock also stops a
-process from looking into one under another lock or none (ptrace, /proc/PID/mem, environ, fd).
+It takes about 1 ms and cannot be undone; threads inherit it. Landlock also stops a process from
+looking into one under another lock or none (ptrace, /proc/PID/mem, environ, fd).
 
 Listing what is denied lets honest programs live, but the list must be complete. So calls newer than
 the list fail with ENOSYS; x32 calls, whose numbers differ, do too, and a 32-bit call kills.
@@ -23,17 +23,16 @@ import sys
 
 # System calls that fail with EPERM. Not listed: those that need a capability (mount, reboot, ...).
 DENIED = dict(
-    fork=57, vfork=58, execve=59, execveat=322, ptrace=101, setsid=112, setpgid=109,
-    kill=62, tkill=200, tgkill=234, rt_sigqueueinfo=129, rt_tgsigqueueinfo=297,
-    pidfd_open=434, pidfd_getfd=438, pidfd_send_signal=424, kcmp=312, process_vm_readv=310,
-    process_vm_writev=311, process_madvise=440, process_mrelease=448,
-    socket=41, connect=42, bind=49, listen=50, sendmsg=46, sendmmsg=307,
-    shmget=29, shmat=30, shmctl=31, semget=64, semop=65, semctl=66, semtimedop=220, msgget=68,
-    msgsnd=69, msgrcv=70, msgctl=71, mq_open=240, mq_unlink=241, memfd_create=319,
-    memfd_secret=447, io_uring_setup=425, io_uring_enter=426, io_uring_register=427,
-    bpf=321, perf_event_open=298, userfaultfd=323, add_key=248, request_key=249, keyctl=250,
-    unshare=272, setns=308, personality=135, modify_ldt=154, prctl=157, setrlimit=160,
-    setpriority=141, ioprio_set=251, sched_setparam=142, sched_setscheduler=144,
+    fork=57, vfork=58, execve=59, execveat=322, ptrace=101, setsid=112, setpgid=109, kill=62,
+    tkill=200, tgkill=234, rt_sigqueueinfo=129, rt_tgsigqueueinfo=297, pidfd_open=434,
+    pidfd_getfd=438, pidfd_send_signal=424, kcmp=312, process_vm_readv=310, process_vm_writev=311,
+    process_madvise=440, process_mrelease=448, socket=41, connect=42, bind=49, listen=50,
+    sendmsg=46, sendmmsg=307, shmget=29, shmat=30, shmctl=31, semget=64, semop=65, semctl=66,
+    semtimedop=220, msgget=68, msgsnd=69, msgrcv=70, msgctl=71, mq_open=240, mq_unlink=241,
+    memfd_create=319, memfd_secret=447, io_uring_setup=425, io_uring_enter=426,
+    io_uring_register=427, bpf=321, perf_event_open=298, userfaultfd=323, add_key=248,
+    request_key=249, keyctl=250, unshare=272, setns=308, personality=135, modify_ldt=154, prctl=157,
+    setrlimit=160, setpriority=141, ioprio_set=251, sched_setparam=142, sched_setscheduler=144,
     sched_setaffinity=203, sched_setattr=314, migrate_pages=256, move_pages=279, setxattr=188,
     lsetxattr=189, fsetxattr=190, removexattr=197, lremovexattr=198, fremovexattr=199,
     name_to_handle_at=303, open_by_handle_at=304, fanotify_init=300, sync=162, syncfs=306,
@@ -46,8 +45,7 @@ IGNORED = dict(
 CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT64, SENDTO = 56, 435, 72, 16, 302, 44  # depend on an argument
 LAST_KNOWN, CLONE_THREAD = 462, 0x10000  # mseal; a flag of clone
 FCNTL_DENIED = dict(F_SETOWN=8, F_SETSIG=10, F_SETOWN_EX=15, F_SETLEASE=1024, F_NOTIFY=1026)
-IOCTL_ALLOWED = dict(TCGETS=0x5401, TIOCGWINSZ=0x5413, FIONREAD=0x541B, FIONBIO=0x5421)
-IOCTL_ALLOWED |= dict(FIONCLEX=0x5450, FIOCLEX=0x5451)
+IOCTL_ALLOWED = dict(TCGETS=0x5401, FIONBIO=0x5421, FIONCLEX=0x5450, FIOCLEX=0x5451)
 AUDIT_ARCH_X86_64 = 0xC000003E
 SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS = 0x7FFF0000, 0x50000, 0x80000000
 SECCOMP_NR, SECCOMP_ARCH, SECCOMP_ARGS = 0, 4, 16  # offsets in struct seccomp_data
@@ -58,9 +56,7 @@ SYS_CAPSET, CAPABILITY_VERSION_3 = 126, 0x20080522
 SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
 FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 2, 4, 8
-FS_MAKE_CHAR, FS_MAKE_SOCK, FS_MAKE_BLOCK = 64, 512, 2048
-FS_ALL, FS_IOCTL_DEV = (1 << 15) - 1, 1 << 15  # execute ... truncate (ABI 3); device ioctl (ABI 5)
-NET_BIND_CONNECT_TCP, SCOPE_ABSTRACT_UNIX_SOCKET_AND_SIGNAL = 3, 3  # ABI 4; ABI 6
+FS_ALL = (1 << 15) - 1  # execute ... truncate (ABI 3); later ABIs add what seccomp denies here
 READABLE = """
     /usr /lib /lib64 /etc/ld.so.cache /etc/localtime /etc/passwd /etc/nsswitch.conf /etc/mime.types
     /dev/null /dev/zero /dev/random /dev/urandom /proc/self /proc/cpuinfo /proc/meminfo
@@ -87,20 +83,18 @@ def seccomp_filter():
     deny = BPF_RET, SECCOMP_RET_ERRNO | errno.EPERM, 0, 0
     ignore = BPF_RET, SECCOMP_RET_ERRNO, 0, 0
     absent = BPF_RET, SECCOMP_RET_ERRNO | errno.ENOSYS, 0, 0
-    low = [(BPF_LD, SECCOMP_ARGS + 8 * i, 0, 0) for i in range(6)]  # half of argument i
-    high = [(BPF_LD, SECCOMP_ARGS + 8 * i + 4, 0, 0) for i in range(6)]
+    half = [(BPF_LD, SECCOMP_ARGS + 4 * i, 0, 0) for i in range(12)]  # low, high of each argument
     fcntl = [step for k in FCNTL_DENIED.values() for step in ((BPF_JEQ, k, 0, 1), deny)]
     ioctl = [step for k in IOCTL_ALLOWED.values() for step in ((BPF_JEQ, k, 0, 1), allow)]
-    rules = {number: [deny] for number in DENIED.values()}
-    rules |= {number: [ignore] for number in IGNORED.values()}
+    rules = dict.fromkeys(DENIED.values(), [deny]) | dict.fromkeys(IGNORED.values(), [ignore])
     rules |= {
         CLONE3: [absent],  # its flags are in memory, out of sight; libc then uses clone
-        CLONE: [low[0], (BPF_JSET, CLONE_THREAD, 1, 0), deny, allow],
+        CLONE: [half[0], (BPF_JSET, CLONE_THREAD, 1, 0), deny, allow],
         # allow if argument i is 0: a limit is only read; asyncio's socketpair needs no address
-        PRLIMIT64: [low[2], (BPF_JEQ, 0, 0, 2), high[2], (BPF_JEQ, 0, 1, 0), deny, allow],
-        SENDTO: [low[4], (BPF_JEQ, 0, 0, 2), high[4], (BPF_JEQ, 0, 1, 0), deny, allow],
-        FCNTL: [low[1], *fcntl, allow],
-        IOCTL: [low[1], *ioctl, deny],
+        PRLIMIT64: [half[4], (BPF_JEQ, 0, 0, 2), half[5], (BPF_JEQ, 0, 1, 0), deny, allow],
+        SENDTO: [half[8], (BPF_JEQ, 0, 0, 2), half[9], (BPF_JEQ, 0, 1, 0), deny, allow],
+        FCNTL: [half[2], *fcntl, allow],
+        IOCTL: [half[2], *ioctl, deny],
     }
     program = [
         (BPF_LD, SECCOMP_ARCH, 0, 0),
@@ -141,14 +135,11 @@ def drop_permissions(directory):
     abi = syscall(SYS_LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_CREATE_RULESET_VERSION)
     if abi < 3:
         raise OSError(errno.ENOSYS, f"Landlock ABI {abi}, 3 is needed")
-    files = FS_ALL | (FS_IOCTL_DEV if abi >= 5 else 0)
-    net = NET_BIND_CONNECT_TCP if abi >= 4 else 0
-    scope = SCOPE_ABSTRACT_UNIX_SOCKET_AND_SIGNAL if abi >= 6 else 0
-    ruleset = syscall(SYS_LANDLOCK_CREATE_RULESET, struct.pack("=QQQ", files, net, scope), 24, 0)
+    ruleset = syscall(SYS_LANDLOCK_CREATE_RULESET, struct.pack("=Q", FS_ALL), 8, 0)
     readable = [*READABLE, sys.prefix, sys.base_prefix, *sys.path]
     paths = dict.fromkeys(readable, FS_READ_FILE | FS_READ_DIR)
     paths["/dev/null"] |= FS_WRITE_FILE
-    paths[directory] = files & ~(FS_MAKE_CHAR | FS_MAKE_BLOCK | FS_MAKE_SOCK)
+    paths[directory] = FS_ALL
     for path, allowed in paths.items():
         with contextlib.suppress(FileNotFoundError, PermissionError):  # not there: needs no rule
             fd = os.open(path, os.O_PATH)
