@@ -18,7 +18,7 @@ and a number of lines are shown as they are. --compare pairs the runs by problem
     reward, es_star, em_star, stale, obeys  of migrations, see reward.py; reward = format + es_star
     determined       exact match where note and old code hold every word of the reference
     unchanged        exact match where the note asks for no change
-    stray_lines      changed lines that the reference keeps, mean per answer, see tasks/numpy2.py
+    stray_lines      changed lines that the reference keeps, mean per answer, see tasks/migration.py
 
 A problem without a value, such as pass_if_formed where no answer has the format, is left out.
 """

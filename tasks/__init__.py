@@ -5,21 +5,20 @@
     humaneval        complete a function; humaneval+ adds far more tests
     numpy2           rewrite a program that NumPy 2 broke; it is run
 
-problem.py holds what the last three share. For eval.py, judging.py opens the sandbox, log.py reads
-what is done already, and table.py makes the table.
-
     python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """
 
 from collections import Counter
+from functools import partial
 
 from lib.config import BadInput
 from tasks import codeupdatearena, humaneval, migration, numpy2
+from tasks.problem import read_problems
 
 TASKS = ("migration", "codeupdatearena", "humaneval", "humaneval+", "numpy2")
 SOURCES = {
-    "codeupdatearena": codeupdatearena.HUB_ID,
-    "humaneval+": humaneval.HUB_ID,
+    "codeupdatearena": "leo-liuzy/CodeUpdateArena",
+    "humaneval+": "evalplus/humanevalplus",
     "numpy2": numpy2.ROWS,
 }
 
@@ -30,13 +29,14 @@ def load(task, source, no_update=False, plain=False):
     no_update leaves the update notes out; plain asks HumanEval in the plain form.
     """
     if task == "migration":
-        return migration.load(source, no_update)
+        return list(migration.load(source, no_update))
     if task == "codeupdatearena":
-        problems = codeupdatearena.load(source, no_update)
+        read = partial(codeupdatearena.read, no_update=no_update)
     elif task == "numpy2":
-        problems = numpy2.load(source, no_update)
+        read = partial(numpy2.read, no_update=no_update)
     else:
-        problems = humaneval.load(source, plain)
+        read = partial(humaneval.read, plain=plain)
+    problems = list(read_problems(source, read))
     if not problems:
         raise BadInput(f"data: no problem in {source!r}: the file is empty")
     name, count = Counter(problem.name for problem in problems).most_common(1)[0]

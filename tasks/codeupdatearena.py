@@ -1,22 +1,20 @@
 """CodeUpdateArena: solve a problem with a function that was just changed (arXiv 2407.06249).
 
 An answer is right when it passes all unit tests with the update. It is "updated" when it also
-fails without it, i.e. without the one statement that puts the new function into its library.
-
-An answer is run behind the reference's imports, unlike in the benchmark's own code: half of the
-signatures that it asks for use typing's List or Tuple, and some tests use np without importing it.
+fails without it, i.e. without the one statement that puts the new function into its library. An
+answer is run behind the reference's imports: half of the signatures that it asks for use typing's
+List or Tuple, and some tests use np without importing it.
 
 Rows of all releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports}, flat.
 """
 
 import ast
-import warnings
 
-from tasks.problem import Problem, broken, check_texts, read_rows
+from lib.sources import parse
+from tasks.problem import Problem, check_texts
 
-HUB_ID = "leo-liuzy/CodeUpdateArena"
 FIELDS = """
-package update_type description signature docstring implementation function_path
+package update_type description signature docstring imports implementation function_path
 prog_syn_id scenario problem solution_signature unit_tests ref_solution
 """.split()
 NOTE = """\
@@ -45,82 +43,58 @@ and has to pass this test, among others:
 """
 
 
-def statements(where, row, field):
-    """The top-level statements of a field's code, as ast nodes."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # odd escapes in their strings
-            return ast.parse(row[field]).body
-    except (SyntaxError, ValueError) as error:
-        raise broken(where, field, f"does not parse ({error})")
+def split_functions(code, prefix=""):
+    """[(name, source)] of the top-level functions whose names begin with `prefix`; ValueError if 0.
 
-
-def split_functions(where, row, field, prefix=""):
-    """[(name, source)] of a field's top-level functions whose names begin with `prefix`.
-
-    All its other code, e.g. imports, is put in front of each. Python's own parser finds the ends:
-    blank lines also occur within functions.
+    All other code, e.g. imports, is put in front of each. Python's own parser finds the ends: blank
+    lines also occur within functions.
     """
-    lines = row[field].split("\n")
+    lines = code.split("\n")
     shared = ""
     found = []
-    for node in statements(where, row, field):
-        decorators = getattr(node, "decorator_list", [])
-        first = min(part.lineno for part in (node, *decorators))
+    for node in parse(code).body:
+        first = min(part.lineno for part in (node, *getattr(node, "decorator_list", [])))
         source = "\n".join(lines[first - 1 : node.end_lineno])
         if isinstance(node, ast.FunctionDef) and node.name.startswith(prefix):
             found.append((node.name, source))
         else:
             shared += source + "\n"
     if not found:
-        raise broken(where, field, f"defines no function {prefix}".rstrip())
+        raise ValueError(f"no function {prefix}* in {code!r:.40}")
     return [(name, shared + source) for name, source in found]
 
 
-def update_statement(where, row):
-    """The statement that puts the new function into its library; the kind of update tells how."""
-    path = row["function_path"]
-    kind = row["update_type"]  # action-place or action-place-aspect
-    name, _ = split_functions(where, row, "implementation")[-1]
+def update_statement(path, kind, name):
+    """The statement that puts a new function into its library; the kind of update tells how."""
     parent = path.rpartition(".")[0]
     if not parent:
-        raise broken(where, "function_path", f"{path!r} names no library")
-    place = kind.partition("-")[2]
+        raise ValueError(f"function_path {path!r} names no library")
+    place = kind.partition("-")[2]  # kind: action-place or action-place-aspect
     if place.startswith(("argument", "output")) or kind == "add-function-semantics":
         return f"{path} = {name}"
     if kind == "add-function":
         return f"setattr({parent}, {name!r}, {name})"
     if kind == "modify-function-name":
         return f"del {path}\nsetattr({parent}, {name!r}, {name})"
-    raise broken(where, "update_type", f"{kind!r} has no rule")
+    raise ValueError(f"update_type {kind!r} has no rule")
 
 
-def flatten(where, row):
-    """The problems of a row of any schema, as dicts with all fields at the top level."""
-    update = row.get("update", {})
-    try:
-        return [{**update, **example} for example in row.get("prog_syn_examples", [row])]
-    except TypeError:
-        raise broken(where, "update", "or 'prog_syn_examples' does not hold objects")
-
-
-def load(source, no_update=False):
-    """The problems of a source, of any schema."""
-    problems = []
-    for where, line in read_rows(source, HUB_ID, "arena-ungrouped.jsonl"):
-        for row in flatten(where, line):
-            imports = "prog_syn_imports" if "prog_syn_imports" in row else "imports"
-            check_texts(where, row, [imports, *FIELDS])
-            tests = [test for _, test in split_functions(where, row, "unit_tests", "test")]
-            nodes = statements(where, row, "ref_solution")
-            known = [ast.unparse(x) for x in nodes if isinstance(x, ast.Import | ast.ImportFrom)]
-            problem = Problem(
-                name=row["prog_syn_id"], package=row["package"], update_type=row["update_type"],
-                note="" if no_update else NOTE.format_map(row),
-                question=QUESTION.format_map(row | {"test": tests[0]}),
-                reference=row["ref_solution"], control=row["ref_solution"],
-                controls="without the update",
-                setup="\n".join([row[imports], *known, row["implementation"], ""]),
-                update=update_statement(where, row), tests=tuple(tests),
-            )  # fmt: skip
-            problems.append(problem)
-    return problems
+def read(row, no_update=False):
+    """The problems of a row of any schema."""
+    for example in row.get("prog_syn_examples", [row]):
+        flat = {**row.get("update", {}), **example}
+        flat["imports"] = flat.get("prog_syn_imports", flat.get("imports"))
+        check_texts(flat, FIELDS)
+        tests = [test for _, test in split_functions(flat["unit_tests"], "test")]
+        nodes = parse(flat["ref_solution"]).body
+        known = [ast.unparse(x) for x in nodes if isinstance(x, ast.Import | ast.ImportFrom)]
+        name, _ = split_functions(flat["implementation"])[-1]
+        yield Problem(
+            name=flat["prog_syn_id"], package=flat["package"], update_type=flat["update_type"],
+            note="" if no_update else NOTE.format_map(flat),
+            question=QUESTION.format_map(flat | {"test": tests[0]}),
+            reference=flat["ref_solution"], control=flat["ref_solution"],
+            setup="\n".join([flat["imports"], *known, flat["implementation"], ""]),
+            update=update_statement(flat["function_path"], flat["update_type"], name),
+            tests=tuple(tests),
+        )  # fmt: skip

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import data
 from reward import FENCE, FENCE_END
-from tasks.problem import Problem, check_texts, read_rows
+from tasks.problem import Problem, check_texts
 
-HUB_ID = "evalplus/humanevalplus"
 QUESTION = "Complete this function:\n```python\n{}\n```\n"
 PLAIN = "Complete this function in a markdown python code block:\n```python\n{}\n```\n"
 PLUS = """
@@ -24,11 +23,9 @@ inputs, atol, space = json.loads({inputs!r}), {atol!r} or 1e-6, {{}}
 exec({reference!r}, space)
 
 def close(a, b):
-    if isinstance(b, float) and isinstance(a, (int, float)):
-        return a == b or abs(a - b) <= atol + 1e-7 * abs(b)
     if isinstance(b, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(close, a, b))
-    return a == b
+    return a == b or isinstance(b, float) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 def check(candidate):
     for args in inputs:
@@ -52,23 +49,19 @@ class Plain(Problem):
         return (code if code.strip() else None), end != ""
 
 
-def load(source, plain=False):
-    """The problems of a source, of either schema."""
-    problems = []
-    for where, row in read_rows(source, HUB_ID, "test.jsonl"):
-        check_texts(where, row, ["task_id", "prompt", "entry_point", "canonical_solution"])
-        entry = row["entry_point"]
-        reference = row["prompt"] + row["canonical_solution"]
-        if isinstance(row.get("base_input"), list) and isinstance(row.get("plus_input"), list):
-            inputs = json.dumps(row["base_input"] + row["plus_input"])
-            atol = row.get("atol", 0)
-            row["test"] = PLUS.format(inputs=inputs, atol=atol, reference=reference, entry=entry)
-        check_texts(where, row, ["test"])
-        form = Plain if plain else Problem
-        problem = form(
-            name=row["task_id"], entry_point=entry, setup=row["prompt"], tests=(row["test"],),
-            question=(PLAIN if plain else QUESTION).format(row["prompt"].strip("\n")),
-            reference=reference, control="pass",
-        )  # fmt: skip
-        problems.append(problem)
-    return problems
+def read(row, plain=False):
+    """The problem of a row of either schema."""
+    check_texts(row, ["task_id", "prompt", "entry_point", "canonical_solution"])
+    entry = row["entry_point"]
+    reference = row["prompt"] + row["canonical_solution"]
+    if "plus_input" in row:
+        inputs = json.dumps([*row["base_input"], *row["plus_input"]])
+        atol = row.get("atol", 0)
+        row["test"] = PLUS.format(inputs=inputs, atol=atol, reference=reference, entry=entry)
+    check_texts(row, ["test"])
+    form, question = (Plain, PLAIN) if plain else (Problem, QUESTION)
+    yield form(
+        name=row["task_id"], question=question.format(row["prompt"].strip("\n")),
+        reference=reference, control="pass", setup=row["prompt"], tests=(row["test"],),
+        entry_point=entry,
+    )  # fmt: skip

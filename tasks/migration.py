@@ -6,6 +6,7 @@ where no answer is stale.
 """
 
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 
 import data
 import reward
@@ -40,11 +41,26 @@ class Migration:
 
 def load(source, no_update=False):
     """The examples of a source as problems, named by their number."""
-    problems = []
     for i, example in enumerate(data.load_examples(source)):
         if no_update:  # the doc element stays in the prompt, empty
             example = replace(example, update_info="")
         same = reward.strip_comments(example.old_code) == reward.strip_comments(example.new_code)
         kind = "no change" if same else "change"
-        problems.append(Migration(str(i), example.dependency, example, kind))
-    return problems
+        yield Migration(str(i), example.dependency, example, kind)
+
+
+def stray_lines(example, code):
+    """How many lines `code` changes that the reference does not; comments and blank lines aside.
+
+    difflib matches each with the old code. Counted are the old lines that the reference keeps and
+    `code` does not, or the lines that `code` adds beyond the reference's number, if they are more.
+    """
+    texts = example.old_code, example.new_code, code
+    old, *others = [reward.strip_comments(text).split("\n") for text in texts]
+    lost, added = [], []
+    for text in others:
+        blocks = SequenceMatcher(None, old, text, autojunk=False).get_matching_blocks()
+        kept = {block.a + i for block in blocks for i in range(block.size)}
+        lost.append(set(range(len(old))) - kept)
+        added.append(len(text) - len(kept))
+    return max(len(lost[1] - lost[0]), added[1] - added[0])

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import data
 import reward
-from lib.config import BadInput
+from lib.config import BadInput, first_line
 from lib.files import fetch, json_rows, unix_lines
+from lib.sources import BROKEN
 
+HUB_FILES = {  # data set: its file
+    "leo-liuzy/CodeUpdateArena": "arena-ungrouped.jsonl",
+    "evalplus/humanevalplus": "test.jsonl",
+}
 SYSTEM = "You write Python code. {}Think first, then answer."
 OBEY = (
     "Follow the update notes you are given, even where they contradict what you remember of a "
@@ -25,13 +30,12 @@ REQUEST = (
 class Problem:
     name: str
     note: str = ""  # on the update
-    question: str
+    question: str = ""
     reference: str
     control: str  # code that must fail, without the update if there is one
-    controls: str = "with an empty body"  # what the controls are
-    setup: str  # runs before an answer
-    tests: tuple
+    setup: str = ""  # runs before an answer
     update: str = ""  # runs after setup: puts the new function into its library
+    tests: tuple
     entry_point: str | None = None  # the function that check() of HumanEval's tests is given
     package: str = ""
     update_type: str = ""
@@ -60,32 +64,34 @@ class Problem:
             result = self.run(box, code)
             verdict |= vars(result) | {"passed": result.passed}
         if self.update:
-            without = verdict["passed"] and self.run(box, code, updated=False).passed
-            verdict["updated"] = verdict["passed"] and not without
+            passed = verdict["passed"]
+            verdict["updated"] = passed and not self.run(box, code, updated=False).passed
         return verdict
 
 
-def read_rows(source, hub_id, name):
-    """Yield ("PATH, line N", row) of a JSONL file; the source may be the hub id of file `name`."""
-    path = fetch(hub_id, name) if source == hub_id else Path(source)
+def read_problems(source, read):
+    """Yield what read(row) does for the rows of a JSONL file (.gz too), or of one of HUB_FILES.
+
+    BadInput names the file and line of a row on which it fails.
+    """
+    path = fetch(source, HUB_FILES[source]) if source in HUB_FILES else Path(source)
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        way_out = f"give a JSONL file (.gz too) or {hub_id}"
-        raise BadInput(f"data: cannot read {source!r} ({error}); {way_out}")
-    yield from json_rows(path, content)
+        raise BadInput(f"data: cannot read {source!r} ({error}); give a JSONL file")
+    for where, row in json_rows(path, content):
+        try:
+            yield from read(row)
+        except (TypeError, KeyError, *BROKEN) as error:
+            raise BadInput(f"{where}: {first_line(error)}; fix the row or remove it")
 
 
-def broken(where, field, why):
-    return BadInput(f"{where}: field {field!r} {why}; fix the row or remove it")
-
-
-def check_texts(where, row, names):
-    """Give all named fields Unix line ends; raise BadInput unless they are text."""
+def check_texts(row, names):
+    """Give the named fields Unix line ends; ValueError unless all are text."""
     for name in names:
         value = row.get(name)
         if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
-            raise broken(where, name, "is not text" if name in row else "is missing")
+            raise ValueError(f"field {name!r} {'is not text' if name in row else 'is missing'}")
         row[name] = unix_lines(value)

@@ -45,10 +45,9 @@ def metrics(rows, ks):
             right = sum(row[field] for row in rows)
             result |= {f"{name}@{k}": pass_at_k(len(rows), right, k) for k in ks}
     values = {"pass_if_formed": [row["passed"] for row in rows if row["format"]]}
-    for name in SCORES:
-        if name in rows[0]:
-            values[name] = [row[name] for row in rows if row[name] is not None]
-    for name, known in values.items():
+    values |= {name: [row[name] for row in rows] for name in SCORES if name in rows[0]}
+    for name, column in values.items():
+        known = [value for value in column if value is not None]
         result[name] = mean(known) if known else None
     return result
 
@@ -100,9 +99,7 @@ def number(name, value, sign=""):
 
 
 def estimate(name, values, sign=""):
-    """(mean, lower end, upper end) of a metric as text; "-" where it has no value."""
-    if values is None:
-        return "-"
+    """(mean, lower end, upper end) of a metric as text."""
     mean, low, high = [number(name, x, sign) for x in values]
     return f"{mean} [{low}, {high}]"
 
@@ -123,28 +120,25 @@ def show(result):
     table = result["table"]
     groups = [group for group in GROUPS if group in table]
     groups = ["all", *groups] if len(groups) > 1 else ["all"]
-    heads = [f"{group} ({table[group]['problems']})" for group in groups]
-    lines = [["mean [95 % interval]", *heads]]
-    for name in table["all"]:
-        if name != "problems":
-            lines.append([name, *(estimate(name, table[group].get(name)) for group in groups)])
-    text = f"{markdown(lines)}\n{len(result['problems'])} problems"
-    for status, count in sorted(result["statuses"].items()):
-        text += f", {count} {status}"
-    return text + "\n"
+    lines = [["mean [95 % interval]"], *([name] for name in table["all"] if name != "problems")]
+    for group in groups:
+        lines[0].append(f"{group} ({table[group]['problems']})")
+        for line in lines[1:]:
+            values = table[group].get(line[0])
+            line.append(estimate(line[0], values) if values else "-")
+    counts = "".join(f", {count} {status}" for status, count in sorted(result["statuses"].items()))
+    return f"{markdown(lines)}\n{len(result['problems'])} problems{counts}\n"
 
 
 def read_tables(run):
-    """{"TASK METRIC": {problem: value}} of all tasks of a run; None where there is no value."""
+    """{"TASK METRIC": (problems, their values)} of all tasks of a run; nan without a value."""
     found = {}
     for path in sorted(Path(run).glob("*/table.json")):
         rows = read_settings(path).get("problems")
         try:
             for name in next(iter(rows.values())):
-                values = {}
-                for problem, row in rows.items():
-                    values[problem] = None if row[name] is None else float(row[name])
-                found[f"{path.parent.name} {name}"] = values
+                values = np.fromiter((row[name] for row in rows.values()), float)  # None is nan
+                found[f"{path.parent.name} {name}"] = list(rows), values
         except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
             raise BadInput(f"--compare: {path} is not a table of eval.py; evaluate that run again")
     if not found:
@@ -152,29 +146,27 @@ def read_tables(run):
     return found
 
 
-def cell(name, first, now):
-    """A mean, and its change over the problems that have a value in both; {problem: value}."""
-    known = [value for value in now.values() if value is not None]
-    text = number(name, mean(known)) if known else "-"
-    change = [now[x] - first[x] for x in first if None not in (now[x], first[x])]
-    if change:
-        low, high = RANGES.get(name, (0, 1))
-        text += " " + estimate(name, interval(change, low - high, high - low), "+")
-    return text
-
-
 def compare(runs):
-    """A Markdown table: a line per metric, a column per run with its change against the first."""
+    """A Markdown table: a line per metric, a column per run with its change against the first.
+
+    A change is over the problems that have a value in both runs.
+    """
     tables = [read_tables(run) for run in runs]
     lines = [["", *runs]]
     for key in dict.fromkeys(key for table in tables for key in table):
-        line = [key]
-        first = tables[0].get(key, {})
+        name = key.split()[-1]
+        low, high = RANGES.get(name, (0, 1))
+        lines.append([key])
         for run, table in zip(runs, tables):
-            now = table.get(key, {})
-            if first and now and first.keys() != now.keys():
-                raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
-            before = first if now and table is not tables[0] else {}
-            line.append(cell(key.split()[-1], before, now))
-        lines.append(line)
+            problems, now = table.get(key, ([], np.array([])))
+            known = now[~np.isnan(now)]
+            text = number(name, known.mean()) if len(known) else "-"
+            if table is not tables[0] and key in table and key in tables[0]:
+                before, first = tables[0][key]
+                if problems != before:
+                    raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
+                change = (now - first)[~np.isnan(now - first)]
+                if len(change):
+                    text += " " + estimate(name, interval(change, low - high, high - low), "+")
+            lines[-1].append(text)
     return markdown(lines)
