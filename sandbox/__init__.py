@@ -36,13 +36,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 
@@ -79,11 +78,14 @@ class Worker:
 
     def start(self):
         self.home = tempfile.mkdtemp(prefix="sandbox-")
+        self.pipe, end = multiprocessing.Pipe()
         paths = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-B", "-c", START], env=paths | ENVIRONMENT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.home, start_new_session=True,
+            [sys.executable, "-P", "-B", "-c", START, str(end.fileno())], env=paths | ENVIRONMENT,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[end.fileno()],
+            cwd=self.home, start_new_session=True,
         )  # fmt: skip
+        end.close()
         if self.exchange(self.settings | {"home": self.home}, 300) != ["pass", ""]:
             self.stop()
             way_out = "see above; --unsafe runs it anyway"
@@ -92,15 +94,12 @@ class Worker:
     def exchange(self, message, seconds):
         """Send a message and return the reply, or None if the zygote was late or died: it ends."""
         reply = None
-        timer = threading.Timer(seconds, self.kill)
-        timer.start()
         try:
-            with contextlib.suppress(OSError, ValueError):
-                self.process.stdin.write(json.dumps(message).encode() + b"\n")
-                self.process.stdin.flush()
-                reply = json.loads(self.process.stdout.readline())
+            with contextlib.suppress(OSError, EOFError):
+                self.pipe.send_bytes(json.dumps(message).encode())
+                if self.pipe.poll(seconds):
+                    reply = json.loads(self.pipe.recv_bytes())
         finally:
-            timer.cancel()
             if reply is None:  # after Ctrl-C, too: a late reply would be taken for the next test's
                 self.stop()
         return reply
@@ -112,17 +111,14 @@ class Worker:
         reply = self.exchange((job, test), job["timeout"] + GRACE)
         return Verdict(*(reply or ("error", "the zygote died and was replaced")))
 
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
     def stop(self):
         """End the zygote and the test that it runs, and delete its directory."""
         if self.process is None:
             return
-        self.kill()
-        self.process.communicate()
+        self.process.kill()
+        self.process.wait()
         self.process = None
+        self.pipe.close()
         for _ in range(100):  # a test, killed by PR_SET_PDEATHSIG, may take a moment to end
             remove(self.home)
             if not os.path.exists(self.home):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 
 from sandbox.judge import describe, judge
 from sandbox.lock import SYS_PRCTL, lock, syscall
@@ -126,13 +127,10 @@ def remove(directory):
 
 
 def serve():
-    """Import the libraries, report whether the lock works, run tests until stdin closes."""
+    """Import the libraries, report whether the lock works, run tests until the harness ends."""
     del sys.path[0]  # the project's root: what stays on the path can be read by programs
-    jobs, verdicts = open(os.dup(0)), open(os.dup(1), "w", buffering=1)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    settings = json.loads(jobs.readline())
+    pipe = Connection(int(sys.argv.pop()))
+    settings = json.loads(pipe.recv_bytes())
     for name in settings["preload"]:
         with contextlib.suppress(Exception):  # not installed: programs that need it fail
             importlib.import_module(name)
@@ -140,10 +138,10 @@ def serve():
     gc.collect()
     gc.freeze()  # no collection in a fork copies the pages of these objects
     probe = settings | {"code": "", "setup": "", "entry_point": None, "timeout": 60}
-    print(json.dumps(run_test(probe, "def test_nothing(): pass")), file=verdicts)
-    os.dup2(null, 2)
-    with contextlib.suppress(BrokenPipeError):  # the harness has closed its end
-        for line in jobs:
-            job, test = json.loads(line)
-            print(json.dumps(run_test(job | settings, test)), file=verdicts)
+    pipe.send_bytes(json.dumps(run_test(probe, "def test_nothing(): pass")).encode())
+    os.dup2(0, 2)  # /dev/null
+    with contextlib.suppress(EOFError, OSError):  # the harness has closed its end
+        while True:
+            job, test = json.loads(pipe.recv_bytes())
+            pipe.send_bytes(json.dumps(run_test(job | settings, test)).encode())
     remove(settings["home"])

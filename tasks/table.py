@@ -131,14 +131,14 @@ def show(result):
 
 
 def read_tables(run):
-    """{"TASK METRIC": (problems, their values)} of all tasks of a run; nan without a value."""
+    """{"TASK METRIC": {problem: value}} of all tasks of a run; None where there is no value."""
     found = {}
     for path in sorted(Path(run).glob("*/table.json")):
         rows = read_settings(path).get("problems")
         try:
             for name in next(iter(rows.values())):
-                values = np.fromiter((row[name] for row in rows.values()), float)  # None is nan
-                found[f"{path.parent.name} {name}"] = list(rows), values
+                values = [None if row[name] is None else float(row[name]) for row in rows.values()]
+                found[f"{path.parent.name} {name}"] = dict(zip(rows, values))
         except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
             raise BadInput(f"--compare: {path} is not a table of eval.py; evaluate that run again")
     if not found:
@@ -156,17 +156,17 @@ def compare(runs):
     for key in dict.fromkeys(key for table in tables for key in table):
         name = key.split()[-1]
         low, high = RANGES.get(name, (0, 1))
-        lines.append([key])
+        first = tables[0].get(key, {})
+        line = [key]
         for run, table in zip(runs, tables):
-            problems, now = table.get(key, ([], np.array([])))
-            known = now[~np.isnan(now)]
-            text = number(name, known.mean()) if len(known) else "-"
-            if table is not tables[0] and key in table and key in tables[0]:
-                before, first = tables[0][key]
-                if problems != before:
-                    raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
-                change = (now - first)[~np.isnan(now - first)]
-                if len(change):
-                    text += " " + estimate(name, interval(change, low - high, high - low), "+")
-            lines[-1].append(text)
+            now = table.get(key, {})
+            if first and now and first.keys() != now.keys():
+                raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
+            known = [value for value in now.values() if value is not None]
+            line.append(number(name, mean(known)) if known else "-")
+            pairs = [(first[x], now[x]) for x in first if now and table is not tables[0]]
+            change = [after - before for before, after in pairs if None not in (before, after)]
+            if change:
+                line[-1] += " " + estimate(name, interval(change, low - high, high - low), "+")
+        lines.append(line)
     return markdown(lines)

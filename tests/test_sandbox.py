@@ -431,9 +431,6 @@ def test_nothing_grows(box):
     """Stops descriptors, files, processes, threads or memory from piling up over many programs."""
 
     def usage():
-        for thread in threading.enumerate():
-            if isinstance(thread, threading.Timer) and thread.finished.is_set():
-                thread.join()  # a cancelled deadline whose thread is still ending
         pids = [os.getpid(), *(worker.process.pid for worker in box.workers)]
         fds = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
         pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
