@@ -36,7 +36,6 @@ from lib import loading, parallel
 from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
 from lib.files import append, write
 from tasks import judging, table
-from tasks.log import claim, read_log
 from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
 from training import screen, setup
 
@@ -68,7 +67,7 @@ def sample_and_judge(problems, directory, box, args):
     path = directory / (f"samples-{parallel.RANK}.jsonl" if parallel.RANK else "samples.jsonl")
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may cut the last row short
-    log = read_log(directory)
+    log = judging.read_log(directory)
     tokenizer = loading.load_tokenizer(args.model)
     model = None
     seed = args.seed * 1_000_003  # a problem has its own, whichever rank samples it
@@ -190,13 +189,13 @@ def main(argv=None):
         if args.references:
             return judging.references(problems, box)
         parallel.start()
-        claim(directory, args)
+        judging.claim(directory, args)
         size = f"{len(problems):,} problems of {args.data}, {args.num_samples} samples each"
         print(f"{args.task}: {size}", flush=True)
         sample_and_judge(problems, directory, box, args)
     parallel.barrier()
     if parallel.RANK == 0:
-        result = table.tabulate(problems, read_log(directory), args)
+        result = table.tabulate(problems, judging.read_log(directory), args)
         write(directory / "table.json", json.dumps(result, indent=1).encode())
         text = table.show(result)
         write(directory / "table.md", text.encode())

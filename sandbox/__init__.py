@@ -88,8 +88,8 @@ class Worker:
         end.close()
         if self.exchange(self.settings | {"home": self.home}, 300) != ["pass", ""]:
             self.stop()
-            way_out = "see above; --unsafe runs it anyway"
-            raise Unavailable(f"sandbox: this system cannot contain a program, {way_out}")
+            why = "this system cannot contain a program: it needs Landlock (Linux 6.2) and seccomp"
+            raise Unavailable(f"sandbox: {why}, see above; --unsafe runs it anyway")
 
     def exchange(self, message, seconds):
         """Send a message and return the reply, or None if the zygote was late or died: it ends."""
@@ -103,13 +103,6 @@ class Worker:
             if reply is None:  # after Ctrl-C, too: a late reply would be taken for the next test's
                 self.stop()
         return reply
-
-    def run(self, job, test):
-        """The Verdict of one test."""
-        if self.process is None:
-            self.start()
-        reply = self.exchange((job, test), job["timeout"] + GRACE)
-        return Verdict(*(reply or ("error", "the zygote died and was replaced")))
 
     def stop(self):
         """End the zygote and the test that it runs, and delete its directory."""
@@ -147,7 +140,10 @@ class Sandbox(contextlib.AbstractContextManager):
         worker = self.idle.get()
         try:
             for test in [tests] if isinstance(tests, str) else tests:
-                verdict = worker.run(job, test)
+                if worker.process is None:
+                    worker.start()
+                reply = worker.exchange((job, test), timeout + GRACE)
+                verdict = Verdict(*(reply or ("error", "the zygote died and was replaced")))
                 if not verdict.passed:
                     break
         finally:

@@ -25,15 +25,12 @@ class Migration:
     def judge(self, completion, box):
         grade = reward.grade(completion, self.example)
         changed = self.update_type == "change"
-        return {
+        verdict = {name: getattr(grade, name) for name in ("es_star", "em_star", "obeys", "stale")}
+        return verdict | {
             "passed": grade.em == 1,
             "reward": reward.total(grade, self.example),  # format + es_star
-            "es_star": grade.es_star,
-            "em_star": grade.em_star,
-            "obeys": grade.obeys,
             "determined": grade.em if changed and reward.determined(self.example) else None,
             "unchanged": None if changed else grade.em,
-            "stale": grade.stale,
             "format": grade.format > 0,
             "no_code": grade.code is None,
         }

@@ -18,14 +18,12 @@ import numpy as np
 
 from lib.config import BadInput, read_settings
 
-SCORES = (  # of an answer, besides whether it is right
-    "reward", "es_star", "em_star", "stale", "obeys", "determined", "unchanged", "format",
-    "no_code", "cut", "stray_lines",
-)  # fmt: skip
-RANGES = {  # the others are shares
-    "reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2),
-    "stray_lines": (0, 30),  # the old code has at most 30
-}  # fmt: skip
+# Scores of an answer, besides whether it is right. They are shares, but for those in RANGES; the
+# programs of numpy2 have at most 30 lines.
+SCORES = """
+reward es_star em_star stale obeys determined unchanged format no_code cut stray_lines
+""".split()
+RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2), "stray_lines": (0, 30)}
 GROUPS = ("change", "no change", "seen", "unseen", "unrelated")  # these have a column each
 Z = 1.96
 
