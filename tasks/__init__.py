@@ -5,6 +5,8 @@
     humaneval        complete a function; humaneval+ adds far more tests
     numpy2           rewrite a program that NumPy 2 broke; it is run
 
+problem.py has what the last three share, judging.py and table.py are for eval.py.
+
     python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """
 

@@ -54,7 +54,7 @@ def read(row, plain=False):
     check_texts(row, ["task_id", "prompt", "entry_point", "canonical_solution"])
     entry = row["entry_point"]
     reference = row["prompt"] + row["canonical_solution"]
-    if "plus_input" in row:
+    if row.get("plus_input") is not None:
         inputs = json.dumps([*row["base_input"], *row["plus_input"]])
         atol = row.get("atol", 0)
         row["test"] = PLUS.format(inputs=inputs, atol=atol, reference=reference, entry=entry)

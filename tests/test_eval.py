@@ -1105,4 +1105,5 @@ def test_real_arena(box_for, capsys, tokenizer):
     known = [p for p in found if p.package in ("math", "re", "itertools")]
     some = [p for p in known if "scipy" not in p.setup][::10]
     assert tasks.judging.references(some, box_for(some)) == 0
-    assert f"references: {len(some)} of {len(some)} pass, 0 of the controls" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"references: {len(some)} of {len(some)} pass, 0 of the controls" in out
