@@ -541,14 +541,16 @@ def look(capsys, *argv):
     return capsys.readouterr().out.split("\n")
 
 
-def test_own_data_set(rows, write_rows, tokenizer, capsys):
+def test_own_data_set(rows, write_rows, tokenizer, tmp_path, capsys):
     """Stops a report that miscounts, names the wrong lines, or hides how long the texts are."""
     rows[1]["old_code"] += "\n# more" * 30
     rows[2]["new_code"] = rows[2]["old_code"] + "  # the same"
     bad = [rows[0] | {"new_code": "("} for _ in range(7)]
     source = write_rows([rows[0], "", *bad, rows[1], rows[0], *rows[2:]])
-    limits = ["--max-prompt-tokens", "200", "--max-new-tokens", "30"]
-    lines = look(capsys, source, *limits, "--model", str(ROOT / "tiny"))
+    model = shutil.copytree(ROOT / "tiny", tmp_path / "model")
+    limits = {"max_prompt_tokens": 200, "max_new_tokens": 30}
+    (model / "defaults.json").write_text(json.dumps(limits))
+    lines = look(capsys, source, "--model", str(model))
     assert lines[0].endswith("6 usable rows, 8 dropped")
     assert "          7 dropped: the reference does not parse (line 3, 4, 5, 6, 7, ...)" in lines
     assert "          1 dropped: repeat of an earlier row (line 11)" in lines

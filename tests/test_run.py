@@ -10,7 +10,7 @@ import sys
 import types
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, cells
 
 import data
 import eval
@@ -234,7 +234,7 @@ def test_help(program, tmp_path, monkeypatch, capsys):
     """Stops help that is wider than a screen, does not say what a flag is if not given, or starts
     the work.
     """
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", [program, "--help"])
     monkeypatch.chdir(tmp_path)
     name = program.replace("/", "_")
@@ -277,8 +277,8 @@ def test_runs_side_by_side(tmp_path, capsys):
         file.write('{"step": 6, "e')  # it is being written
     assert tools.compare.main([first, second, "--output", str(tmp_path / "new/x.html")]) == 0
     _, _, one, two, done = capsys.readouterr().out.splitlines()
-    assert one.split() == ["20", "0.750", "1.500", "0.500", *"----", first]
-    assert two.split() == ["5", "0.250", "-1.500", "0.500", *"----", second]
+    assert cells(one) == [first, "20", "0.750", "1.500", "0.500", *"----"]
+    assert cells(two) == [second, "5", "0.250", "-1.500", "0.500", *"----"]
     assert done == f"done: {tmp_path}/new/x.html"
     long, short = read_page(tmp_path / "new/x.html")
     assert (long["name"], short["name"]) == (first, second)
@@ -302,11 +302,11 @@ def test_a_run_that_does_not_sample(tmp_path, capsys):
     (sft_run / "heldout.json").write_text(json.dumps(HELDOUT))
     output = ["--output", str(tmp_path / "x.html")]
     assert tools.compare.main([grpo_run, str(sft_run), *output]) == 0
-    over, head, one, two, _ = capsys.readouterr().out.splitlines()
-    assert one.split() == ["2", "0.500", "0.000", "0.500", *"----", grpo_run]
-    assert two.split() == ["30", *"---", "0.125", "0.875", "-", "0.062", str(sft_run)]
-    assert head.split() == "step exact reward stale before exact reward stale".split()
-    assert two.index("0.875") + 5 == head.rindex("exact") + 5 and over.index("held") > 32
+    head, _, one, two, _ = capsys.readouterr().out.splitlines()
+    assert cells(one) == [grpo_run, "2", "0.500", "0.000", "0.500", *"----"]
+    assert cells(two) == [str(sft_run), "30", *"---", "0.125", "0.875", "-", "0.062"]
+    names = ["exact", "reward", "stale"]
+    assert cells(head) == ["", "step", *names, "held out: before", *names]
     _, run = read_page(tmp_path / "x.html")
     assert run["curves"] == [[30, None, None, None, None, None, 9.0, 0.0, None, 0.5]]
     assert "exact match 0.125 0.875 +0.750" in " ".join(run["heldout"].split())

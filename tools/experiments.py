@@ -25,10 +25,10 @@ import reward
 import sft
 import training.run
 from lib import loading, parallel
-from lib.config import ROOT, TINY, BadInput, Parser, read_settings
+from lib.config import TINY, Parser, read_settings
 from lib.files import write
 from tasks.table import markdown
-from tools.compare import read_metrics
+from training.page import read_rows
 
 SEEDS = (42, 1, 2)
 RUNS = {  # directory: row of the table, script, flags
@@ -52,6 +52,11 @@ SPLITS = (  # file, {metric: column of the table}
 )  # fmt: skip
 
 
+def at_random(grade, example):
+    """A reward that is random, whatever the format: uniform from -3 to 3 in total."""
+    return random.uniform(-3, 3) - grade.format
+
+
 def measure(model):
     """{column: value} of a model, on the files of SPLITS."""
     tokenizer = loading.load_tokenizer(TINY)
@@ -65,34 +70,24 @@ def measure(model):
     return result
 
 
-def train(path, steps):
-    """Train the run of a directory NAME-SEED, or resume it. Returns the exit status."""
-    name, _, seed = path.name.rpartition("-")
-    _, script, flags = RUNS[name]
-    rng = random.Random(int(seed))
+def train_and_measure(path, script, flags):
+    """Train the run of a directory, or resume it; write its result.json. Returns the exit status.
 
-    def at_random(grade, example):
-        return rng.uniform(-3, 3) - grade.format
-
-    reward.CORRECTNESS["random"] = at_random
-    argv = ["--steps", str(steps), "--seed", seed, "--output", str(path), "--heldout=", "--quiet"]
-    if (path / "config.json").is_file():
-        argv.append("--resume")
-    sys.argv = [f"{script.__name__}.py", *argv, *flags.split()]  # named if the run is stopped
-    return script.main(sys.argv[1:])
-
-
-def train_and_measure(path, steps):
-    """Train the run of a directory, measure it, write its result.json. Returns the exit status."""
+    flags: a list of words. Without a script, the untrained model is measured.
+    """
     model = loading.load_model(TINY)
-    rows = []
-    if path.name != "base-0":
-        status = train(path, steps)
+    seconds = 0.0
+    if script:
+        resume = ["--resume"] if (path / "config.json").is_file() else []
+        argv = ["--output", str(path), "--heldout=", "--quiet", *flags, *resume]
+        sys.argv = [f"{script.__name__}.py", *argv]  # named if the run is stopped
+        random.seed(path.name)
+        status = script.main(argv)
         if status:
             return status
         model = dora.load_adapter(model, path / "adapter")
-        rows = read_metrics(path)
-    seconds = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
+        for row in read_rows(path / "metrics.jsonl"):
+            seconds += sum(row[key] for key in row if key.startswith("seconds"))
     write(path / "result.json", json.dumps(measure(model) | {"seconds": seconds}).encode())
     return 0
 
@@ -117,22 +112,14 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
-    steps = read_settings(ROOT / "tiny" / "defaults.json")["steps"]
-    add("--steps", default=steps, type=int, metavar="X", help="of each run [%(default)s]")
-    args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: must be at least 1")
-    output = Path(args.output)
-    settings = output / "config.json"
-    if settings.is_file() and read_settings(settings) != {"steps": args.steps}:
-        raise BadInput(f"--output {output}: has runs of other --steps; give another directory")
-    write(settings, json.dumps({"steps": args.steps}).encode())
+    output = Path(parser.parse_args(argv).output)
+    reward.CORRECTNESS["random"] = at_random
     results = {}
-    for name, (row, *_) in RUNS.items():
-        for seed in [0] if name == "base" else SEEDS:
+    for name, (row, script, flags) in RUNS.items():
+        for seed in SEEDS if script else [0]:
             path = output / f"{name}-{seed}"
             if not (path / "result.json").is_file():
-                status = train_and_measure(path, args.steps)
+                status = train_and_measure(path, script, ["--seed", str(seed), *flags.split()])
                 if status:
                     return status
             results.setdefault(row, []).append(read_settings(path / "result.json"))

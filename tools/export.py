@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import dora
 from lib import loading, parallel
-from lib.config import BadInput, Parser, first_line, open_policy
+from lib.config import BadInput, Parser, open_policy
 
 
 @torch.no_grad()
@@ -21,7 +21,8 @@ def merge(model, adapter, output):
     Prints how much of the update is lost by rounding to that dtype.
     """
     tokenizer = loading.load_tokenizer(model)
-    merged = dora.load_adapter(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
+    merged = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    dora.load_adapter(merged, adapter)
     update = 0.0  # sums of squares
     lost = 0.0
     for name, layer in dora.dora_layers(merged).items():
@@ -51,10 +52,7 @@ def main(argv=None):
     base, adapter, _ = open_policy(args.run)
     if not adapter:
         raise BadInput(f"{args.run}: no adapter there; give a run directory, e.g. runs/grpo")
-    try:
-        merge(base, adapter, args.output)
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"cannot export {args.run}: {first_line(error)}")
+    merge(base, adapter, args.output)
     return 0
 
 

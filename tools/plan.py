@@ -54,44 +54,34 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
     G, T = config.num_samples, config.max_new_tokens
     r = min(G, max(config.micro_tokens // T, 1))
     c = r * T
+    weights = b * x.W  # eq. 1
+    trained = 4 * x.W + 12 * x.W / N if config.adapter == "none" else 16 * x.A  # eq. 2
+    sampling = b * (2 * x.n + 1) * x.k * p * G * (L + T) + 16 * p * G * x.V  # eq. 3
     held = b * (HELD_D * x.d + HELD_F * x.f)
     a = held * c + b * 2 * x.k * r * (L + T)  # eq. 4
     w = b * (BACK_D * x.d + BACK_F * x.f) * c
     training = b * x.n * (x.d * (L + c) + 4 * x.k * L) + a + w  # eq. 5
     if config.keep_activations:
         training = x.n * (held * L + a) + w
-    trained = 16 * x.A  # eq. 2
-    if config.adapter == "none":
-        trained = 4 * x.W + 12 * x.W / N
-    parts = {
-        "weights": b * x.W,  # eq. 1
-        "trained": trained,
-        "sampling": b * (2 * x.n + 1) * x.k * p * G * (L + T) + 16 * p * G * x.V,  # eq. 3
-        "training": training + 16 * logits,
-    }
-    larger = max(parts["sampling"], parts["training"])
-    return parts | {"peak": parts["weights"] + parts["trained"] + larger}  # eq. 6
-
-
-def memory_table():
-    """Peak memory per GPU of the largest step as Markdown, one prompt per GPU."""
-    lines = [["", "DoRA, any number of GPUs", "full, 1 GPU", "full, 2 GPUs", "full, 8 GPUs"]]
-    full = grpo.Config(adapter="none", beta=0.0)
-    for name, size in SIZES.items():
-        x = shape(*size)
-        cells = [name]
-        for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
-            peak = memory(x, config, config.max_prompt_tokens, 1, N)["peak"]
-            cells.append(f"{peak / 1e9:.0f} GB")
-        lines.append(cells)
-    return markdown(lines)
+    training += 16 * logits
+    peak = weights + trained + max(sampling, training)  # eq. 6
+    parts = {"weights": weights, "trained": trained, "sampling": sampling, "training": training}
+    return parts | {"peak": peak}
 
 
 def main(argv=None):
-    """Print the table. The exit status is 0."""
+    """Print the peak memory per GPU of the largest step, one prompt per GPU. Returns 0."""
     Parser(__doc__).parse_args(argv)
+    full = grpo.Config(adapter="none", beta=0.0)
+    lines = [["", "DoRA, any number of GPUs", "full, 1 GPU", "full, 2 GPUs", "full, 8 GPUs"]]
+    for name, size in SIZES.items():
+        cells = [name]
+        for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
+            peak = memory(shape(*size), config, config.max_prompt_tokens, 1, N)["peak"]
+            cells.append(f"{peak / 1e9:.0f} GB")
+        lines.append(cells)
     print("prompt of 2,048 tokens, 8 answers of 1,024, bf16: peak memory per GPU\n")
-    print(memory_table(), end="")
+    print(markdown(lines), end="")
     return 0
 
 
