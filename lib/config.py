@@ -6,14 +6,11 @@ The comment behind a field is the help of its flag; the comment above some field
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import json
 import math
 import os
 import re
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,17 +83,11 @@ CHOICES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, help of at most 100 columns, and no abbreviated flags."""
+    """argparse with one-line errors and no abbreviated flags."""
 
-    def __init__(self, description, add_help=True):
-        columns = min(100, shutil.get_terminal_size((100, 24)).columns)
-        raw = argparse.RawDescriptionHelpFormatter
-        form = functools.partial(raw, max_help_position=28, width=columns)
-        settings = {"formatter_class": form, "allow_abbrev": False, "add_help": add_help}
-        main = sys.modules["__main__"].__spec__  # None for a script
-        if main and main.name.startswith("tools."):
-            settings["prog"] = f"python -m {main.name}"
-        super().__init__(description=description, **settings)
+    def __init__(self, description, **settings):
+        settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise BadInput(f"{message}; see --help")
@@ -131,11 +122,9 @@ def located(settings, place):
     """`settings` with its paths as seen from here; they are relative to the directory `place`."""
     found = dict(settings)
     for name in ("model", "data", "heldout"):
-        for parent in (place, Path(), ROOT):
-            path = parent / str(settings.get(name, ""))
-            if settings.get(name) and path.exists():
-                found[name] = os.path.normpath(path)
-                break
+        path = place / str(settings.get(name))
+        if settings.get(name) and path.exists():
+            found[name] = os.path.normpath(path)
     return found
 
 
@@ -175,10 +164,8 @@ def model_defaults(model):
     base, adapter, settings = open_policy(model)
     if base == model:  # not a run
         return settings
-    found = model_defaults(settings["model"])
-    if adapter:
-        found |= {name: settings[name] for name in (*FIXED, "dropout") if name in settings}
-    return found
+    kept = {*FIXED, "dropout"} & settings.keys() if adapter else ()
+    return model_defaults(settings["model"]) | {name: settings[name] for name in kept}
 
 
 def add_flags(parser, Config, used):
@@ -187,18 +174,14 @@ def add_flags(parser, Config, used):
     for heading, name, comment in described(Config):
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        add = groups[heading].add_argument
-        flag = "--" + name.replace("_", "-")
         kind = type(getattr(Config, name))
-        default = used[name]
-        settings = {"dest": name, "default": default}
+        settings = {"type": kind, "metavar": "X"}
         if kind is bool:
-            text = f"{comment} [{'on' if default else 'off'}]"
-            add(flag, action="store_true", help=text, **settings)
-            add(f"--no-{flag[2:]}", action="store_false", help=argparse.SUPPRESS, **settings)
-        else:
-            text = f"{comment} [{'none' if default == '' else default}]".replace("%", "%%")
-            add(flag, type=kind, metavar="X", help=text, **settings)
+            settings = {"action": argparse.BooleanOptionalAction}  # also --no-X
+        default = "none" if used[name] == "" else used[name]
+        settings["help"] = f"{comment} [{default}]".replace("%", "%%")
+        groups[heading].add_argument("--" + name.replace("_", "-"), **settings)
+    parser.set_defaults(**used)
 
 
 def parse_config(Config, argv, doc):
@@ -217,16 +200,15 @@ def parse_config(Config, argv, doc):
         if name not in defaults or not isinstance(value, wanted):
             raise BadInput(f"--model {model}: its {name!r}: {value!r} is no setting of this script")
     parser = Parser(doc)
-    parser.epilog = f"Defaults in brackets are those used with --model {model}; --no-X turns X off."
+    parser.epilog = f"Defaults in brackets are those used with --model {model}."
     add_flags(parser, Config, used)
     config = Config(**vars(parser.parse_args(argv)))
     check_config(config)
-    if open_policy(model)[1]:
-        for name in FIXED:
-            was, now = used[name], getattr(config, name)
-            if was != now:
-                way_out = "tools.export makes it a model that takes another adapter"
-                raise BadInput(f"--{name} {now}: the adapter of {model} has {was}; {way_out}")
+    for name in FIXED if open_policy(model)[1] else ():
+        was, now = used[name], getattr(config, name)
+        if was != now:
+            way_out = "tools.export makes it a model that takes another adapter"
+            raise BadInput(f"--{name} {now}: the adapter of {model} has {was}; {way_out}")
     return config
 
 
@@ -244,19 +226,17 @@ def check_config(config):
         if name in CHOICES and value not in CHOICES[name]:
             choices = ", ".join(filter(None, CHOICES[name]))
             raise BadInput(f"{flag} {value!r}: give one of {choices}")
-    prompts, updates = config.prompts_per_step, config.updates
+    prompts = config.prompts_per_step
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    cache = config.overlong_cache
-    full = config.adapter == "none"
-    alone = vars(config).get("num_samples") == 1  # sft.py has no such setting
-    rules = (
-        (config.seed >= 2**32, f"--seed {config.seed}: must be below 2**32"),
-        (alone, "--num-samples 1: advantages compare the samples of a group; give at least 2"),
-        (prompts % updates, f"--updates {updates}: must divide --prompts-per-step {prompts}"),
-        (prompts < ranks, f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks"),
-        (cache > config.max_new_tokens, f"--overlong-cache {cache}: over --max-new-tokens"),
-        (full and config.beta, "--adapter none: has no reference policy; give --beta 0"),
-    )
-    for broken, message in rules:
-        if broken:
-            raise BadInput(message)
+    if config.seed >= 2**32:
+        raise BadInput(f"--seed {config.seed}: must be below 2**32")
+    if vars(config).get("num_samples") == 1:  # sft.py has no such setting
+        raise BadInput("--num-samples 1: advantages compare samples of a group; give at least 2")
+    if prompts % config.updates:
+        raise BadInput(f"--updates {config.updates}: must divide --prompts-per-step {prompts}")
+    if prompts < ranks:
+        raise BadInput(f"--prompts-per-step {prompts}: at least one for each of {ranks} ranks")
+    if config.overlong_cache > config.max_new_tokens:
+        raise BadInput(f"--overlong-cache {config.overlong_cache}: over --max-new-tokens")
+    if config.adapter == "none" and config.beta:
+        raise BadInput("--adapter none: has no reference policy; give --beta 0")

@@ -81,32 +81,23 @@ def append(path, rows, way_out):
         raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
 
 
-LOCKS = {}  # real path -> open lock file; the kernel releases it when the process ends
-
-
 def lock(directory):
-    """Keep other processes out of a run directory; BadInput names the process that holds it."""
+    """Keep other processes out of a run directory until the file that this returns is closed.
+
+    Raises BadInput, which names the process that holds it.
+    """
     import fcntl  # not on Windows
 
-    unlock(directory)  # an earlier run of this process
-    path = directory / "lock"
-    file = open(path, "a+")
+    file = open(directory / "lock", "a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise BadInput(f"--output {directory} is in use by process {file.read()}; wait or stop it")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    LOCKS[path.resolve()] = file
-
-
-def unlock(directory):
-    """Let other processes use a run directory that this one has locked."""
-    held = LOCKS.pop((directory / "lock").resolve(), None)
-    if held:
-        held.close()
+    return file
 
 
 def read_bytes(name):

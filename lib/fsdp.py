@@ -1,15 +1,13 @@
 """--adapter none trains all weights, in one shard per rank. Nothing else needs this file.
 
-FSDP2 (fully_shard) splits fp32 weights, gradient and AdamW's moments into WORLD shards.
-gather_weights() all-gathers the full weights, in --dtype, once for a rollout and its update.
+FSDP2 (fully_shard) splits fp32 weights, gradient and AdamW's moments into WORLD shards. It frees
+and gathers weights in hooks around forward(), which recode.py's passes bypass (a pass in two parts,
+the output layer called on its own, unequal numbers of passes). So gather_weights() all-gathers the
+full weights, in --dtype, once for a rollout and its update; gradients accumulate, 4 bytes per
+weight; then one empty pass through the model lets the hooks reduce them.
 
-FSDP2 frees and gathers weights in hooks around forward(), and recode.py's passes bypass these hooks
-(a pass in two parts, the output layer called on its own, unequal numbers of passes). So the weights
-stay gathered while gradients accumulate, 4 bytes per weight; then one empty pass through the model
-lets the hooks reduce them.
-
-All functions are collective: all ranks call them, also a rank without a prompt. They do nothing to
-a model without shards.
+All ranks must call these functions, also a rank without a prompt. They do nothing to a model
+without shards.
 """
 
 import contextlib

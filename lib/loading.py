@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import dora
-from lib import fsdp, parallel, speed
+from lib import parallel, speed
 from lib.config import BadInput, first_line
 from lib.files import HUB_ID, write
 
@@ -103,9 +103,8 @@ tags: [recode, code-migration]
 ---
 {what}
 
-It was trained to follow the update notes in its prompt (ReCode, arXiv 2506.20495). Prompt and
-answer have the form of data.py: a system message, the notes in <doc>, the old code, then a thought
-and <answer>.
+It was trained to follow the update notes in its prompt (ReCode, arXiv 2506.20495), which has the
+form of data.py: a system message, the notes in <doc>, the old code.
 """
 
 
@@ -114,10 +113,8 @@ def write_model(model, tokenizer, directory, what):
 
     Sharded weights are gathered one by one on rank 0, in the dtype that they were loaded in.
     """
-    state = {}
-    for name, p in model.named_parameters():
-        full = fsdp.full_tensor(p.detach()).to(model.config.dtype)  # shards are fp32
-        state[name] = full.cpu() if parallel.RANK == 0 else None
+    dtype = model.config.dtype  # shards are fp32
+    state = {name: parallel.on_rank_0(p, dtype) for name, p in model.named_parameters()}
     if parallel.RANK > 0:
         return
     base = model.config.name_or_path

@@ -1,19 +1,15 @@
 """Several processes, one run: every rank knows the whole rollout and does its share of the work.
 
     torchrun --nproc-per-node 8 grpo.py ...                             the adapter
-    torchrun --nproc-per-node 8 dapo.py --adapter none --lr 1e-6 ...    all weights
+    torchrun --nproc-per-node 8 dapo.py --adapter none --lr 1e-6 ...    all weights, see lib/fsdp.py
 
 A rank samples and scores every WORLD-th prompt; then the groups are gathered on every rank, so
 advantages and token weights are computed over all of them. In the update a rank takes every
 WORLD-th group, and gradients are summed over ranks: loss and gradient are those of one process.
 
-    --adapter dora    Every rank holds the full model; one all-reduce sums the gradients.
-    --adapter none    The weights are sharded: see lib/fsdp.py.
-
-Ctrl-C ends all ranks together after the step. torchrun sends it twice, so only one that comes 2
-seconds later counts as the second. torchrun also kills a rank after 30 seconds: where steps are
-long, give it --shutdown-timeout 600. Only rank 0 writes; with --resume every rank reads the
-checkpoint.
+Ctrl-C ends all ranks together after the step; torchrun kills a rank after 30 seconds, so where
+steps are long, give it --shutdown-timeout 600. Only rank 0 writes; with --resume every rank reads
+the checkpoint.
 """
 
 import io
@@ -139,11 +135,7 @@ def gather(items):
 
 def any_rank(flag):
     """Whether the flag of any rank is set; the same answer on all ranks."""
-    if WORLD == 1:
-        return bool(flag)
-    raised = torch.tensor(int(bool(flag)))
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return bool(raised)
+    return any(gather([flag]))
 
 
 def sum_ranks(tensor):
@@ -179,41 +171,36 @@ def reduce_gradients(model):
     if isinstance(model, FSDPModule):
         fsdp.reduce_gradients(model)
     elif WORLD > 1:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for p in parameters:
+        for p in [p for p in model.parameters() if p.requires_grad]:
             if p.grad is None:  # a rank without rows
                 p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in parameters]
-        flat = sum_ranks(nn.utils.parameters_to_vector(grads))  # one message for all
-        nn.utils.vector_to_parameters(flat, grads)
+            sum_ranks(p.grad)
 
 
 def clip_grad_norm(model, max_norm):
     """Clip the gradient of all ranks to `max_norm`; returns its norm before that, a float."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    if isinstance(model, FSDPModule):
-        norm = norm.full_tensor()
-    return norm.item()
+    return fsdp.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
 # ------------------------------------------------------------------------- checkpoints
 
 
-def full_state(model, optimizer):
-    """The full trained weights and optimizer state, which any number of ranks can load.
+def on_rank_0(x, dtype=None):
+    """A full tensor, on the CPU, on rank 0; None on the others. All ranks must call it."""
+    full = fsdp.full_tensor(x.detach())
+    return full.to("cpu", dtype) if RANK == 0 else None
 
-    All ranks must call it; the tensors are on rank 0 only.
+
+def full_state(model, optimizer):
+    """The full trained weights and optimizer state, on rank 0; any number of ranks can load them.
+
+    All ranks must call it.
     """
     fsdp.free_weights(model)
-
-    def keep(x):
-        full = fsdp.full_tensor(x.detach())
-        return full.cpu() if RANK == 0 else None
-
+    trained = {name: on_rank_0(p) for name, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
     for i, moments in state["state"].items():
-        state["state"][i] = {key: keep(x) for key, x in moments.items()}
-    trained = {name: keep(p) for name, p in model.named_parameters() if p.requires_grad}
+        state["state"][i] = {key: on_rank_0(x) for key, x in moments.items()}
     return {"trained": trained, "optimizer": state}
 
 

@@ -250,9 +250,8 @@ def test_paper_defaults(script, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "(eq. 7)" in text
     for field in dataclasses.fields(script.Config):
-        assert re.search(rf"^  --{field.name.replace('_', '-')}(?: X)?\s+\S", text, re.MULTILINE), (
-            field.name
-        )
+        flag = "--" + field.name.replace("_", "-")
+        assert re.search(rf"^  {flag}(?: X|, --no-\S+)\s+\S", text, re.MULTILINE), field.name
 
 
 COLUMNS = """

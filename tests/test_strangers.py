@@ -286,7 +286,7 @@ def test_a_directory_with_the_name_of_an_owner(tmp_path, monkeypatch, inside):
 # ------------------------------------------------------------------------- runs
 
 HOLD = "import sys, pathlib, time; sys.path.insert(0, '.'); from lib.files import lock; "
-HOLD += "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD += "held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 def test_one_process_per_output(train, tmp_path):

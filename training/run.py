@@ -33,7 +33,7 @@ import dora
 import rollout
 from lib import parallel
 from lib.config import BadInput, read_run
-from lib.files import append, lock, unlock, write
+from lib.files import append, lock, write
 from lib.loading import write_model
 from training import screen
 from training.page import page, read_rows
@@ -179,7 +179,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
-        lock(self.path)
+        self.lock = lock(self.path)
         began = os.path.relpath(".", self.path.resolve())
         settings = dataclasses.asdict(self.config) | {"began_in": began}
         write(self.path / "config.json", json.dumps(settings, indent=2).encode())
@@ -322,7 +322,7 @@ class RunDirectory:
                 status = 0
         if parallel.RANK == 0:
             self.write_page(last=True)
-        unlock(self.path)
+            self.lock.close()
         return status
 
     def conclude(self, model, tokenizer, heldout):
