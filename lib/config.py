@@ -102,20 +102,18 @@ def read_settings(path):
 
 
 def described(Config):
-    """Yield (heading, name, comment) of every field of a Config, its own before inherited ones."""
-    missing = {field.name for field in dataclasses.fields(Config)}
+    """{name: (heading, comment)} of every field of a Config, its own before inherited ones."""
+    found = {}
     for cls in Config.__mro__[:-1]:
         heading = "settings"
         for line in inspect.getsource(cls).splitlines():
             if match := re.fullmatch(r"    # (.+)", line):
                 heading = match[1]
-            match = re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line)
-            if match and match[1] in missing:
-                missing.remove(match[1])
-                yield heading, match[1], match[2]
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise TypeError(f"{Config.__module__}.Config: {names}: a field needs a comment, its help")
+            if match := re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line):
+                found.setdefault(match[1], (heading, match[2]))
+    if missing := {field.name for field in dataclasses.fields(Config)} - found.keys():
+        raise TypeError(f"{Config.__module__}.Config: {missing}: a field needs a comment, its help")
+    return found
 
 
 def located(settings, place):
@@ -133,8 +131,7 @@ def read_run(path):
     settings = read_settings(path / "config.json")
     if not isinstance(settings.get("model"), str):
         raise BadInput(f"{path}/config.json: names no model; give the directory of a run")
-    began = path.resolve() / settings.get("began_in", "")
-    return located(settings, Path(os.path.relpath(began)))
+    return located(settings, Path(os.path.relpath(path.resolve() / settings.get("began_in", ""))))
 
 
 def open_policy(name):
@@ -171,7 +168,7 @@ def model_defaults(model):
 def add_flags(parser, Config, used):
     """A flag for every field of a Config; `used` are the defaults, which its help shows."""
     groups = {}
-    for heading, name, comment in described(Config):
+    for name, (heading, comment) in described(Config).items():
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         kind = type(getattr(Config, name))
@@ -196,8 +193,7 @@ def parse_config(Config, argv, doc):
     used = defaults | model_defaults(model)
     for name, value in used.items():
         kind = type(defaults.get(name))
-        wanted = int | float if kind is float else kind
-        if name not in defaults or not isinstance(value, wanted):
+        if name not in defaults or not isinstance(value, int | float if kind is float else kind):
             raise BadInput(f"--model {model}: its {name!r}: {value!r} is no setting of this script")
     parser = Parser(doc)
     parser.epilog = f"Defaults in brackets are those used with --model {model}."

@@ -14,10 +14,9 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from lib.config import BadInput
 
 
 def shard(model):
@@ -25,9 +24,7 @@ def shard(model):
     if not dist.is_initialized():  # one process has one shard: everything
         backend = "nccl" if model.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        raise BadInput(f"--adapter none: {model.config.model_type} has no list of layers to shard")
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     # fp32 shards under bf16 weights: bf16 alone would round an update of 1e-6 away
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
     for module in (*layers, model):

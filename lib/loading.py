@@ -12,7 +12,6 @@ from lib import parallel, speed
 from lib.config import BadInput, first_line
 from lib.files import HUB_ID, write
 
-
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
 OURS = ("runs", "tiny", "tests", "..", ".")  # no owners on the hub
 

@@ -107,12 +107,12 @@ def run_main(main):
     except Exception as error:
         if out_of_memory(error):
             print_error(f"{first_line(error)} {OUT_OF_MEMORY}")
-            sys.exit(2)
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
             print_error("lost another rank, which says why")
-            sys.exit(2)
-        traceback.print_exc()
-        sys.exit(70)
+        else:
+            traceback.print_exc()
+            sys.exit(70)
+        sys.exit(2)
 
 
 # ------------------------------------------------------------------------- sharing work
@@ -153,9 +153,6 @@ def barrier():
 def seed_dropout(seed, step):
     """Seed torch's generator so that every step of every rank has dropout masks of its own."""
     torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)  # seeds are 1,000,003 steps apart
-
-
-# ------------------------------------------------------------------------- one update
 
 
 def sum_metrics(sums):

@@ -23,8 +23,6 @@ from lib.config import first_line
 LARGE = 100_000_000  # parameters of a model whose speed on a CPU is worth memory
 SMALL = 2_000_000  # parameters of a model that more threads make slower on a busy CPU
 
-# ------------------------------------------------------------------------- after loading
-
 
 def prepare(model):
     """Fuse the norms of a loaded model; on a CPU, choose threads and memory by its size."""
@@ -45,16 +43,11 @@ def fused_rms_norm(self, x):
 
 def keep_freed_memory():
     """Make glibc keep freed memory; page faults would be a quarter of a large model's step."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    # M_MMAP_THRESHOLD: only blocks over 1 GiB are mapped, and unmapped when freed
-    if mallopt(-3, 1 << 30):  # old versions of glibc refuse
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: only blocks over 1 GiB are unmapped when freed
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give back what exceeds 2 GiB at the top
         mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MiB
-
-
-# ------------------------------------------------------------------------- while sampling
 
 
 @contextlib.contextmanager
@@ -64,13 +57,12 @@ def packed_weights(model):
     Sampling reads all weights at every token; packed, they are read about 1.5 times as fast. The
     copies take as much memory as the weights, but none is left when training needs it.
     """
-    large = LARGE < model.num_parameters() < 8e9 / model.dtype.itemsize  # at most 8 GB of copies
     able = torch.backends.mkldnn.is_available()
     if model.dtype == torch.bfloat16:
         able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    layers = ()
-    if large and able:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
+    large = LARGE < model.num_parameters() < 8e9 / model.dtype.itemsize  # at most 8 GB of copies
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
+    layers = linear if large and able else ()
     with contextlib.ExitStack() as stack:
         for layer in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # for 8 rows
