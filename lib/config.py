@@ -23,8 +23,7 @@ class BadInput(ValueError):
 
 def first_line(error):
     """The first line of an exception's text, or its type where it has none."""
-    text = str(error).strip()
-    return text.split("\n")[0] if text else type(error).__name__
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 ROOT = Path(__file__).parent.parent  # of the project
@@ -154,10 +153,7 @@ FIXED = ("adapter", "r", "alpha", "targets")  # settings that the adapter of a r
 
 
 def model_defaults(model):
-    """The settings that training takes from --model, where no flag is given.
-
-    From a run they are those of the model that it began with, and those of its adapter.
-    """
+    """The settings that --model brings to training; from a run, those of its base and adapter."""
     base, adapter, settings = open_policy(model)
     if base == model:  # not a run
         return settings
@@ -182,10 +178,7 @@ def add_flags(parser, Config, used):
 
 
 def parse_config(Config, argv, doc):
-    """A checked Config: its own defaults, then those that --model brings, then the flags.
-
-    Raises BadInput for an unknown flag or a value that makes no sense.
-    """
+    """A checked Config: its defaults, then those of --model, then the flags. Raises BadInput."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     finder = Parser(None, add_help=False)
     finder.add_argument("--model", default=defaults["model"])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub import logging as hub_logging
-from huggingface_hub.errors import HfHubHTTPError
 
 from lib.config import BadInput, first_line
 
@@ -22,7 +21,7 @@ def fetch(hub_id, name):
     """The local path of file `name` of a data set on the hub, downloaded once and cached."""
     try:
         return Path(hf_hub_download(hub_id, name, repo_type="dataset"))
-    except (OSError, HfHubHTTPError) as error:  # no network, no such data set, no such file in it
+    except OSError as error:  # no network, no such data set, no such file in it
         why = f"cannot fetch {name} of {hub_id!r} from the hub ({first_line(error)})"
         raise BadInput(f"data: {why}; give a local JSONL file")
 
@@ -82,10 +81,7 @@ def append(path, rows, way_out):
 
 
 def lock(directory):
-    """Keep other processes out of a run directory until the file that this returns is closed.
-
-    Raises BadInput, which names the process that holds it.
-    """
+    """Lock a run directory until the returned file is closed; BadInput names who holds it."""
     import fcntl  # not on Windows
 
     file = open(directory / "lock", "a+")

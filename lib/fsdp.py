@@ -66,10 +66,7 @@ def reduce_gradients(model):
 
 @contextlib.contextmanager
 def unhooked(model):
-    """Disable FSDP2's forward hooks inside, while weights are gathered.
-
-    The hooks make other streams wait, which a CUDA graph cannot capture.
-    """
+    """Disable FSDP2's forward hooks: they make streams wait, which no CUDA graph can capture."""
     with contextlib.ExitStack() as stack:
         for module in sharded_modules(model):
             for name in ("_forward_pre_hooks", "_forward_hooks"):

@@ -69,24 +69,18 @@ def load_model(model, dtype="auto"):
         )
     except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
-    check_weights(loaded, info, model)
+    if invented := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        text = f"{len(invented)} weights missing or mismatched, e.g. {invented[0]}"
+        raise BadInput(f"model: {model!r}: {text}")
+    for name, p in loaded.named_parameters():
+        if not p.isfinite().all():
+            raise BadInput(f"model: {model!r}: weights that are not finite, in {name}")
     # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
     # a plan, 0.4 s, for every new shape; lengths differ in every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     loaded = loaded.to(device).eval()
     speed.prepare(loaded)
     return loaded
-
-
-def check_weights(loaded, info, model):
-    """Raise BadInput where transformers had to invent weights, or where some are not finite."""
-    for reason in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, info[reason])):
-            what = reason.removesuffix("_keys")
-            raise BadInput(f"model: {model!r}: {len(names)} weights {what}, e.g. {names[0]}")
-    for name, p in loaded.named_parameters():
-        if not p.isfinite().all():
-            raise BadInput(f"model: {model!r}: weights that are not finite, in {name}")
 
 
 def load_policy(base, adapter, dtype="auto"):
@@ -108,18 +102,15 @@ form of data.py: a system message, the notes in <doc>, the old code.
 
 
 def write_model(model, tokenizer, directory, what):
-    """Save an ordinary checkpoint directory: config, tokenizer, model card, weights.
-
-    Sharded weights are gathered one by one on rank 0, in the dtype that they were loaded in.
-    """
-    dtype = model.config.dtype  # shards are fp32
+    """Save a checkpoint directory: config, tokenizer, model card, weights in their first dtype."""
+    dtype = model.config.dtype  # as loaded; shards are fp32
     state = {name: parallel.on_rank_0(p, dtype) for name, p in model.named_parameters()}
     if parallel.RANK > 0:
         return
-    base = model.config.name_or_path
     try:
         model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD)
         tokenizer.save_pretrained(directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"cannot write {directory}: {first_line(error)}; free some space first")
-    write(Path(directory) / "README.md", CARD.format(base=base, what=what).encode())
+    card = CARD.format(base=model.config.name_or_path, what=what)
+    write(Path(directory) / "README.md", card.encode())

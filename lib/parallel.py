@@ -83,10 +83,7 @@ def open_streams():
 
 
 def run_main(main):
-    """Run `main` as a program: its result is the exit status, bad input is one line and 2.
-
-    A defect of ours is a traceback and 70, as no program's result is.
-    """
+    """Run `main` as a program: its result is the exit status; bad input is one line and 2."""
     open_streams()
     try:
         status = main(sys.argv[1:])
@@ -111,7 +108,7 @@ def run_main(main):
             print_error("lost another rank, which says why")
         else:
             traceback.print_exc()
-            sys.exit(70)
+            sys.exit(70)  # a defect of ours; no program's result is 70
         sys.exit(2)
 
 
@@ -189,10 +186,7 @@ def on_rank_0(x, dtype=None):
 
 
 def full_state(model, optimizer):
-    """The full trained weights and optimizer state, on rank 0; any number of ranks can load them.
-
-    All ranks must call it.
-    """
+    """The full trained weights and optimizer state, on rank 0, for any number of ranks."""
     fsdp.free_weights(model)
     trained = {name: on_rank_0(p) for name, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()

@@ -54,17 +54,15 @@ def keep_freed_memory():
 def packed_weights(model):
     """Give the linear layers of a large model on a CPU copies of their weights packed by oneDNN.
 
-    Sampling reads all weights at every token; packed, they are read about 1.5 times as fast. The
-    copies take as much memory as the weights, but none is left when training needs it.
+    Sampling reads all weights at every token, and reads packed ones about 1.5 times as fast.
     """
     able = torch.backends.mkldnn.is_available()
     if model.dtype == torch.bfloat16:
         able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     large = LARGE < model.num_parameters() < 8e9 / model.dtype.itemsize  # at most 8 GB of copies
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
-    layers = linear if large and able else ()
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
+    with contextlib.ExitStack() as stack:  # the copies are freed before training needs memory
+        for layer in linear if large and able else ():
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)  # for 8 rows
             args = {"W": weight, "B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}
             layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, **args)
@@ -73,10 +71,7 @@ def packed_weights(model):
 
 
 def capture(step):
-    """step() as a CUDA graph, one launch in place of a thousand kernels.
-
-    Returns a function that replays it, and the tensor that it fills.
-    """
+    """Capture step() as a CUDA graph: a function that replays it, and the tensor that it fills."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
     try:
@@ -93,10 +88,7 @@ def warn_once(problem):
 
 
 def capture_and_check(model, step, expected):
-    """step() as a CUDA graph, which must reproduce the logits that it gave eagerly, `expected`.
-
-    Returns (replay, the tensor that it fills); (None, None), and a warning, where that fails.
-    """
+    """capture(step) if it reproduces the logits `expected`, else (None, None) and a warning."""
     try:
         with fsdp.unhooked(model):
             replay, logits = capture(step)

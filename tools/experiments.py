@@ -71,10 +71,7 @@ def measure(model):
 
 
 def train_and_measure(path, script, flags):
-    """Train the run of a directory, or resume it; write its result.json. Returns the exit status.
-
-    flags: a list of words. Without a script, the untrained model is measured.
-    """
+    """Train or resume a run, unless `script` is None, and measure it. Returns the exit status."""
     model = loading.load_model(TINY)
     seconds = 0.0
     if script:
