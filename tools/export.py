@@ -3,7 +3,6 @@
     python -m tools.export runs/grpo --output merged
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ def merge(model, adapter, output):
         merged.set_submodule(name, layer.base)
     what = f"{model} with the adapter {adapter} merged into it."
     loading.write_model(merged, tokenizer, output, what)
-    share = math.sqrt(lost / max(update, 1e-30))
+    share = (lost / max(update, 1e-30)) ** 0.5
     print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
 
 
