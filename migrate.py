@@ -12,7 +12,7 @@ or `patch -p1` at the root of the git work tree; outside git, in the current dir
 another one, stderr names it.
 
 --json prints an object a file: file, path (in the patch), changed, code, encoding, diff, errors,
-still_named, lost_remarks, pieces (name, line, changed, answers, usable, dropped, cut, agreement).
+still_named, pieces (name, line, changed, agreement, answers, usable, dropped).
 
 Exit status: 0 nothing to change, 1 changed, 2 bad input (the patch holds the good files), 3 nothing
 changed and a piece without a usable answer, 70 a defect.
@@ -20,7 +20,6 @@ changed and a piece without a usable answer, 70 a defect.
 
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from lib.files import read_text, unix_lines
 from lib.pieces import Piece, cut
 from tasks import answers
 from training import setup
-from training.screen import style
 
 PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 BATCH = 1 << 17  # tokens that are sampled at once, prompts included
@@ -62,7 +60,7 @@ def find_tasks(source, tokenizer, args):
         return len(tokenizer.encode(code, **PLAIN)) <= args.max_piece_tokens
 
     tasks = []
-    for piece in cut(source.text, fits if args.max_piece_tokens else None):
+    for piece in cut(source.text, fits, whole=not args.max_piece_tokens):
         code = answers.question(piece, source.text)
         if args.all or data.names(code, args.library) & reward.words(args.update):
             version = args.version.removeprefix("==")
@@ -71,22 +69,17 @@ def find_tasks(source, tokenizer, args):
     return tasks
 
 
-def admit(task, tokenizer, model, settings, args):
+def admit(task, tokenizer, context, usual, args):
     """Set how long the answers may be; False, with an error, where the model cannot be asked."""
-    prompt = len(task.prompt)
     size = len(tokenizer.encode(task.code, **PLAIN))
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    task.room = min(context, setup.exact_length(model.config)) - prompt
-    usual = max(settings.get("max_new_tokens", 1024), 2 * size)
-    task.limit = args.max_new_tokens or min(usual, task.room)
+    task.room = context - len(task.prompt)
+    task.limit = min(args.max_new_tokens or max(usual, 2 * size), task.room)
     if re.search("^```|</answer>", task.code, re.MULTILINE):
         fault = "has </answer> or ``` at the start of a line, which end an answer"
     elif len(task.code) > reward.MAX_CODE:
         fault = f"has {len(task.code):,} characters, and an answer at most {reward.MAX_CODE:,}"
-    elif args.max_prompt_tokens and prompt > args.max_prompt_tokens:
-        fault = f"the prompt has {prompt:,} tokens, --max-prompt-tokens {args.max_prompt_tokens}"
-    elif max(task.limit, size) > task.room:
-        fault = f"no room for the answer in the context of {prompt + task.room:,} tokens"
+    elif size > task.room:
+        fault = f"no room for the answer in the context of {context:,} tokens"
     else:
         return True
     task.source.errors.append(f"{task.source.name}: {task.piece.name}: {fault}; left alone")
@@ -97,21 +90,17 @@ def sample(model, tokenizer, tasks, args):
     """Set the answers of all tasks, in batches, the longest first."""
     n = args.num_samples if args.temperature else 1  # greedy answers are equal: no agreement
     todo = sorted(tasks, key=lambda task: -len(task.prompt) - task.limit)
-    form = "{n_fmt} of {total_fmt} pieces{postfix}, {elapsed}, {remaining} left"
-    hidden = os.environ.get("TERM") == "dumb" or None
-    with tqdm(total=len(tasks), bar_format=form, leave=False, miniters=0, disable=hidden) as bar:
+    with tqdm(total=len(tasks), unit="piece", leave=False, disable=None) as bar:
 
         def progress(token, finished):
             text = f"token {token} of {limit}, {finished} of {len(batch) * n} answers finished"
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(0)
+            bar.set_postfix_str(text)
 
         while todo:
             count = max(1, BATCH // (n * (len(todo[0].prompt) + todo[0].limit)))
             batch, todo = todo[:count], todo[count:]
             prompts = [task.prompt for task in batch]
-            limit = max(task.limit for task in batch)
-            limit = min(limit, *[task.room for task in batch])
+            limit = min(max(task.limit for task in batch), *[task.room for task in batch])
             settings = n, limit, args.temperature, [args.seed] * len(batch)
             found = rollout.sample_answers(model, tokenizer, prompts, *settings, progress=progress)
             for i, task in enumerate(batch):
@@ -119,54 +108,49 @@ def sample(model, tokenizer, tasks, args):
             bar.update(len(batch))
 
 
-def say(source, pieces, found):
+def say(source, pieces, still_named):
     """Say on stderr what became of a file, and what to check in it."""
-    agreed = [piece["agreement"] for piece in pieces if piece["usable"] > 1]
-    agreement = f", lowest agreement {min(agreed):.2f}" if agreed else ""
     lines = []
     if pieces:
         changed = sum(piece["changed"] for piece in pieces)
+        agreed = [piece["agreement"] for piece in pieces if piece["agreement"] is not None]
+        agreement = f", lowest agreement {min(agreed):.2f}" if agreed else ""
         lines.append(f"{changed} of {len(pieces)} pieces changed{agreement}")
     elif not source.errors:
         lines.append("names nothing of the notes, left alone")
     for piece in pieces:
         if not piece["usable"]:
-            counts = "".join(f"{count} {why}, " for why, count in piece["dropped"].items())
-            way_out = "raise --max-new-tokens" if piece["cut"] else "try another --seed or --model"
-            text = f"no answer is usable: {counts}{piece['cut']} cut; {way_out}"
+            counts = [f"{count} refused, as {why}" for why, count in piece["dropped"].items()]
+            way_out = "try another --seed, more --max-new-tokens or another --model"
+            text = f"no answer is usable: {', '.join(counts)}; {way_out}"
             lines.append(f"warning: {piece['name']}: {text}")
-    if pieces and found["still_named"]:
-        names = ", ".join(found["still_named"]) + " (fine if meant to stay)"
+    if still_named:
+        names = ", ".join(still_named) + " (fine if meant to stay)"
         lines.append(f"warning: named in the note and still in the code: {names}")
-    if found["lost_remarks"]:
-        lines.append(f"warning: {len(found['lost_remarks'])} comments or docstrings are lost")
     lines = [f"{source.name}: {line}" for line in lines] + [f"error: {x}" for x in source.errors]
     print("\n".join(lines), file=sys.stderr)
 
 
-def show(diff):
-    """Write a diff, bytes, to stdout, whatever the terminal's encoding."""
-    colours = {"+": "32", "-": "31", "@": "36"}
-    lines = diff.decode("utf-8", "surrogateescape").split("\n")
-    text = "\n".join(style(x, colours[x[0]]) if x[:1] in colours else x for x in lines)
-    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-
-
 def report(source, pieces, args):
     """Write the new file, or print its diff or JSON object; say what to check."""
-    example = data.Example(args.library, args.version, "", args.update, source.text, "")
-    found = answers.review(example, source.new)
     diff = sources.unified(source)
     if args.write and diff:
-        sources.save(source)
-    say(source, pieces, found)
+        try:
+            sources.save(source)
+        except BadInput as error:
+            source.errors.append(str(error))
+    named = [data.names(text, args.library) for text in (source.text, source.new)]
+    kept = named[0] & named[1] & reward.words(args.update) if pieces else ()
+    still_named = sorted(name for name in kept if len(name) > 2)
+    say(source, pieces, still_named)
     if args.json:
-        found |= {"file": source.name, "path": source.path, "changed": bool(diff)}
+        found = {"file": source.name, "path": source.path, "changed": bool(diff)}
         found |= {"code": source.new, "encoding": source.encoding, "errors": source.errors}
-        found |= {"diff": diff.decode(source.encoding, "replace"), "pieces": pieces}
+        found |= {"diff": diff.decode(source.encoding, "replace")}
+        found |= {"still_named": still_named, "pieces": pieces}
         print(json.dumps(found))
     elif not args.write:
-        show(diff)
+        sys.stdout.buffer.write(diff)  # its own bytes, whatever the terminal's encoding
 
 
 def parse_migration(argv):
@@ -184,7 +168,6 @@ def parse_migration(argv):
     add("--temperature", default=0.8, type=float, metavar="X", help="0: one greedy answer [0.8]")
     text = "a class of more is cut into methods; 0: whole files are pieces [256]"
     add("--max-piece-tokens", default=256, type=int, metavar="X", help=text)
-    add("--max-prompt-tokens", type=int, metavar="X", help="longer is refused [model's context]")
     text = "longer answers are cut [as in training, or twice the piece if that is more]"
     add("--max-new-tokens", type=int, metavar="X", help=text)
     add("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
@@ -194,8 +177,8 @@ def parse_migration(argv):
     add("--force", action="store_true", help="let --write change other files, too [off]")
     add("--json", action="store_true", help="print a JSON object for each file, no patch [off]")
     args = parser.parse_args(argv)
-    if min(args.num_samples, args.max_new_tokens or 1, args.max_prompt_tokens or 1) < 1:
-        raise BadInput("--num-samples, --max-new-tokens and --max-prompt-tokens: at least 1")
+    if min(args.num_samples, args.max_new_tokens or 1) < 1:
+        raise BadInput("--num-samples and --max-new-tokens must be at least 1")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**32:
         raise BadInput("--temperature must be at least 0, --seed in [0, 2**32)")
     if args.update is None:
@@ -216,7 +199,10 @@ def ask(tasks, tokenizer, args):
     base, adapter, settings = open_policy(args.model)
     model = loading.load_policy(base, adapter, args.dtype)
     setup.check_policy(model, tokenizer, base)
-    possible = [task for task in tasks if admit(task, tokenizer, model, settings, args)]
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = min(context, setup.exact_length(model.config))
+    usual = settings.get("max_new_tokens", 1024)
+    possible = [task for task in tasks if admit(task, tokenizer, context, usual, args)]
     sample(model, tokenizer, possible, args)
 
 

@@ -1,4 +1,4 @@
-"""Cut a Python file into pieces, and put other code in their place.
+"""Cut a Python file into pieces, and lay out other code for their place.
 
 A piece is whole lines of the file: a definition with its decorators; of a class that does not fit,
 each method; an import; or what stands between these, as many statements as fit. Comments around
@@ -12,32 +12,36 @@ import io
 import re
 import tokenize
 from dataclasses import dataclass
-from itertools import accumulate
 
 from lib.files import unix_lines
 from lib.sources import BROKEN, parse
 
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-ENDING = "\r\n|\r|\n"
-LINE = re.compile(f"[^\r\n]*(?:{ENDING})|[^\r\n]+")  # Python splits at no other character
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Piece:
-    """text[start:end] of a file: whole lines, without the last one's line ending."""
+    """Statements on lines of their own; spans() leaves out what follows `statements`."""
 
-    start: int  # offsets, in characters
-    end: int
-    line: int  # number of the first line
-    kind: str  # "definition", "import", "statements", or "file"
+    line: int  # numbers of the first and the last line
+    last: int
+    kind: str  # "definition", "import", "statements", "file"; "text" and "future" are not asked for
     name: str  # "load", "Table.load" or "line 3"
-    indent: str  # blanks before the first line
-    ending: str  # of its lines
-    code: str  # without that indentation; its lines end in "\n"
+    statements: list  # their syntax trees
+    start: int = 0  # offset in the file, in characters
+    old: str = ""  # the lines, without the last one's line ending
+    ending: str = "\n"  # of the lines
+    indent: str = ""  # blanks before the first line
+    code: str = ""  # the lines without that indentation; they end in "\n"
+
+
+def split(text):
+    """The lines of a text with their endings, split where Python splits them."""
+    return io.StringIO(text, newline="").readlines()
 
 
 def kind_of(node):
-    """The kind of piece that a statement is; "future" and "text" are no piece."""
+    """The kind of piece that a statement is."""
     if isinstance(node, DEFINITION):
         return "definition"
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -47,26 +51,28 @@ def kind_of(node):
     return "statements"
 
 
-def spans(body, lines, fits, prefix=""):
-    """[[first line, last line, kind, name, statements]] of a body, in order."""
+def spans(body, lines, fits=None, prefix=""):
+    """The Pieces of a body, in order, without their text; without fits(code) all code fits."""
     found = []
+
+    def fit(first, last):
+        return not fits or fits("".join(lines[first - 1 : last]))
+
     for node in body:
         first = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
         last = node.end_lineno
         kind = kind_of(node)
-        before = found[-1] if found else [0, 0, "", "", [node]]
-        joined = kind == before[2] == "statements" and before[4][0].col_offset == node.col_offset
-        inner = node.body[0] if isinstance(node, ast.ClassDef) else node
-        own_lines = lines[inner.lineno - 1][: inner.col_offset].isspace()
-        if first <= before[1] or joined and fits("".join(lines[before[0] - 1 : last])):
-            before[1] = last
-            before[2] = kind if kind == before[2] else "statements"
-            before[4].append(node)
-        elif inner != node and own_lines and not fits("".join(lines[first - 1 : last])):
+        before = found[-1] if found else Piece(0, 0, "", "", [node])
+        alike = kind == before.kind and node.col_offset == before.statements[0].col_offset
+        if first <= before.last or alike and kind == "statements" and fit(before.line, last):
+            before.last = last
+            before.kind = kind if kind == before.kind else "statements"
+            before.statements.append(node)
+        elif isinstance(node, ast.ClassDef) and last > first and not fit(first, last):
             found += spans(node.body, lines, fits, f"{prefix}{node.name}.")
         else:
             name = f"{prefix}{node.name}" if kind == "definition" else f"line {first}"
-            found.append([first, last, kind, name, [node]])
+            found.append(Piece(first, last, kind, name, [node]))
     return found
 
 
@@ -83,29 +89,29 @@ def margins(code):
     return found
 
 
-def cut(text, fits):
-    """The Pieces of a file, in order; without fits(lines) -> bool, one for all of it."""
-    lines = LINE.findall(text)
-    starts = [0, *accumulate(map(len, lines))]
+def cut(text, fits=None, whole=False):
+    """The Pieces of a file, in order; `whole`: one for all of it."""
+    lines = split(text)
     body = parse(text).body
-    parts = spans(body, lines, fits or bool)
-    if not fits and body:
-        parts = [(parts[0][0], parts[-1][1], "file", "the file", body)]
-    found = []
-    for first, last, kind, name, nodes in parts:
-        start = starts[first - 1]
-        end = start + len(text[start : starts[last]].rstrip("\r\n"))
-        indent = re.match("[ \t]*", text[start:])[0]
-        ending = re.search(ENDING, text[start:] + text + "\n")[0]
-        code = unix_lines(text[start:end])
+    found = spans(body, lines, fits)
+    if whole and found:
+        found = [Piece(found[0].line, found[-1].last, "file", "the file", body)]
+    pieces = []
+    for piece in found:
+        piece.start = len("".join(lines[: piece.line - 1]))
+        piece.old = "".join(lines[piece.line - 1 : piece.last]).rstrip("\r\n")
+        piece.ending = re.search("\r\n|\r|\n", text[piece.start :] + text + "\n")[0]
+        piece.code = unix_lines(piece.old)
+        piece.indent = re.match("[ \t]*", piece.code)[0]
         with contextlib.suppress(*BROKEN):
-            if indent:
-                dedented = [(m or "").removeprefix(indent) + rest for m, rest in margins(code)]
-                code = "\n".join(dedented)
-            same = ast.dump(parse(code)) == ast.dump(ast.Module(nodes, []))
-            if same and kind not in ("text", "future"):
-                found.append(Piece(start, end, first, kind, name, indent, ending, code))
-    return found
+            if piece.indent:
+                rows = margins(piece.code)
+                rows = [(margin or "").removeprefix(piece.indent) + rest for margin, rest in rows]
+                piece.code = "\n".join(rows)
+            same = ast.dump(parse(piece.code)) == ast.dump(ast.Module(piece.statements, []))
+            if same and piece.kind not in ("text", "future"):
+                pieces.append(piece)
+    return pieces
 
 
 def place(piece, code):
@@ -121,10 +127,3 @@ def place(piece, code):
             rest = piece.indent + depth * new + more * " " + rest
         lines.append(rest)
     return piece.ending.join(lines)
-
-
-def put(text, edits):
-    """`text` with other code in some places, [(start, end, code)]; what is added comes first."""
-    for start, end, code in sorted(edits, reverse=True):
-        text = text[:start] + code + text[end:]
-    return text

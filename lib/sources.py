@@ -26,7 +26,6 @@ class Source:
 
     name: str  # "-" for stdin
     path: str = "stdin"  # in a patch
-    content: bytes = b""
     encoding: str = "utf-8"
     text: str = ""  # with the file's line endings
     new: str = ""  # the text that it becomes
@@ -86,25 +85,20 @@ def read(source):
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)  # PEP 263
         text = content.decode(encoding)
         if text.encode(encoding) != content:
-            raise UnicodeError(f"{encoding} does not give the same bytes again")
-    except (SyntaxError, LookupError, UnicodeError) as error:
-        raise BadInput(f"{name}: {first_line(error)}; save it as UTF-8 first")
+            raise ValueError(f"{encoding} does not give the same bytes again")
+        parse(text)
+    except (*BROKEN, LookupError) as error:
+        why = f"invalid in Python {sys.version.split()[0]}: {first_line(error)}"
+        raise BadInput(f"{name}: {why}; fix it, or save it as UTF-8")
     if text.lstrip().startswith("{") and '"nbformat"' in text:  # JSON that often compiles
         raise BadInput(f"{name}: a notebook; convert it with jupyter nbconvert --to script")
-    if name == "-" and not text.strip():
-        raise BadInput("-: no code in it; give a Python file")
-    try:
-        parse(text)
-    except BROKEN as error:
-        version = sys.version.split()[0]
-        raise BadInput(f"{name}: invalid in Python {version}: {first_line(error)}; fix it first")
-    source.content, source.encoding, source.text, source.new = content, encoding, text, text
+    source.encoding, source.text, source.new = encoding, text, text
 
 
 def unified(source):
     """The diff, bytes, as `git apply` and `patch -p1` take it; empty if nothing changes."""
-    contents = source.content, source.new.encode(source.encoding)
-    old, new = [re.findall(b"[^\n]*\n|[^\n]+", content) for content in contents]  # not at \f
+    texts = source.text, source.new
+    old, new = [io.BytesIO(text.encode(source.encoding)).readlines() for text in texts]
     end = "\t" if " " in source.path else ""  # tells patch where a name with blanks ends
     names = [os.fsencode(f"{side}/{source.path}{end}") for side in "ab"]
     lines = difflib.diff_bytes(difflib.unified_diff, old, new, *names)
@@ -118,7 +112,7 @@ def check_clean(source):
     command = ["git", "--literal-pathspecs", "-C", folder, "status", "--porcelain", "--ignored"]
     try:
         done = subprocess.run([*command, "--", file], capture_output=True, errors="replace")
-        fault = done.stderr if done.returncode else done.stdout
+        fault = done.stderr + done.stdout
     except OSError as error:  # no git
         fault = str(error)
     if fault:
@@ -127,10 +121,7 @@ def check_clean(source):
 
 
 def save(source):
-    """Change the file in place; where that fails, or it has changed since, an error remains."""
-    try:
-        if read_bytes(source.name) != source.content:
-            raise BadInput(f"{source.name}: changed since it was read; left alone")
-        write(Path(os.path.realpath(source.name)), source.new.encode(source.encoding))
-    except BadInput as error:
-        source.errors.append(str(error))
+    """Change the file in place. Raises BadInput where that fails, or it has changed since."""
+    if read_bytes(source.name) != source.text.encode(source.encoding):
+        raise BadInput(f"{source.name}: changed since it was read; left alone")
+    write(Path(os.path.realpath(source.name)), source.new.encode(source.encoding))

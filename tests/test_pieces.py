@@ -126,6 +126,11 @@ def named(text, fits=LIMITS["short"]):
     return {piece.name: piece for piece in cut(text, fits)}
 
 
+def end(piece):
+    """The offset in its file where a piece ends."""
+    return piece.start + len(piece.old)
+
+
 def reply(code, logp=0.0):
     """An Answer with this code."""
     text = f"</think>\n<answer>\n```python\n{code}\n```\n</answer>"
@@ -168,16 +173,14 @@ def test_what_is_a_piece():
     assert found["some"][4:10] == [("definition", name) for name in definitions] + [
         ("statements", "line 52"), *[("definition", "Table.size")] * 2,
     ]  # fmt: skip
-    [whole] = cut(FILE, None)
+    [whole] = cut(FILE, whole=True)
     assert whole.kind == "file" and FILE[: whole.start].endswith("utf-8 -*-\n")
-    assert FILE[whole.end :] == "\n# the end\n"
-
-
+    assert FILE[end(whole) :] == "\n# the end\n"
 
 
 EDGES = {  # file, names of its pieces
     "a line after a class": ("class A:\n    x = 1\ny = 2\nz = 3\n", ["line 2", "line 3"]),
-    "a class on a line": ("class A: x = 1; y = 2\nclass B(\n A): z = 3\n", ["A", "B"]),
+    "a class on a line": ("class A: x = 1; y = 2\nclass B: pass\n", ["A", "B"]),
     "a class without more": ('class A:\n    """Doc."""\n', []),
     "a decorated method first": ("class A:\n    @f\n    def g(self): pass\n", ["A.g"]),
     "form feed in the indentation": (
@@ -214,14 +217,15 @@ def test_pieces_of_real_files(module):
     lines = text.splitlines(keepends=True)
     pieces = cut(text, LIMITS["short"])
     assert len(pieces) > 20
-    end = 0
+    place = 0
     for piece in pieces:
-        assert end <= piece.start < piece.end, "pieces overlap"
-        end = piece.end
+        assert place <= piece.start < end(piece), "pieces overlap"
+        place = end(piece)
+        assert text[piece.start : place] == piece.old
         if piece.kind == "definition":
             block = "".join(inspect.getblock(lines[piece.line - 1 :]))
-            assert block.startswith(text[piece.start : piece.end] + "\n")
-            rest = block[piece.end - piece.start :].splitlines()
+            assert block.startswith(piece.old + "\n")
+            rest = block[len(piece.old) :].splitlines()
             assert all(not line.strip() or line.strip().startswith("#") for line in rest)
     functions = []
     bodies = [ast.parse(text)]
@@ -304,7 +308,7 @@ def test_any_answer(form, limit):
         given = {piece: any_answer(rng, pieces + [piece] * 30) for piece in asked}
         new, fates = settle(text, {piece: [code] for piece, code in given.items()})
         compile(new, "new", "exec")
-        ends = [0, *sorted(place for piece in asked for place in (piece.start, piece.end)), None]
+        ends = [0, *sorted(place for piece in asked for place in (piece.start, end(piece))), None]
         parts = [text[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)]
         assert any(keeps(candidate, parts) for candidate in without_imports(new))
         taken = [fate["line"] for fate in fates if fate["changed"]]
@@ -341,13 +345,13 @@ def test_indentation(form, step):
     code = re.sub(r"(?m)^(    )+(?=[tir])", lambda match: step * (len(match[0]) // 4), METHOD)
     new, _ = settle(text, {piece: [code]})
     unit = {"tabs": "\t", "two blanks": "  "}.get(form, "    ")
-    end = {"CRLF": "\r\n", "old Mac": "\r"}.get(form, "\n")
+    ending = {"CRLF": "\r\n", "old Mac": "\r"}.get(form, "\n")
     if form == "mixed":
-        end = re.search("\r\n|\n", text[piece.start :])[0]
+        ending = re.search("\r\n|\n", text[piece.start :])[0]
     lines = [(2, "def first(self):"), (3, 'text = """a'), (0, "  b"), (0, '"""'), (3, "if text:")]
     lines += [(4, 'return np.isin(self, f"""{text'), (0, "} c"), (0, '""")')]
-    expected = end.join(unit * depth + line for depth, line in lines)
-    assert new == text[: piece.start] + expected + text[piece.end :]
+    expected = ending.join(unit * depth + line for depth, line in lines)
+    assert new == text[: piece.start] + expected + text[end(piece) :]
 
 
 CALLED = """class A:
@@ -394,7 +398,7 @@ def test_what_callers_see(case):
     assert answer != CALLED
     text = "import numpy as np\n" + CALLED.replace("if y:", "if 1:")
     found, [fate] = settle(text, {named(text, LIMITS["long"])["A"]: [answer]})
-    assert fate["dropped"] == ({f"refused, as {said}": 1} if said else {})
+    assert fate["dropped"] == ({said: 1} if said else {})
     assert (found == text) == bool(said)
 
 
@@ -407,9 +411,9 @@ def test_only_what_python_sees():
 
 
 IMPORTED = {  # file, new file
-    "after the last": (
-        "import os\nx = 1\nimport np  # why\n# f\ndef f(a):\n    return in1d(a)\nimport late\n",
-        "import os\nx = 1\nimport np  # why\nNEW# f\ndef f(a):\n    return isin(a)\nimport late\n",
+    "after those at the top": (
+        "import os\nimport np  # why\n# x\nx = 1\ndef f(a):\n    return in1d(a)\nimport late\n",
+        "import os\nimport np  # why\nNEW# x\nx = 1\ndef f(a):\n    return isin(a)\nimport late\n",
     ),
     "after the docstring": (
         '"""Doc."""\nx = 1\ndef f(a): return in1d(a)\n',
@@ -468,7 +472,7 @@ def test_imports_of_several_pieces():
         "import np\nfrom np import y\n"
         "def f(a): return y(a.b)\ndef g(a): return y(a)\nx = np.x"
     )
-    assert fates[2]["dropped"] == {"refused, as y is something else in this file": 1}
+    assert fates[2]["dropped"] == {"y is something else in this file": 1}
     replies = {pieces["line 4"]: ["import np.z\nfrom np.q import w\n\nx = np.z.x + w"]}
     assert settle(text, replies)[0] == (
         "import np\nimport np.z\nfrom np.q import w\n" + text[10:-4] + "np.z.x + w"
@@ -483,12 +487,12 @@ def test_an_import_is_renamed_last():
     pieces = named(RENAMED)
     line = {pieces["line 1"]: ["from np import isin, x", "from np import isin, x"]}
     new, [fate] = settle(RENAMED, line)
-    assert new == RENAMED and fate["dropped"] == {"refused, as in1d is not defined": 2}
+    assert new == RENAMED and fate["dropped"] == {"in1d is not defined": 2}
     both = line | {pieces["f"]: ["from np import isin\ndef f(a):\n    return isin(a)"]}
     assert settle(RENAMED, both)[0] == RENAMED.replace("in1d", "isin")
     fewer = both | {pieces["line 1"]: ["from np import isin"]}
     _, [_, fate] = settle(RENAMED, fewer)
-    assert fate["dropped"] == {"refused, as it imports fewer than 2 names": 1}
+    assert fate["dropped"] == {"it imports fewer than 2 names": 1}
 
 
 def test_names_that_nothing_defines():
@@ -504,13 +508,10 @@ def test_names_that_nothing_defines():
         ("def f(a):\n    import h\n    return [h(b) for b in a]", ""),
     ):
         new, [fate] = settle(text, {piece: [code]})
-        assert fate["dropped"] == ({f"refused, as {missing} is not defined": 1} if missing else {})
+        assert fate["dropped"] == ({f"{missing} is not defined": 1} if missing else {})
         assert (new == text) == bool(missing)
     star = "from np import *\n" + text
     assert settle(star, {named(star)["f"]: ["def f(a):\n    return isin(a)"]})[0] != star
-    part = "def f(a): return in1d(a)"  # of a program: the new name takes the place of the old
-    assert settle(part, {named(part)["f"]: ["def f(a): return isin(a)"]})[0] != part
-    assert settle(part, {named(part)["f"]: ["def f(a): return isin(a, b)"]})[0] == part
 
 
 def test_encoding():
