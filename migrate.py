@@ -56,8 +56,8 @@ class Task:
 def find_tasks(source, tokenizer, args):
     """The Tasks of a file: its pieces that name something which the notes name."""
 
-    def fits(code):
-        return len(tokenizer.encode(code, **PLAIN)) <= args.max_piece_tokens
+    def fits(lines):
+        return len(tokenizer.encode("".join(lines), **PLAIN)) <= args.max_piece_tokens
 
     tasks = []
     for piece in cut(source.text, fits, whole=not args.max_piece_tokens):
@@ -120,10 +120,9 @@ def say(source, pieces, still_named):
         lines.append("names nothing of the notes, left alone")
     for piece in pieces:
         if not piece["usable"]:
-            counts = [f"{count} refused, as {why}" for why, count in piece["dropped"].items()]
-            way_out = "try another --seed, more --max-new-tokens or another --model"
-            text = f"no answer is usable: {', '.join(counts)}; {way_out}"
-            lines.append(f"warning: {piece['name']}: {text}")
+            found = [f"{count} refused, as {why}" for why, count in piece["dropped"].items()]
+            text = f"{piece['name']}: no answer is usable: {', '.join(found)}"
+            lines.append(f"warning: {text}; try another --seed, --max-new-tokens or --model")
     if still_named:
         names = ", ".join(still_named) + " (fine if meant to stay)"
         lines.append(f"warning: named in the note and still in the code: {names}")
@@ -135,10 +134,7 @@ def report(source, pieces, args):
     """Write the new file, or print its diff or JSON object; say what to check."""
     diff = sources.unified(source)
     if args.write and diff:
-        try:
-            sources.save(source)
-        except BadInput as error:
-            source.errors.append(str(error))
+        sources.save(source)
     named = [data.names(text, args.library) for text in (source.text, source.new)]
     kept = named[0] & named[1] & reward.words(args.update) if pieces else ()
     still_named = sorted(name for name in kept if len(name) > 2)

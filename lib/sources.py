@@ -74,10 +74,9 @@ def patch_root(paths):
 def read(source):
     """Fill in a Source from its file. Raises BadInput for all but valid Python code."""
     name = source.name
-    if os.path.isdir(name):
-        raise BadInput(f"{name}: a directory without .py and .pyi files that can be read")
     if name != "-" and not name.endswith(SUFFIXES):
-        raise BadInput(f"{name}: not a .py or .pyi file; other Python code can come from stdin")
+        why = "not a .py or .pyi file, nor a directory with some"
+        raise BadInput(f"{name}: {why}; other Python code can come from stdin")
     if re.search(r"[\n\r\t]", name):
         raise BadInput(f"{name!r}: a patch cannot hold this name; rename the file")
     content = read_bytes(name)
@@ -121,7 +120,10 @@ def check_clean(source):
 
 
 def save(source):
-    """Change the file in place. Raises BadInput where that fails, or it has changed since."""
-    if read_bytes(source.name) != source.text.encode(source.encoding):
-        raise BadInput(f"{source.name}: changed since it was read; left alone")
-    write(Path(os.path.realpath(source.name)), source.new.encode(source.encoding))
+    """Change the file in place; where that fails, or it has changed since, an error remains."""
+    try:
+        if read_bytes(source.name) != source.text.encode(source.encoding):
+            raise BadInput(f"{source.name}: changed since it was read; left alone")
+        write(Path(os.path.realpath(source.name)), source.new.encode(source.encoding))
+    except BadInput as error:
+        source.errors.append(str(error))

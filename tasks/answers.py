@@ -8,6 +8,7 @@ what the piece defines, with the same arguments, and need no name that nothing d
 import ast
 import builtins
 import functools
+import io
 import re
 import symtable
 import warnings
@@ -15,13 +16,11 @@ from collections import Counter
 
 import reward
 from lib.config import first_line
-from lib.pieces import DEFINITION, cut, place, spans, split
+from lib.pieces import DEFINITION, cut, indent, kind_of
 from lib.sources import BROKEN, parse
 
 INNER = ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 BINDING = re.compile(r"property|staticmethod|classmethod|\w+\.(?:getter|setter|deleter)")
-
-# ------------------------------------------------------------------------- what code says
 
 
 @functools.lru_cache
@@ -30,10 +29,8 @@ def imports(code):
     found = {}
     for node in ast.walk(parse(code)):
         for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
-            single = ast.Import([alias])
-            if isinstance(node, ast.ImportFrom):
-                single = ast.ImportFrom(node.module, [alias], node.level)
-            found[ast.unparse(single)] = alias.asname or alias.name
+            node.names = [alias]
+            found[ast.unparse(node)] = alias.asname or alias.name
     return found
 
 
@@ -82,26 +79,20 @@ def question(piece, text):
     return "\n".join(lines) + "\n\n" * bool(lines) + piece.code
 
 
-# ------------------------------------------------------------------------- one answer
-
-
 def take(piece, answer):
     """(new text of a piece, {import that it needs: name}); ValueError says why there is none.
 
     It is the old text where Python sees no difference.
     """
-    code = reward.extract_code(answer.text) or ""
-    if not reward.strip_comments(code):
+    answered = reward.extract_code(answer.text) or ""
+    if not reward.strip_comments(answered):
         raise ValueError("it is cut" if answer.cut else "it has no code")
-    kept = []
-    for part in cut(code, whole=piece.kind == "file"):
-        same_name = part.name == piece.name.split(".")[-1]
-        if part.kind == piece.kind and (same_name or part.kind != "definition"):
-            kept.append(part.code)
-    if not kept or len(kept) > 1 and piece.kind == "definition":
-        raise ValueError(f"{piece.name} is {'there twice' if kept else 'lost'}")
-    brought = imports(code)
-    code = "\n".join(kept)
+    parts = [part for part in cut(answered, whole=piece.kind == "file") if part.kind == piece.kind]
+    if piece.kind == "definition":
+        parts = [part for part in parts if part.name == piece.name.split(".")[-1]][-1:]
+    code = "\n".join(part.code for part in parts)
+    if not code:
+        raise ValueError(f"{piece.name} is lost")
     old, new = parse(piece.code), parse(code)
     if ast.dump(old) == ast.dump(new):
         return piece.old, {}
@@ -110,59 +101,52 @@ def take(piece, answer):
         raise ValueError(f"{name} has other arguments" if changed else f"{name} is lost")
     if piece.kind == "import" and len(imports(code)) < len(imports(piece.code)):
         raise ValueError(f"it imports fewer than {len(imports(piece.code))} names")
-    placed = place(piece, code)
-    body = parse(f"if 1:\n{placed}").body[0].body if piece.indent else parse(placed).body
+    placed = indent(code, "", piece.indent)
+    body = parse(f"if 1:\n{placed}").body[0].body if piece.indent else new.body
     if ast.dump(ast.Module(body, [])) != ast.dump(new):
         raise ValueError("its strings change with its indentation")
     used = names(code)[1]
-    return placed, {line: name for line, name in brought.items() if name.split(".")[0] in used}
+    needed = {line: name for line, name in imports(answered).items() if name.split(".")[0] in used}
+    return placed.replace("\n", piece.ending), needed
 
 
 def place_of_imports(text):
     """The offset after the docstring and the imports at the top, or after the first comments."""
-    lines = split(text)
+    lines = io.StringIO(text, newline="").readlines()
     above = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    for piece in spans(parse(text).body, lines):
-        if piece.kind not in ("text", "future", "import"):
+    for node in parse(text).body:
+        if kind_of(node) not in ("text", "import"):
             break
-        above = piece.last
+        above = node.end_lineno
     return len("".join(lines[:above]))
 
 
 def insert(text, taken):
     """`text` with {Piece: what take() returned}, and imports; ValueError if this breaks it."""
     new = text
-    brought = {}
+    needed = {}
     for piece in sorted(taken, key=lambda piece: -piece.start):
-        code, needed = taken[piece]
+        code, imported = taken[piece]
         new = new[: piece.start] + code + new[piece.start + len(piece.old) :]
-        brought = needed | brought
-    present = imports(new)
-    bound = set(names(new)[0])
-    more = ""
-    for line, name in brought.items():
-        if line not in present:
-            if name in bound:
-                raise ValueError(f"{name} is something else in this file")
-            bound.add(name)
-            more += line + piece.ending
+        needed = imported | needed
+    more = {line: name for line, name in needed.items() if line not in imports(new)}
     if more:
+        name, count = Counter([*names(new)[0], *more.values()]).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{name} is something else in this file")
         start = place_of_imports(new)
-        new = new[:start] + more + new[start:]
+        new = new[:start] + "".join(line + piece.ending for line in more) + new[start:]
     missing = names(new)[1] - names(text)[1]
-    if missing and "*" not in present.values():  # which may define any name
+    if missing and "*" not in imports(new).values():  # which may define any name
         raise ValueError(f"{min(missing)} is not defined")
+    parse(new)
     return new
-
-
-# ------------------------------------------------------------------------- all answers
 
 
 def choose(usable):
     """(the best of [(what take() returned, log-probability)], its agreement or None if alone).
 
-    The best has the highest mean edit similarity to the others, comments aside; ties go to the most
-    likely.
+    Agreement is the mean edit similarity to the others, comments aside; ties go to the likeliest.
     """
     texts = [reward.strip_comments("\n".join([*brought, code])) for (code, brought), _ in usable]
     ranked = []
@@ -190,10 +174,9 @@ def settle(source, asked):
                 usable.append((part, answer.logp))
             except BROKEN as error:
                 dropped[getattr(error, "msg", first_line(error))] += 1
-        fate = {"name": piece.name, "line": piece.line, "changed": False, "agreement": None}
-        if usable:
-            taken[piece], fate["agreement"] = choose(usable)
-            fate["changed"] = taken[piece][0] != piece.old
+        taken[piece], agreement = choose(usable) if usable else ((piece.old, {}), None)
+        changed = taken[piece][0] != piece.old
+        fate = {"name": piece.name, "line": piece.line, "changed": changed, "agreement": agreement}
         fates.append(fate | {"answers": len(answers), "usable": len(usable), "dropped": dropped})
     source.new = insert(source.text, taken)
     return fates

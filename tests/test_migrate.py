@@ -26,8 +26,9 @@ import grpo
 import migrate
 import recode
 import rollout
-from lib import loading, parallel, pieces, sources
+from lib import loading, parallel, sources
 from lib.config import BadInput, open_policy
+from lib.pieces import cut
 from tasks import answers
 
 EXAMPLE = data.Example(**ROWS[0])
@@ -67,7 +68,7 @@ def test_unusable_answers_are_dropped():
     texts = [broken, broken, "no code", empty, "no end ...", answer(NEW)]
     given = [rollout.Answer([], text, text.endswith("..."), 0.0) for text in texts]
     source = sources.Source("old.py", text=OLD)
-    _, piece = pieces.cut(OLD)
+    _, piece = cut(OLD)
     dropped = {"'(' was never closed": 2, "it has no code": 2, "it is cut": 1}
     [fate] = answers.settle(source, [(piece, given)])
     assert source.new == NEW and fate == {
@@ -363,7 +364,7 @@ MANY = (OLD + "\n").encode() * 800
 WHOLE = ["--max-piece-tokens", "0"]
 BAD = [  # content, flags, what the message must say
     (b"x = '\xff'", [], "save it as UTF-8"),
-    (b"\n\n\nx = '\xff'", [], "in position 8: invalid start byte; save it as UTF-8"),
+    (b"\n\n\nx = '\xff'", [], "in position 8: invalid start byte; fix it, or save it"),
     (b"# coding: latin-2\n# coding: none\nx = '\xff'\n".replace(b"latin-2", b"no"), [], "unknown"),
     (b"# coding: rot13\nk = 1", [], "save it as UTF-8"),
     (b"# coding: utf-7\nx = '+AOk-'", [], "the same bytes again"),
@@ -423,7 +424,7 @@ def test_bad_files(program, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "error: none.py: cannot be read: No such file" in err
     assert "error: loop.py: cannot be read: Too many levels of symbolic links\n" in err
-    assert "error: folder.py: a directory without .py and .pyi files that can be read\n" in err
+    assert "error: folder.py: cannot be read: Is a directory\n" in err
     assert "error: bad.py: cannot be read: Permission denied\n" in err
     assert "error: 'line\\nbreak.py': a patch cannot hold this name; rename" in err
     assert err.splitlines()[-1] == "6 files: 1 changed, 5 with errors"
@@ -526,8 +527,8 @@ CHECKED = {  # note, old code, new code, what stderr must say
     "other alias": (NOTE, "numpy.alltrue(a)", "numpy.alltrue(a, 1)", "alltrue"),
     "imported": (NOTE, "from np import alltrue", "from np import alltrue, all", "alltrue"),
     "in an f-string": (NOTE, "print(f'{alltrue(a)}')", "print(f'{alltrue(a)} ')", "alltrue"),
-    "module": ("old.part is gone", "import old.part", "import old.part, new", "part"),
-    "from a module": ("old.part is gone", "from old.part import f", "import old.part", "part"),
+    "module": ("old.part is gone", "import old.part", "import old.part, new", "old, part"),
+    "from a module": ("old.part is gone", "from old.part import f", "import old.part", "old, part"),
     "argument": ("axis is now dim", "f(x, axis=0)", "f(x, axis=0, dim=0)", "axis"),
     "replaced": (NOTE, "np.alltrue(a)", "np.all(a)", None),
     "in a comment": (NOTE, "np.alltrue(a)", "np.all(a)  # alltrue", None),
@@ -711,7 +712,7 @@ def test_many_files(program, stub, tmp_path, monkeypatch, capsys):
     ]
     assert "in1d: no answer is usable: 8 refused, as in1d is lost; try" in lines[3]
     assert "error: src/bad.py: invalid in Python" in err
-    assert "error: none: a directory without .py and .pyi files that can be read\n" in err
+    assert "error: none: not a .py or .pyi file, nor a directory with some; other" in err
     assert lines[-1] == "7 files: 3 changed, 2 with errors"
     for tool in TOOLS:
         place = tmp_path / tool
