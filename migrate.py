@@ -8,8 +8,7 @@ A file is cut into pieces: its definitions, the methods of a long class, its imp
 stands between them. The model answers several times for each piece that names something which the
 notes name. Answers that do not fit their piece are dropped; of the others, the one most similar to
 the rest is taken. Nothing is run: read the patch and the warnings, then apply it with `git apply`
-or `patch -p1` at the root of the git work tree; outside git, in the current directory. If it is
-another one, stderr names it.
+or `patch -p1` at the root of the git work tree, or in the directory that stderr names.
 
 --json prints an object a file: file, path (in the patch), changed, code, encoding, diff, errors,
 still_named, pieces (name, line, changed, agreement, answers, usable, dropped).
@@ -69,11 +68,12 @@ def find_tasks(source, tokenizer, args):
     return tasks
 
 
-def admit(task, tokenizer, context, usual, args):
+def admit(task, tokenizer, context, settings, args):
     """Set how long the answers may be; False, with an error, where the model cannot be asked."""
     size = len(tokenizer.encode(task.code, **PLAIN))
     task.room = context - len(task.prompt)
-    task.limit = min(args.max_new_tokens or max(usual, 2 * size), task.room)
+    usual = max(settings.get("max_new_tokens", 1024), 2 * size)
+    task.limit = min(args.max_new_tokens or usual, task.room)
     if re.search("^```|</answer>", task.code, re.MULTILINE):
         fault = "has </answer> or ``` at the start of a line, which end an answer"
     elif len(task.code) > reward.MAX_CODE:
@@ -123,7 +123,7 @@ def say(source, pieces, still_named):
             found = [f"{count} refused, as {why}" for why, count in piece["dropped"].items()]
             text = f"{piece['name']}: no answer is usable: {', '.join(found)}"
             lines.append(f"warning: {text}; try another --seed, --max-new-tokens or --model")
-    if still_named:
+    if pieces and still_named:
         names = ", ".join(still_named) + " (fine if meant to stay)"
         lines.append(f"warning: named in the note and still in the code: {names}")
     lines = [f"{source.name}: {line}" for line in lines] + [f"error: {x}" for x in source.errors]
@@ -135,16 +135,14 @@ def report(source, pieces, args):
     diff = sources.unified(source)
     if args.write and diff:
         sources.save(source)
-    named = [data.names(text, args.library) for text in (source.text, source.new)]
-    kept = named[0] & named[1] & reward.words(args.update) if pieces else ()
-    still_named = sorted(name for name in kept if len(name) > 2)
+    kept = data.names(source.text, args.library) & data.names(source.new, args.library)
+    still_named = sorted(name for name in kept & reward.words(args.update) if len(name) > 2)
     say(source, pieces, still_named)
     if args.json:
         found = {"file": source.name, "path": source.path, "changed": bool(diff)}
         found |= {"code": source.new, "encoding": source.encoding, "errors": source.errors}
-        found |= {"diff": diff.decode(source.encoding, "replace")}
-        found |= {"still_named": still_named, "pieces": pieces}
-        print(json.dumps(found))
+        found |= {"diff": diff.decode(source.encoding, "replace"), "still_named": still_named}
+        print(json.dumps(found | {"pieces": pieces}))
     elif not args.write:
         sys.stdout.buffer.write(diff)  # its own bytes, whatever the terminal's encoding
 
@@ -159,13 +157,12 @@ def parse_migration(argv):
     note = parser.add_mutually_exclusive_group(required=True)
     note.add_argument("--update", metavar="X", help="what changed (this or the next is required)")
     note.add_argument("--update-file", metavar="X", help="the same from a file, e.g. a changelog")
-    add("--model", metavar="X", help="run directory, checkpoint directory or hub id [tiny, a toy]")
+    add("--model", default=TINY, metavar="X", help="run, checkpoint or hub id [tiny, a toy]")
     add("--num-samples", default=8, type=int, metavar="X", help="answers to choose from [8]")
     add("--temperature", default=0.8, type=float, metavar="X", help="0: one greedy answer [0.8]")
     text = "a class of more is cut into methods; 0: whole files are pieces [256]"
     add("--max-piece-tokens", default=256, type=int, metavar="X", help=text)
-    text = "longer answers are cut [as in training, or twice the piece if that is more]"
-    add("--max-new-tokens", type=int, metavar="X", help=text)
+    add("--max-new-tokens", type=int, metavar="X", help="[as in training, or twice the piece]")
     add("--seed", default=42, type=int, metavar="X", help="of the answers [42]")
     add("--dtype", default="auto", choices=CHOICES["dtype"], help="of frozen weights [auto]")
     add("--all", action="store_true", help="ask for all pieces, whatever they name [off]")
@@ -183,10 +180,9 @@ def parse_migration(argv):
     for text in (*args.files, args.library, args.version, args.update):
         if not text.strip() or re.search("[\ud800-\udfff]", text):
             raise BadInput("file, --library, --version, --update: empty, or not valid Unicode")
-    if args.model is None:
+    if args.model == TINY:
         text = "note: without --model a toy answers, which knows made-up libraries only"
         print(text, file=sys.stderr)
-        args.model = TINY
     return args
 
 
@@ -197,8 +193,7 @@ def ask(tasks, tokenizer, args):
     setup.check_policy(model, tokenizer, base)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     context = min(context, setup.exact_length(model.config))
-    usual = settings.get("max_new_tokens", 1024)
-    possible = [task for task in tasks if admit(task, tokenizer, context, usual, args)]
+    possible = [task for task in tasks if admit(task, tokenizer, context, settings, args)]
     sample(model, tokenizer, possible, args)
 
 

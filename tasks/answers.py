@@ -86,7 +86,7 @@ def take(piece, answer):
     """
     answered = reward.extract_code(answer.text) or ""
     if not reward.strip_comments(answered):
-        raise ValueError("it is cut" if answer.cut else "it has no code")
+        raise ValueError("it was cut" if answer.cut else "it has no code")
     parts = [part for part in cut(answered, whole=piece.kind == "file") if part.kind == piece.kind]
     if piece.kind == "definition":
         parts = [part for part in parts if part.name == piece.name.split(".")[-1]][-1:]
@@ -148,13 +148,11 @@ def choose(usable):
 
     Agreement is the mean edit similarity to the others, comments aside; ties go to the likeliest.
     """
-    texts = [reward.strip_comments("\n".join([*brought, code])) for (code, brought), _ in usable]
-    ranked = []
-    for text, (part, logp) in zip(texts, usable, strict=True):
-        others = sum(reward.similarity(text, other) for other in texts) - 1
-        ranked.append((others / max(len(texts) - 1, 1), logp, part))
-    agreement, _, best = max(ranked, key=lambda item: item[:2])
-    return best, agreement if len(texts) > 1 else None
+    texts = [reward.strip_comments("\n".join([*needed, code])) for (code, needed), _ in usable]
+    totals = [sum(reward.similarity(text, other) for other in texts) for text in texts]
+    best = max(range(len(texts)), key=lambda i: (totals[i], usable[i][1]))
+    others = len(texts) - 1
+    return usable[best][0], (totals[best] - 1) / others if others else None
 
 
 def settle(source, asked):

@@ -69,7 +69,7 @@ def test_unusable_answers_are_dropped():
     given = [rollout.Answer([], text, text.endswith("..."), 0.0) for text in texts]
     source = sources.Source("old.py", text=OLD)
     _, piece = cut(OLD)
-    dropped = {"'(' was never closed": 2, "it has no code": 2, "it is cut": 1}
+    dropped = {"'(' was never closed": 2, "it has no code": 2, "it was cut": 1}
     [fate] = answers.settle(source, [(piece, given)])
     assert source.new == NEW and fate == {
         "name": "line 2", "line": 2, "changed": True, "agreement": None,
