@@ -68,18 +68,33 @@ def spans(body, lines, fits, prefix=""):
     return found
 
 
-def indent(code, old, new):
-    """`code` with other blanks before its lines; those that begin in a string stay as they are."""
-    if old == new:
-        return code
+def margins(code):
+    """[(blanks before a line, its rest)]; (None, line) if empty, or if it begins in a string."""
     inside = set()
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
         inside.update(range(token.start[0], token.end[0]))  # only strings have more than one line
-    lines = []
+    found = []
     for number, line in enumerate(code.split("\n")):
-        if line.strip() and number not in inside:
-            line = new + line.removeprefix(old)
-        lines.append(line)
+        rest = line.lstrip(" \t")
+        blanks = line[: len(line) - len(rest)]
+        found.append((blanks, rest) if rest and number not in inside else (None, line))
+    return found
+
+
+def step(code):
+    """The blanks of one level of indentation in some code."""
+    return min((blanks for blanks, _ in margins(code) if blanks), key=len, default="    ")
+
+
+def indent(code, new, like):
+    """`code` after the blanks `new`, its levels of indentation as wide as those of `like`."""
+    narrow, wide = step(code), step(like)
+    lines = []
+    for blanks, rest in margins(code):
+        if blanks is not None and narrow != wide:
+            levels, more = divmod(len(blanks), len(narrow))
+            blanks = levels * wide + more * " "
+        lines.append(rest if blanks is None else new + blanks + rest)
     return "\n".join(lines)
 
 
@@ -100,7 +115,11 @@ def cut(text, fits=bool, whole=False):
         piece.ending = re.search("\r\n|\r|\n", text[piece.start :] + text + "\n")[0]
         piece.indent = re.match("[ \t]*", piece.old)[0]
         with contextlib.suppress(*BROKEN):
-            piece.code = indent(unix_lines(piece.old), piece.indent, "")
+            piece.code = unix_lines(piece.old)
+            if piece.indent:
+                parts = margins(piece.code)
+                dedented = [(b or "").removeprefix(piece.indent) + rest for b, rest in parts]
+                piece.code = "\n".join(dedented)
             same = ast.dump(parse(piece.code)) == ast.dump(ast.Module(piece.statements, []))
             if same and piece.kind != "text":
                 pieces.append(piece)

@@ -101,7 +101,7 @@ def take(piece, answer):
         raise ValueError(f"{name} has other arguments" if changed else f"{name} is lost")
     if piece.kind == "import" and len(imports(code)) < len(imports(piece.code)):
         raise ValueError(f"it imports fewer than {len(imports(piece.code))} names")
-    placed = indent(code, "", piece.indent)
+    placed = indent(code, piece.indent, piece.code)
     body = parse(f"if 1:\n{placed}").body[0].body if piece.indent else new.body
     if ast.dump(ast.Module(body, [])) != ast.dump(new):
         raise ValueError("its strings change with its indentation")

@@ -342,7 +342,7 @@ METHOD = '''def first(self):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("step", ["    ", "\t", " ", "        "])
 def test_indentation(form, step):
-    """Stops an answer whose strings are indented with its code, or that has other line endings."""
+    """Stops an answer whose strings are indented with its code, or code in another file's form."""
     text = FORMS[form]
     piece = named(text)["Table.Row.first"]
     code = re.sub(r"(?m)^(    )+(?=[tir])", lambda match: step * (len(match[0]) // 4), METHOD)
@@ -352,8 +352,8 @@ def test_indentation(form, step):
     if form == "mixed":
         ending = re.search("\r\n|\n", text[piece.start :])[0]
     margin = 2 * unit
-    lines = [f"{margin}def first(self):", f'{margin}{step}text = """a', "  b", '"""']
-    lines += [f"{margin}{step}if text:", f'{margin}{step}{step}return np.isin(self, f"""{{text']
+    lines = [f"{margin}def first(self):", f'{margin}{unit}text = """a', "  b", '"""']
+    lines += [f"{margin}{unit}if text:", f'{margin}{unit}{unit}return np.isin(self, f"""{{text']
     expected = ending.join([*lines, "} c", '""")'])
     assert new == text[: piece.start] + expected + text[end(piece) :]
 
