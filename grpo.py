@@ -192,7 +192,7 @@ def main(argv=None):
     optimizer = training.setup.make_optimizer(model, config)
     if config.dry_run:
         return training.dry_run.dry_run(model, tasks, optimizer, config, update)
-    step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
+    step, position, nonfinite = run.begin(optimizer, heldout)
     with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
             if parallel.any_rank(stop.asked):
@@ -211,8 +211,8 @@ def main(argv=None):
             nonfinite = nonfinite + 1 if metrics["skipped"] else 0
             run.log(step, metrics, groups)
             if step % config.save_every == 0 and nonfinite == 0:
-                run.save(model, optimizer, step, position, nonfinite)
-    return run.finish(model, tokenizer, optimizer, heldout, step, position, nonfinite)
+                run.save(optimizer, step, position, nonfinite)
+    return run.finish(optimizer, heldout, step, position, nonfinite)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Settings:
     # memory and speed
     dtype: str = "auto"  # of frozen weights: fp32, bf16, or auto, the faster one here
     micro_tokens: int = 8192  # tokens per forward and backward pass, padding included
-    keep_activations: bool = False  # no gradient checkpointing: faster, much more memory
+    keep_activations: bool | None = None  # no gradient checkpointing: faster; auto: if they fit
     dry_run: bool = False  # run one worst-case step, report memory and time, exit
     # log
     save_every: int = 100  # steps between checkpoints
@@ -108,7 +108,7 @@ def described(Config):
         for line in inspect.getsource(cls).splitlines():
             if match := re.fullmatch(r"    # (.+)", line):
                 heading = match[1]
-            if match := re.fullmatch(r"    (\w+): \w+ = .+?  # (.+)", line):
+            if match := re.fullmatch(r"    (\w+): [\w |]+ = .+?  # (.+)", line):
                 found.setdefault(match[1], (heading, match[2]))
     if missing := {field.name for field in dataclasses.fields(Config)} - found.keys():
         raise TypeError(f"{Config.__module__}.Config: {missing}: a field needs a comment, its help")
@@ -169,9 +169,9 @@ def add_flags(parser, Config, used):
             groups[heading] = parser.add_argument_group(heading)
         kind = type(getattr(Config, name))
         settings = {"type": kind, "metavar": "X"}
-        if kind is bool:
+        if kind in (bool, type(None)):
             settings = {"action": argparse.BooleanOptionalAction}  # also --no-X
-        default = "none" if used[name] == "" else used[name]
+        default = {"": "none", None: "auto"}.get(used[name], used[name])
         settings["help"] = f"{comment} [{default}]".replace("%", "%%")
         groups[heading].add_argument("--" + name.replace("_", "-"), **settings)
     parser.set_defaults(**used)
@@ -186,7 +186,8 @@ def parse_config(Config, argv, doc):
     used = defaults | model_defaults(model)
     for name, value in used.items():
         kind = type(defaults.get(name))
-        if name not in defaults or not isinstance(value, int | float if kind is float else kind):
+        wanted = {float: int | float, type(None): bool | None}.get(kind, kind)
+        if name not in defaults or not isinstance(value, wanted):
             raise BadInput(f"--model {model}: its {name!r}: {value!r} is no setting of this script")
     parser = Parser(doc)
     parser.epilog = f"Defaults in brackets are those used with --model {model}."

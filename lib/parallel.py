@@ -60,7 +60,7 @@ def print_error(error):
 
 
 OUT_OF_MEMORY = """
-  In this order: a smaller --micro-tokens (e.g. half; changes no result); no --keep-activations;
+  In this order: a smaller --micro-tokens (e.g. half; changes no result); --no-keep-activations;
   fewer --prompts-per-step or --num-samples; shorter --max-new-tokens or --max-prompt-tokens;
   a smaller --r; with --adapter none, more GPUs. --dry-run tries a worst-case step.
   --resume continues from the last checkpoint."""

@@ -14,6 +14,7 @@ import grpo
 import reward
 import sft
 import training.run
+from training import measure
 from tools import experiments
 
 METRICS = {"em": 0.5, "stale": 0.25, "format": 1.0, "reward": 2.0}
@@ -35,7 +36,8 @@ def evaluated(monkeypatch):
         calls.append(args)
         return METRICS, []
 
-    monkeypatch.setattr(training.run, "measure_heldout", measure_heldout)
+    for module in (measure, training.run):
+        monkeypatch.setattr(module, "measure_heldout", measure_heldout)
     return calls
 
 

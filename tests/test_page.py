@@ -21,7 +21,7 @@ import grpo
 import reward
 import rollout
 import sft
-from training import page, run, watch
+from training import measure, page, run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROME = next(filter(None, map(shutil.which, NAMES)), None)
@@ -91,9 +91,10 @@ def test_log_probabilities_before_and_after_an_update(tokenizer):
     flat = rollout.Group([5, 6], None, [[8, 3], [8, 3]], ["a", "a"], advantages=[0.0, 0.0])
     group = rollout.Group([5, 6, 7], None, [[8, 9, 10, 3], [11, 3]], ["b", "c"])
     group.advantages = [1.0, -1.0]
-    watched = watch.Watch(model, tokenizer, grpo.Config(show_every=10, micro_tokens=5))
-    watched.before(5, [flat, group])
-    assert watched.after() == []  # step 5 is not shown
+    config = grpo.Config(output="none", show_every=10, micro_tokens=5)
+    directory = run.RunDirectory(config, model, tokenizer)
+    directory.watch(5, [flat, group])
+    assert directory.group is None  # step 5 is not shown
 
     def expected():
         model.eval()
@@ -102,20 +103,18 @@ def test_log_probabilities_before_and_after_an_update(tokenizer):
             yield logits.log_softmax(-1).gather(-1, torch.tensor([ids]).T)[:, 0].tolist()
 
     old = list(expected())
-    watched.before(10, [flat, group])
+    directory.watch(10, [flat, group])
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.randn_like(p)
     torch.optim.SGD(parameters, lr=0.1).step()
-    found = watched.after()
-    assert watched.group is group and group.advantages == [1.0, -1.0]
-    for ids, tokens, before, after in zip(group.completions, found, old, expected(), strict=True):
-        texts, *logps = zip(*tokens, strict=True)
-        assert list(texts) == [tokenizer.decode([i]) for i in ids]
-        assert list(logps[0]) == pytest.approx(before, abs=1e-3)
-        assert list(logps[1]) == pytest.approx(after, abs=1e-3)
-        assert max(abs(a - b) for a, b in zip(before, after)) > 0.01
+    assert directory.group is group and group.advantages == [1.0, -1.0]
+    found = [directory.logps, measure.token_logps(model, group, config)]
+    for before, after, *right in zip(*found, old, expected(), strict=True):
+        assert before == pytest.approx(right[0], abs=1e-3)
+        assert after == pytest.approx(right[1], abs=1e-3)
+        assert max(abs(x - y) for x, y in zip(before, after)) > 0.01
 
 
 @pytest.fixture
@@ -141,7 +140,7 @@ def test_watching_changes_nothing(train, monkeypatch):
     flags = ["--steps", "3", "--show-every", "1", "--dropout", "0.3", "--updates", "2"]
     monkeypatch.setattr(reward, "total", score)
     watched = train("watched", *flags)
-    monkeypatch.setattr(watch.Watch, "before", lambda *args: None)
+    monkeypatch.setattr(run.RunDirectory, "watch", lambda *args: None)
     alone = train("alone", *flags)
     assert (alone / "samples.jsonl").read_text() == ""
     for row, other in zip(metrics(watched), metrics(alone), strict=True):
@@ -167,7 +166,7 @@ def test_a_page_takes_a_hundredth_of_the_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(run, "write", write)
-    directory = run.RunDirectory(grpo.Config(output=str(tmp_path / "new")))
+    directory = run.RunDirectory(grpo.Config(output=str(tmp_path / "new")), None, None)
     for _ in range(3000):
         now[0] += 1.0
         directory.write_page()

@@ -75,6 +75,8 @@ def train(base, name, output, *more, stop=None):
         "--max-new-tokens 8 --micro-tokens 60 --r 4 --lr 0.01 --dropout 0 --warmup 0.3 "
         "--show-every 2 --heldout 0.34 --weight-decay 0.1"
     )  # fmt: skip
+    if adapter == "none":
+        flags += " --no-keep-activations"  # recomputed through the hooks of shards
     if script is not sft:
         flags += " --num-samples 4"
         flags += " --beta 0" if adapter == "none" else " --beta 0.01"

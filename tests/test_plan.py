@@ -1,4 +1,4 @@
-"""tools/plan.py: the formula against real models, --dry-run, and the out-of-memory message."""
+"""The formula for memory against real models, what it decides, --dry-run, out of memory."""
 
 import json
 import weakref
@@ -18,6 +18,7 @@ import dora
 from lib import loading
 from lib import parallel
 from lib.config import BadInput
+from training import memory
 
 
 def shape_of(config, rank=64):
@@ -39,6 +40,8 @@ def test_weights_are_counted(family, tied):
     adapted = dora.add_dora(model, 64, 64.0, 0.0, "q_proj,v_proj")
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert shape_of(model.config, 64).A == trained
+    counted = vars(memory.shape_of(adapted)) | {"W": shape_of(model.config, 64).W}
+    assert counted == vars(shape_of(model.config, 64))
 
 
 BILLIONS = {"0.5B": 0.494, "1.5B": 1.544, "7B": 7.616, "14B": 14.77, "32B": 32.76}
@@ -58,23 +61,23 @@ def test_memory_by_hand():
     """Stops a term that is counted twice or not at all: every part of one layer by hand."""
     x = SMALL
     config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
-    parts = plan.memory(x, config, 4, 3, b=2, logits=7)
+    parts = memory.memory(x, config, 4, 3, b=2, logits=7)
     assert parts["weights"] == 2000 and parts["trained"] == 800
     assert parts["sampling"] == 2 * (2 * 1 + 1) * 5 * 3 * 2 * (4 + 8) + 16 * 3 * 2 * 100
-    held = plan.HELD_D * 10 + plan.HELD_F * 30  # values that a layer keeps per token
-    layer = 2 * (held * 16 + 2 * 5 * 2 * (4 + 8))
-    back = 2 * (plan.BACK_D * 10 + plan.BACK_F * 30) * 16  # and those of its backward pass
+    held = memory.HELD_D * 10 + memory.HELD_F * 30  # values that a layer keeps per token
+    layer = 2 * (held * 16 + 2 * 5 * (2 * 4 + 16))  # two completions that share 16 tokens
+    back = 2 * (memory.BACK_D * 10 + memory.BACK_F * 30) * 16  # and those of its backward pass
     assert parts["training"] == 2 * (10 * (4 + 16) + 4 * 5 * 4) + layer + back + 16 * 7
     assert parts["peak"] == 2800 + max(parts["sampling"], parts["training"])
     config.keep_activations = True
-    kept = plan.memory(x, config, 4, 3, b=2, logits=7)
+    kept = memory.memory(x, config, 4, 3, b=2, logits=7)
     assert kept["training"] == 2 * held * 4 + layer + back + 16 * 7
-    config.micro_tokens = 8  # one completion at a time
-    assert plan.memory(x, config, 4, 3, b=2, logits=7)["training"] == (
-        2 * held * 4 + layer / 2 + back / 2 + 16 * 7
-    )
+    for config.micro_tokens in (8, 4):  # one completion at a time, at least; or both, if short
+        half = 2 * (held * 8 + 2 * 5 * (2 * 4 + 8)) + back / 2
+        found = memory.memory(x, config, 4, 3, b=2, logits=7)["training"]
+        assert found == 2 * held * 4 + half + 16 * 7
     full = grpo.Config(adapter="none", beta=0.0)
-    assert plan.memory(x, full, 4, 1, N=4)["trained"] == 4000 + 12 * 1000 / 4
+    assert memory.memory(x, full, 4, 1, N=4)["trained"] == 4000 + 12 * 1000 / 4
 
 
 @pytest.mark.parametrize("adapter", ["dora", "none"])
@@ -82,8 +85,8 @@ def test_memory_in_fp32(adapter):
     """Stops fp32 from being counted as bf16, and the trained part, always fp32, from doubling."""
     config = grpo.Config(num_samples=2, max_new_tokens=8, micro_tokens=16)
     config.adapter = adapter
-    half = plan.memory(SMALL, config, 4, 3, b=2, logits=7)
-    full = plan.memory(SMALL, config, 4, 3, b=4, logits=7)
+    half = memory.memory(SMALL, config, 4, 3, b=2, logits=7)
+    full = memory.memory(SMALL, config, 4, 3, b=4, logits=7)
     assert full["weights"] == 2 * half["weights"] == 4000
     assert full["trained"] == half["trained"] == (800 if adapter == "dora" else 16_000)
     logits = 16 * 3 * 2 * 100  # always fp32
@@ -97,7 +100,7 @@ def test_plan_is_a_program(capsys):
         plan.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert "--dry-run" in printed and "(eq. 6)" in printed and "| 7B |" not in printed
+    assert "--dry-run" in printed and "eq. 6" in printed and "| 7B |" not in printed
     assert max(map(len, printed.split("\n"))) <= 100
     with pytest.raises(BadInput, match="unrecognized arguments: 7B"):
         plan.main(["7B"])
@@ -163,8 +166,62 @@ def test_training_memory_matches_the_tensors_alive(layers, keep, prompts, monkey
     batch = rollout.make_batch(groups, torch.randn(prompts, 8), "cpu")
     with Alive(model) as alive:
         grpo.accumulate(model, batch, config)
-    formula = plan.memory(shape_of(model.config, 4), config, 64, prompts, b=2, logits=0)
+    formula = memory.memory(shape_of(model.config, 4), config, 64, prompts, b=2, logits=0)
     assert 0.9 <= formula["training"] / alive.peak <= 1.1
+
+
+def kept(model, adapter="dora"):
+    """(bytes of a training pass that keeps activations, those of the formula)."""
+    config = grpo.Config(num_samples=8, max_new_tokens=64, micro_tokens=512, beta=0.0)
+    config.keep_activations = True
+    config.adapter = adapter
+    groups = [rollout.Group([5] * 64, None, torch.randint(4, 97, (8, 64)).tolist())]
+    batch = rollout.make_batch(groups, torch.randn(1, 8), "cpu")
+    with Alive(model) as alive:
+        grpo.accumulate(model, batch, config)
+    b = model.dtype.itemsize
+    formula = memory.memory(memory.shape_of(model), config, 64, 1, b=b, logits=0)
+    return alive.peak, formula["training"]
+
+
+ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", ALL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_formula_is_not_below_what_is_kept(targets, dtype, monkeypatch):
+    """Stops activations from being kept that do not fit: an adapter on every layer keeps twice."""
+    monkeypatch.setattr(recode, "causal_lower_right", uncounted(recode.causal_lower_right))
+    sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 8}
+    model = random_model("qwen2", num_hidden_layers=4, **sizes).to(dtype)
+    found, formula = kept(dora.add_dora(model, 4, 4.0, 0.01, targets))
+    assert found <= formula <= 1.3 * found
+
+
+MEMORY = {"little": 1e8, "much": 1e10}
+
+
+@pytest.mark.parametrize(
+    "given, little, much", [("", False, True), ("--", True, True), ("--no-", False, False)]
+)
+def test_activations_are_kept_where_they_fit(
+    given, little, much, checkpoints, write_rows, rows, tmp_path, monkeypatch, capsys
+):
+    """Stops a run that runs out of memory although it could recompute, or a flag without effect."""
+    seen = []
+    monkeypatch.setattr(grpo.training.dry_run, "dry_run", lambda model, *_: seen.append(model) or 0)
+    flags = f"--model {checkpoints['qwen2']} --data {write_rows(rows)} --output {tmp_path}/run"
+    flags += " --dry-run" + (f" {given}keep-activations" if given else "")
+    for free, keep in (("little", little), ("much", much)):
+        monkeypatch.setattr(memory, "free_memory", lambda device: MEMORY[free])
+        assert grpo.main(flags.split()) == 0
+        assert seen[-1].is_activation_checkpointing is not keep
+        line = f"activations {'kept' if keep else 'recomputed'}: "
+        line += "as the flag says" if given else "need "
+        assert line in capsys.readouterr().out
+    monkeypatch.setattr(parallel, "any_rank", lambda flag: True)  # on another rank they do not fit
+    assert grpo.main(flags.split()) == 0
+    assert seen[-1].is_activation_checkpointing is not little
 
 
 @pytest.mark.parametrize("prompts", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -174,7 +231,7 @@ def test_sampling_memory_matches_the_tensors_alive(prompts):
     config = grpo.Config(num_samples=4, max_new_tokens=256)
     with Alive(model) as alive:
         recode.sample(model, [[5] * 64] * prompts, 4, 256, [], 1.0, 0)
-    formula = plan.memory(shape_of(model.config, 4), config, 64, prompts, b=2)["sampling"]
+    formula = memory.memory(shape_of(model.config, 4), config, 64, prompts, b=2)["sampling"]
     assert 0.9 <= formula / alive.peak <= 1.2
 
 
@@ -219,7 +276,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     )
     for flag in (
         "--micro-tokens",
-        "--keep-activations",
+        "--no-keep-activations",
         "--num-samples",
         "--dry-run",
         "--resume",

@@ -128,7 +128,6 @@ DEFAULTS = {  # where it differs from the paper's run: a small model, two minute
     "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     "lr": 0.001,
     "micro_tokens": 4096,
-    "keep_activations": True,
     "save_every": 50,
     "show_every": 25,
 }

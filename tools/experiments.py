@@ -23,7 +23,7 @@ import dora
 import grpo
 import reward
 import sft
-import training.run
+import training.measure
 from lib import loading, parallel
 from lib.config import TINY, Parser, read_settings
 from lib.files import write
@@ -65,7 +65,7 @@ def measure(model):
     for split, columns in SPLITS:
         examples = data.load_examples(f"{TINY}/{split}.jsonl")
         tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        metrics, _ = training.run.measure_heldout(model, tokenizer, tasks, config)
+        metrics, _ = training.measure.measure_heldout(model, tokenizer, tasks, config)
         result |= {column: metrics[name] for name, column in columns.items()}
     return result
 

@@ -35,11 +35,8 @@ def dry_run(model, tasks, optimizer, config, update):
     mine = parallel.share([longest] * P)
     tokens, _, _ = recode.sample(model, mine, G, T, [], config.temperature, 0)
     sampled = time.perf_counter()
-    rows = tokens.tolist()
-    groups = []
-    for i in range(P):
-        completions = [rows[(i * G + j) % len(rows)] for j in range(G)]
-        groups.append(rollout.Group(longest, None, completions))
+    # On several ranks only the first prompts were sampled here; every group takes their answers.
+    groups = [rollout.Group(longest, None, tokens[:G].tolist()) for _ in range(P)]
     update(model, optimizer, rollout.make_batch(groups, torch.randn(P, G), model.device), config)
     updated = time.perf_counter()
     tries = config.max_tries if G > 1 else 0  # sft.py does not sample

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import reward
 from lib.config import read_settings
 from lib.files import json_rows
-from training import screen
+from training.screen import heldout_table
 
 TEMPLATE = Path(__file__).with_suffix(".html").read_text()
 METRICS = ("reward", "em", "stale", "obeys", "format", "completion_length", "kl", "lr", "loss")
@@ -34,17 +34,17 @@ def dump(value):
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def array(texts, most):
-    """A JSON array of all texts, or of every 2nd, 4th, ... and the last, to fit in `most` bytes."""
-    while len(texts) > 2 and sum(map(len, texts)) > most:
-        texts = texts[:-1:2] + texts[-1:]
-    return f"[{','.join(texts)}]"
+def fit(items, most):
+    """All items, or every 2nd, 4th, ... and the last: at most `most` bytes of JSON."""
+    while len(items) > 2 and len(dump(items)) > most:
+        items = items[:-1:2] + items[-1:]
+    return items
 
 
 def point(row):
-    """The step and its METRICS; null where one is unknown."""
+    """The step and its METRICS; None where one is unknown."""
     values = [row.get(name) for name in METRICS]
-    return dump([row["step"], *(x if x is None else float(f"{x:.4g}") for x in values)])
+    return [row["step"], *(x if x is None else float(f"{x:.4g}") for x in values)]
 
 
 def diff(old, new):
@@ -95,11 +95,11 @@ def task(rows):
     needed = reward.needed(SimpleNamespace(**row))
     shown = {"note": f" {row['update_info']}", "needed": sorted(needed)}
     shown["diff"] = diff(row["old_code"], row["new_code"])
-    return dump(shown | {"answers": [answer(row, needed) for row in rows]})
+    return shown | {"answers": [answer(row, needed) for row in rows]}
 
 
 def tasks(run):
-    """(a task for every step that was logged, the held-out tasks): two lists of JSON."""
+    """(a task for every step that was logged, the held-out tasks): two lists."""
     steps = []
     heldout = {}  # note and old code: the rows of a task, one for each measurement
     rows = read_rows(run / "samples.jsonl")
@@ -115,15 +115,15 @@ def tasks(run):
 
 def page(runs):
     """The page of some run directories, as bytes."""
-    texts = []
+    shown = []
     for run in map(Path, runs):
-        points = [point(row) for row in read_rows(run / "metrics.jsonl")]
         steps, heldout = tasks(run)
         path = run / "heldout.json"
-        table = screen.heldout_table(**read_settings(path)) if path.is_file() else ""
-        fields = {"name": dump(str(run)), "logged": len(steps), "heldout": dump(table)}
-        fields["curves"] = array(points, MAX_CURVES / len(runs))
-        fields["steps"] = array(steps, MAX_STEPS / len(runs))
-        fields["tasks"] = array(heldout, MAX_STEPS / len(runs))
-        texts.append("{" + ",".join(f'"{name}":{text}' for name, text in fields.items()) + "}")
-    return TEMPLATE.replace("DATA", f"[{','.join(texts)}]", 1).encode()
+        fields = {"name": str(run), "logged": len(steps)}
+        fields["heldout"] = heldout_table(**read_settings(path)) if path.is_file() else ""
+        points = [point(row) for row in read_rows(run / "metrics.jsonl")]
+        fields["curves"] = fit(points, MAX_CURVES / len(runs))
+        fields["steps"] = fit(steps, MAX_STEPS / len(runs))
+        fields["tasks"] = fit(heldout, MAX_STEPS / len(runs))
+        shown.append(fields)
+    return TEMPLATE.replace("DATA", dump(shown), 1).encode()

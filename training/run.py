@@ -1,4 +1,4 @@
-"""Everything around the training loop: the run directory, its logs and checkpoints, --resume.
+"""The run directory: what a run leaves, and what --resume needs.
 
     config.json      every setting                     page.html    all of these to look at
     metrics.jsonl    one row per step                  adapter/     what was trained, in PEFT's form
@@ -12,32 +12,27 @@ continues as if nothing had happened.
 """
 
 import contextlib
-import dataclasses
-import importlib
 import json
 import math
 import os
 import pickle
-import secrets
-import shlex
 import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import dora
-import rollout
 from lib import parallel
 from lib.config import BadInput, read_run
 from lib.files import append, lock, write
 from lib.loading import write_model
 from training import screen
+from training.measure import measure_heldout, token_logps
 from training.page import page, read_rows
-from training.watch import Watch
+from training.tracker import import_tracker, open_tracker
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
@@ -62,80 +57,17 @@ class Stop:
         tqdm.write("stopping after this step; once more to stop at once")
 
 
-def measure_heldout(model, tokenizer, tasks, config):
-    """(metrics, groups) of held-out `tasks`: greedy answers, but the reward is of sampled ones.
-
-    Seed 0, so that runs with different seeds are measured on the same random numbers.
-    """
-    one = SimpleNamespace(**vars(config) | {"num_samples": 1, "seed": 0})
-    best = SimpleNamespace(**vars(one) | {"temperature": 0.0})
-    size = max(8, config.prompts_per_step * config.num_samples)
-    hidden = config.quiet or parallel.RANK > 0
-    greedy = []
-    sampled = []
-    batches = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    for batch in screen.progress(batches, "held-out tasks", hidden):
-        start = len(greedy)
-        greedy += rollout.sample_groups(model, tokenizer, batch, best, start)
-        sampled += rollout.sample_groups(model, tokenizer, batch, one, start)
-    return rollout.summarize(greedy) | {"reward": rollout.summarize(sampled)["reward"]}, greedy
-
-
-# ------------------------------------------------------------------------- --log-to
-
-
-def import_tracker(name):
-    """The module behind --log-to; BadInput if it cannot be imported."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except ImportError:
-        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
-
-
-def open_tracker(config, step):
-    """What sends the metrics to the program of --log-to, or None: an object with log(row), close().
-
-    A resumed run logs some steps again, from `step` on.
-    """
-    if not config.log_to or parallel.RANK > 0:
-        return None
-    module = import_tracker(config.log_to)
+def check_output(config):
+    """Raise BadInput unless --output is free for a new run, or holds the one to resume."""
     path = Path(config.output)
-    if config.log_to == "tensorboard":
-        writer = module.SummaryWriter(path / "tensorboard", purge_step=step)  # drops later rows
-
-        def log(row):
-            for name, value in row.items():
-                if value is not None:
-                    writer.add_scalar(name, value, row["step"])
-            writer.flush()
-
-        return SimpleNamespace(log=log, close=writer.close)
-
-    name = path / "wandb" / "id"  # on wandb's server
-    if not name.is_file():
-        write(name, secrets.token_hex(4).encode())
-    settings = {"project": "recode", "dir": path, "config": dataclasses.asdict(config)}
-    settings |= {"id": name.read_text(), "resume": "allow", "allow_val_change": True}
-    try:
-        server = module.init(**settings)
-    except module.Error as error:
-        why = " ".join(str(error).split())
-        raise BadInput(f"--log-to wandb: {why}; or set WANDB_MODE=offline")
-
-    def log(row):
-        if row["step"] >= server.step:  # wandb keeps the first row of a step
-            server.log(row, step=row["step"])
-
-    return SimpleNamespace(log=log, close=server.finish)
-
-
-# ------------------------------------------------------------------------- the run directory
-
-
-def check_resume(config):
-    """Raise BadInput unless --output holds a run of the same settings."""
-    path = Path(config.output)
+    if config.log_to:
+        import_tracker(config.log_to)  # fail now, not after the first measurement
+    if not config.resume:
+        used = os.path.isdir(path) and set(os.listdir(path)) - {"lock"}
+        if not config.dry_run and (used or os.path.isfile(path)):
+            way_out = "--resume continues it, another --output starts a new run"
+            raise BadInput(f"--output {path} is not empty; {way_out}")
+        return
     if not (path / "config.json").is_file():
         raise BadInput(f"--resume: no checkpoint in {path}; start without --resume")
     before = read_run(path)
@@ -149,68 +81,84 @@ def check_resume(config):
             print(f"warning   --steps was {was:,}, now {now:,}: {text}")
 
 
+def claim(path, config):
+    """Make the run directory, write config.json; returns its lock, an open file."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; give another --output")
+    locked = lock(path)
+    settings = vars(config) | {"began_in": os.path.relpath(".", path.resolve())}
+    write(path / "config.json", json.dumps(settings, indent=2).encode())
+    return locked
+
+
+def append_row(path, row):
+    """Append a JSON object to a .jsonl file; its values that are not finite become None."""
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row[key] = None
+    append(path, [row], "--resume")
+
+
+def append_samples(path, step, group, tokens=(), **more):
+    """Append the completions of a group to samples.jsonl; tokens: a list per answer."""
+    for i, grade in enumerate(group.grades):
+        sample = {"step": step, **more, "update_info": group.example.update_info}
+        sample |= {"completion": group.texts[i], "reward": group.rewards[i]}
+        sample |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
+        sample |= {name: getattr(group.example, name) for name in ("old_code", "new_code")}
+        if tokens:  # DAPO may have dropped the group
+            sample["advantage"] = group.advantages[i] if group.advantages else 0.0
+            sample["tokens"] = tokens[i]
+        append_row(path, sample)
+
+
 class RunDirectory:
     """Claims --output, logs the steps, saves checkpoints, and finishes the run."""
 
-    def __init__(self, config):
-        """Check that config.output is free for a new run, or holds the run to resume."""
+    def __init__(self, config, model, tokenizer):
         self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
         self.path = Path(config.output)
         self.checkpoint = self.path / "checkpoint" / "state.pt"
         self.before = {}  # held-out metrics before training
         self.page_due = 0.0  # when page.html may be written again
-        self.watched = self.tracker = self.screen = None  # until begin()
-        if config.log_to:
-            import_tracker(config.log_to)  # fail now, not after the first measurement
-        if config.resume:
-            check_resume(config)
-        elif not config.dry_run:
-            used = os.path.isdir(self.path) and set(os.listdir(self.path)) - {"lock"}
-            if used or os.path.isfile(self.path):
-                way_out = "--resume continues it, another --output starts a new run"
-                raise BadInput(f"--output {self.path} is not empty; {way_out}")
+        self.lock = self.screen = self.tracker = None  # until begin() and loop()
+        self.group = self.logps = None  # what page.html shows of this step, before the update
 
-    def create(self):
-        """Make the directory and lock it, after all ranks have passed their checks."""
-        parallel.barrier()
-        if parallel.RANK > 0:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
-        self.lock = lock(self.path)
-        began = os.path.relpath(".", self.path.resolve())
-        settings = dataclasses.asdict(self.config) | {"began_in": began}
-        write(self.path / "config.json", json.dumps(settings, indent=2).encode())
-
-    def begin(self, model, tokenizer, optimizer, heldout):
+    def begin(self, optimizer, heldout):
         """(step, position, nonfinite) to start with: from the checkpoint, or of a new run.
 
         A run that was stopped before its first checkpoint has nothing to resume: it starts again.
         """
-        self.watched = Watch(model, tokenizer, self.config)
+        parallel.barrier()  # all ranks have passed their checks
+        if parallel.RANK == 0:
+            self.lock = claim(self.path, self.config)
         if self.config.resume and self.checkpoint.is_file():
-            return self.load(model, optimizer)
+            return self.load(optimizer)
         if parallel.RANK == 0:
             for name in LOGS:
                 (self.path / name).write_bytes(b"")
         if heldout:
-            self.before = self.measure(0, model, tokenizer, heldout)
-        self.save(model, optimizer, 0, 0, 0)  # from here on there is something to resume
+            self.before = self.measure(0, heldout)
+        self.save(optimizer, 0, 0, 0)  # from here on there is something to resume
         return 0, 0, 0
 
-    def measure(self, step, model, tokenizer, heldout):
+    def measure(self, step, heldout):
         """The held-out metrics now; the first answers go to samples.jsonl."""
-        metrics, groups = measure_heldout(model, tokenizer, heldout, self.config)
-        for group in groups[:HELDOUT_SAMPLES]:
-            self.append_samples(step, group, heldout=True)
+        metrics, groups = measure_heldout(self.model, self.tokenizer, heldout, self.config)
+        if parallel.RANK == 0:
+            for group in groups[:HELDOUT_SAMPLES]:
+                append_samples(self.path / "samples.jsonl", step, group, heldout=True)
         return metrics
 
     @contextlib.contextmanager
     def loop(self, step):
         """Around the training loop: the screen, the tracker, and the Stop that Ctrl-C sets."""
-        self.tracker = open_tracker(self.config, step + 1)
+        if self.config.log_to and parallel.RANK == 0:
+            self.tracker = open_tracker(self.config, step + 1)
         self.screen = screen.Screen(self.config, step)
         stop = Stop()
         handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -223,46 +171,38 @@ class RunDirectory:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def append(self, name, row):
-        """Append a JSON object to a .jsonl file; its values that are not finite become None."""
-        if parallel.RANK > 0:
-            return
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[key] = None
-        append(self.path / name, [row], "--resume")
-
-    def append_samples(self, step, group, tokens=(), **more):
-        """Append the completions of a group to samples.jsonl; tokens: of Watch.after()."""
-        for i, grade in enumerate(group.grades):
-            sample = {"step": step, **more, "update_info": group.example.update_info}
-            sample |= {"completion": group.texts[i], "reward": group.rewards[i]}
-            sample |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
-            sample |= {name: getattr(group.example, name) for name in ("old_code", "new_code")}
-            if tokens:  # DAPO may have dropped the group
-                sample["advantage"] = group.advantages[i] if group.advantages else 0.0
-                sample["tokens"] = tokens[i]
-            self.append("samples.jsonl", sample)
-
     def watch(self, step, groups):
-        """Before the update: page.html shows what it does to one of the groups."""
-        self.watched.before(step, groups)
+        """Before the update: choose the group of which page.html shows what the update does to it.
+
+        It is the first whose advantages are not all 0, as others teach nothing.
+        """
+        due = step % self.config.show_every == 0 or step in (1, self.config.steps)
+        self.group = None
+        if due and groups[0].texts:  # sft.py samples nothing
+            self.group = next((group for group in groups if any(group.advantages)), groups[0])
+            self.logps = token_logps(self.model, self.group, self.config)
 
     def log(self, step, metrics, groups):
         """Log a step to the files and the screen; the group that is watched, too."""
-        tokens = self.watched.after()
+        after = token_logps(self.model, self.group, self.config) if self.group else []
         if parallel.RANK > 0:
             return
         seconds = metrics["seconds_sample"] + metrics["seconds_update"]
         count = sum(len(ids) for group in groups for ids in group.completions)
         row = {"step": step, **metrics, "tokens_per_second": count / seconds}
-        self.append("metrics.jsonl", row)
+        append_row(self.path / "metrics.jsonl", row)
         if self.tracker:
             self.tracker.log(row)
-        self.screen.show_step(row)
-        if tokens:
-            self.append_samples(step, self.watched.group, tokens)
-            self.screen.show_sample(step, self.watched.group)
+        if not self.config.quiet:
+            self.screen.show_step(row)
+        if self.group:
+            tokens = []  # of every answer: (text, log-probability before the update, after it)
+            for ids, *logps in zip(self.group.completions, self.logps, after, strict=True):
+                texts = self.tokenizer.batch_decode([[i] for i in ids])
+                tokens.append(list(zip(texts, *logps, strict=True)))
+            append_samples(self.path / "samples.jsonl", step, self.group, tokens)
+            if not self.config.quiet:
+                self.screen.show_sample(step, self.group)
             self.write_page()
 
     def write_page(self, last=False):
@@ -273,88 +213,67 @@ class RunDirectory:
             end = time.perf_counter()
             self.page_due = end + 100 * (end - start)
 
-    def save(self, model, optimizer, step, position, nonfinite):
+    def save(self, optimizer, step, position, nonfinite):
         """Replace the checkpoint atomically, and save the adapter as it is now."""
-        saved = parallel.full_state(model, optimizer)
+        saved = parallel.full_state(self.model, optimizer)
         if parallel.RANK == 0:
             state = {"step": step, "position": position, "nonfinite": nonfinite}
             saved["state"] = state | {"before": self.before}
             saved["files"] = {name: (self.path / name).stat().st_size for name in LOGS}
             write(self.checkpoint, lambda file: torch.save(saved, file))
         if self.config.adapter != "none":
-            dora.save_adapter(model, self.config, self.path / "adapter")
+            dora.save_adapter(self.model, self.config, self.path / "adapter")
 
-    def load(self, model, optimizer):
+    def load(self, optimizer):
         """Load the checkpoint, truncate the logs to it; its (step, position, nonfinite)."""
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             raise BadInput(f"--resume: {self.checkpoint} is damaged; give another --output")
-        parallel.load_state(model, optimizer, saved)
+        parallel.load_state(self.model, optimizer, saved)
         if parallel.RANK == 0:
             for name, size in saved["files"].items():
                 path = self.path / name
                 if not path.is_file() or path.stat().st_size < size:
                     raise BadInput(f"--resume: {path} has lost rows; restore it, or start again")
-            for name, size in saved["files"].items():
-                os.truncate(self.path / name, size)
+                os.truncate(path, size)
         state = saved["state"]
         self.before = state["before"]
         return state["step"], state["position"], state["nonfinite"]
 
-    def finish(self, model, tokenizer, optimizer, heldout, step, position, nonfinite):
+    def finish(self, optimizer, heldout, step, position, nonfinite):
         """After the loop: save, measure, print what came of the run. Returns the exit status."""
         if nonfinite == MAX_NONFINITE:
             print(f"stopped: loss or gradient not finite {nonfinite} times in a row, step {step}")
             print(f"{self.path} keeps the last good checkpoint; lower --lr and start again")
             status = 1
         else:
-            self.save(model, optimizer, step, position, nonfinite)
+            self.save(optimizer, step, position, nonfinite)
             if self.config.adapter == "none":
                 what = f"{self.config.model} trained by {' '.join(sys.argv)}."
-                write_model(model, tokenizer, self.path / "model", what)
+                write_model(self.model, self.tokenizer, self.path / "model", what)
             if step < self.config.steps:
-                print(f"stopped after step {step}, all saved in {self.path}; to continue:")
-                print(f"  {resume_command(self.config)}")
+                print(f"stopped after step {step}, all saved in {self.path}")
+                print("the same command with --resume continues")
                 status = 130
             else:
-                self.conclude(model, tokenizer, heldout)
+                self.conclude(heldout)
                 status = 0
         if parallel.RANK == 0:
             self.write_page(last=True)
             self.lock.close()
         return status
 
-    def conclude(self, model, tokenizer, heldout):
+    def conclude(self, heldout):
         """Measure the held-out tasks again, and print what the run leaves."""
         if heldout:
-            after = self.measure(self.config.steps, model, tokenizer, heldout)
+            after = self.measure(self.config.steps, heldout)
             metrics = {"before": self.before, "after": after}
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
             print(screen.heldout_table(**metrics))
-        if reason := nothing_learned(list(read_rows(self.path / "metrics.jsonl"))):
-            print(f"warning   nothing was learned: {reason}")
-        kept = "model" if self.config.adapter == "none" else "adapter"
-        files = "metrics.jsonl, samples.jsonl, page.html, checkpoint/"
-        print(f"done: {self.path}/ holds {files} and {kept}/")
-
-
-def nothing_learned(rows):
-    """Why a run taught the model nothing, or ""."""
-    rewards = [row["no_spread"] for row in rows if "no_spread" in row]
-    if rewards and min(rewards) == 1:
-        if max(row["es"] for row in rows) == 0:
-            return "no answer of any step had code; raise --max-new-tokens"
-        return "all rewards of a group were equal in every step; raise --temperature"
-    return ""
-
-
-def resume_command(config):
-    """The command line that continues this run."""
-    start = ["python"]
-    if parallel.WORLD > 1:
-        start = ["torchrun", "--nproc-per-node", str(parallel.LOCAL_WORLD)]
-        start.append("--")  # without it, torchrun takes --r for a flag of its own
-    more = [] if config.resume else ["--resume"]
-    return shlex.join([*start, *sys.argv, *more])
+        rows = read_rows(self.path / "metrics.jsonl")
+        if all(row.get("no_spread") == 1 for row in rows):  # not of sft.py
+            text = "no group's rewards differed; raise --max-new-tokens or --temperature"
+            print(f"warning   nothing was learned: {text}")
+        print(f"done: {self.path}/ holds all that the run leaves; page.html shows it")

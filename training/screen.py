@@ -43,8 +43,8 @@ def progress(batches, what, hidden=False, passed=()):
         for batch in batches:
             yield batch
             done += len(batch)
-            right = f"{sum(passed)} of {len(passed)} right" if passed else ""
-            bar.set_postfix_str(right, refresh=False)
+            if passed:
+                bar.set_postfix_str(f"{sum(passed)} of {len(passed)} right", refresh=False)
             bar.update(len(batch))
             now = time.monotonic()
             if lines and done and now >= shown + 30:
@@ -65,22 +65,16 @@ def excerpt(text, most):
 
 
 class Screen:
-    """The steps of a run above a progress bar; nothing with --quiet."""
+    """The steps of a run above a progress bar."""
 
     def __init__(self, config, step):
-        self.config = config
-        self.first = True  # no step of this process has been shown yet
         hidden = config.quiet or parallel.RANK > 0
         bar = {"total": config.steps, "initial": step, "unit": "step", "leave": False}
         self.bar = tqdm(**bar, disable=hidden or None)  # None: hidden without a terminal
-
-    def say(self, text):
-        """A line above the bar."""
-        if not self.config.quiet:
-            tqdm.write(text)
+        self.first = True  # no step of this process has been shown yet
 
     def show_step(self, row):
-        """A row of metrics; before the first one an estimate and the headings."""
+        """A row of metrics; before the first one the headings."""
         heads = cells = ""
         for name, heading, width, form in COLUMNS:
             if name in row or "reward" in row:  # sft.py samples nothing
@@ -88,29 +82,29 @@ class Screen:
                 heads += f"{heading:>{width}}"
                 cells += f"{math.nan if value is None else value:{width}{form}}"
         if self.first:
-            seconds = row["seconds_sample"] + row["seconds_update"]
-            left = (self.config.steps - row["step"]) * seconds
-            self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
-            self.say(style(heads, "1"))
+            tqdm.write("\n" + style(heads, "1"))
             self.first = False
-        self.say(cells)
+        tqdm.write(cells)
         self.bar.update()
 
     def show_sample(self, step, group):
         """The first completion of a group: its reward, the update note, the answer."""
         note = " ".join(group.example.update_info.split())
         text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
-        self.say(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
+        tqdm.write(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
+
+
+HELDOUT = {  # metric: row of the table
+    "em": "exact match", "stale": "stale rate", "obeys": "obeys", "format": "format",
+    "es": "ES", "reward": "sampled reward",
+}  # fmt: skip
 
 
 def heldout_table(before, after):
     """The held-out metrics side by side, as text; obeys only where a note names something."""
-    names = {"em": "exact match", "stale": "stale rate", "obeys": "obeys", "format": "format"}
-    names |= {"es": "ES", "reward": "sampled reward"}
     rows = [f"  {'held-out tasks':<16}{'before':>9}{'after':>9}{'change':>9}"]
-    for key, name in names.items():
-        if before.get(key) is None or after.get(key) is None:  # an older run lacks obeys
-            continue
-        change = after[key] - before[key]
-        rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")
+    for key, name in HELDOUT.items():
+        if before.get(key) is not None and after.get(key) is not None:  # an older run lacks obeys
+            change = after[key] - before[key]
+            rows.append(f"  {name:<16}{before[key]:9.3f}{after[key]:9.3f}{change:+9.3f}")
     return "\n".join(rows)

@@ -16,7 +16,8 @@ import recode
 from lib import fsdp, parallel
 from lib.config import BadInput, first_line, open_policy, read_settings
 from lib.loading import load_model, load_tokenizer
-from training.run import RunDirectory
+from training.memory import keep_activations
+from training.run import RunDirectory, check_output
 
 FULL = "full_attention"  # transformers' name of a layer without a window
 
@@ -85,7 +86,7 @@ def set_up(config):
     (prompt ids, Example).
     """
     parallel.start()
-    run = RunDirectory(config)
+    check_output(config)
     base, adapter, _ = open_policy(config.model)
     tokenizer = load_tokenizer(base)
     train, heldout = load_tasks(tokenizer, config)
@@ -97,6 +98,10 @@ def set_up(config):
     check_policy(model, tokenizer, base)
     check_context(model, [prompt for prompt, _ in train + heldout], config)
     make_trainable(model, config, adapter)
+    if not keep_activations(model, tokenizer, train, config):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.adapter == "none":
+        fsdp.shard(model)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
     defaults = Path(base) / "defaults.json"
@@ -105,10 +110,8 @@ def set_up(config):
         text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
         print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
     size = f"{config.prompts_per_step} x {config.num_samples}"
-    print(f"run       {run.path}: {config.steps:,} steps of {size} completions")
-    if not config.dry_run:
-        run.create()
-    return run, model, tokenizer, train, heldout
+    print(f"run       {config.output}: {config.steps:,} steps of {size} completions")
+    return RunDirectory(config, model, tokenizer), model, tokenizer, train, heldout
 
 
 def load_tasks(tokenizer, config):
@@ -129,7 +132,7 @@ def load_tasks(tokenizer, config):
 
 
 def make_trainable(model, config, adapter):
-    """Add an adapter to `model`, or load one, or shard all weights. Prints header lines."""
+    """Add an adapter to `model`, or load one, or leave all weights trained. Prints header lines."""
     torch.manual_seed(config.seed)
     what = "all weights, in fp32"
     if config.adapter != "none":
@@ -144,10 +147,6 @@ def make_trainable(model, config, adapter):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")
     print(f"          {trained:,} trained: {what}")
-    if config.adapter == "none":
-        fsdp.shard(model)
-    if not config.keep_activations:
-        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def make_optimizer(model, config):
