@@ -68,7 +68,7 @@ class DoRALinear(nn.Module):
 
     def version(self):
         """A value that changes whenever A, B or m do: by an optimizer, or in place."""
-        return steps, *[p._version for p in trained(self)]
+        return steps, *[p._version for p in self.parameters(recurse=False)]
 
     @torch.no_grad()
     def norm(self):
@@ -143,20 +143,13 @@ def add_dora(model, r, alpha, dropout, targets, magnitude=True):
     return model
 
 
-def trained(layer):
-    """A, B and m of a layer; without m for LoRA."""
-    return [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None]
-
-
 @torch.no_grad()
 def exchange(model):
     """Make `model` the policy that training started from; the next call undoes it."""
-    for layer in model.modules():
-        if not isinstance(layer, DoRALinear):
-            continue
+    for layer in dora_layers(model).values():
         if not layer.first:
             layer.enabled = not layer.enabled
-        for p, first in zip(trained(layer), layer.first):
+        for p, first in zip(layer.parameters(recurse=False), layer.first):
             now = p.clone()
             p.copy_(first)
             first.copy_(now)
@@ -166,10 +159,8 @@ def exchange(model):
 def reference(model):
     """Inside, `model` is the policy that training started from."""
     exchange(model)
-    try:
-        yield model
-    finally:
-        exchange(model)
+    yield
+    exchange(model)
 
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
@@ -249,5 +240,5 @@ def load_adapter(model, directory, dropout=0.0):
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     for layer in dora_layers(model).values():
-        layer.first = [p.detach().clone() for p in trained(layer)]  # what reference() returns to
+        layer.first = [p.detach().clone() for p in layer.parameters(recurse=False)]
     return model

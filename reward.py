@@ -30,7 +30,6 @@ docs/deviations.md lists what differs from the released code, with a test for ea
 """
 
 import ast
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ FORM = re.compile(rf"{UNTAGGED}</think>\s*<answer>{UNTAGGED}</answer>\s*")
 FENCE = "```python\n"
 FENCE_END = "\n```"
 FENCED = re.compile(rf"{FENCE}(?:(.*?)\n)??```", re.DOTALL)  # may be empty
-WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 # Strings, comments with the blanks before them, other blanks, and what matters inside an f-string's
 # braces. The scan runs from left to right, so a quote in a comment and a "#" in a string are
@@ -158,10 +156,6 @@ def levenshtein(a, b):
     the dynamic programme as +1/-1 differences between neighbours, so a character of `b` costs a
     few integer operations. O(len(a) * len(b) / word size).
     """
-    start = len(os.path.commonprefix([a, b]))  # a common prefix or suffix costs nothing
-    a, b = a[start:], b[start:]
-    end = len(os.path.commonprefix([a[::-1], b[::-1]]))
-    a, b = a[: len(a) - end], b[: len(b) - end]
     a, b = sorted([a, b], key=len)  # the shorter one spans the integers
     positions = {}  # character -> bit mask of its positions in a
     for i, char in enumerate(a):
@@ -212,7 +206,7 @@ class Grade:
 
 def words(text):
     """The set of all words in a text: identifiers, and keywords or English words like them."""
-    return set(WORD.findall(text))
+    return set(re.findall(r"[A-Za-z_]\w*", text))
 
 
 def needed(example):
@@ -229,9 +223,8 @@ def determined(example):
 
 
 def grade(completion, example):
-    """The Grade of a completion; `example` needs the texts old_code and new_code.
-
-    Without an update_info there is no name to use, and obeys is None.
+    """The Grade of a completion; `example` needs the texts old_code, new_code and, for obeys,
+    update_info.
     """
     form = format_reward(completion)
     code = extract_code(completion)
@@ -283,16 +276,6 @@ def total(grade, example, correctness="es_star"):
 def bare(target):
     """An example that has nothing but its reference."""
     return SimpleNamespace(old_code="", new_code=target)
-
-
-def es(completion, target):
-    """Edit similarity of the answer's code and `target`, in [0, 1]; 0.0 without code."""
-    return grade(completion, bare(target)).es
-
-
-def em(completion, target):
-    """1.0 if the answer's code equals `target`, comments and blank lines aside, else 0.0."""
-    return grade(completion, bare(target)).em
 
 
 def es_star(completion, target):

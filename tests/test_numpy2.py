@@ -18,6 +18,7 @@ import data
 import eval
 import reward
 import tasks
+import tasks.answers
 import tasks.judging
 import tasks.migration
 import tasks.numpy2
@@ -107,14 +108,14 @@ def test_rows():
     for row in BROKEN:
         removed = set(row["removed"])
         assert removed <= reward.words(row["update_info"]), row["name"]
-        assert removed <= data.names(row["old_code"], "numpy"), row["name"]
+        assert removed <= tasks.answers.identifiers(row["old_code"], "numpy"), row["name"]
 
 
 def test_unrelated_notes_name_nothing_of_the_code():
     """Stops a note that could be read as asking for a change."""
     for row in UNRELATED:
         assert row["old_code"] == row["new_code"] and not row["removed"]
-        used = data.names(row["old_code"], "numpy")
+        used = tasks.answers.identifiers(row["old_code"], "numpy")
         assert not used & reward.words(row["update_info"]), row["name"]
         assert "np." in row["update_info"] or "ndarray." in row["update_info"]
 
