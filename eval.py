@@ -34,10 +34,11 @@ import rollout
 import tasks
 from lib import loading, parallel
 from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
-from lib.files import append, write
+from lib.files import write
 from tasks import judging, table
 from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
 from training import screen, setup
+from training.run import append
 
 
 def complete(model, tokenizer, batch, args):

@@ -48,10 +48,9 @@ import dora
 import lib.config
 import recode
 import rollout
-import training.dry_run
 import training.run
-import training.setup
 from lib import fsdp, parallel
+from training import dry_run, setup
 
 
 @dataclass
@@ -130,17 +129,12 @@ def collect(model, tokenizer, tasks, position, config):
         sampled += groups
         position += len(drawn)
         tries += 1
-    metrics = rollout.describe(sampled)
-    metrics["tries"] = tries
-    metrics["groups"] = len(kept)
+    metrics = rollout.describe(sampled) | {"tries": tries, "groups": len(kept)}
     return make_batch(kept, config, model.device), metrics, sampled, position
 
 
 def accumulate(model, batch, config):
-    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics.
-
-    One pass at a time, with the weights of the whole batch, so the sum is exact.
-    """
+    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics."""
     weights = token_weights(batch.mask, config)  # (B, T)
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
@@ -151,10 +145,9 @@ def accumulate(model, batch, config):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):
                 logps = recode.completion_logps(model, prompt, part, config.temperature)  # (B, T)
-                old_logps = logps.detach() if part.old_logps is None else part.old_logps
-                J, kl, active = objective_terms(
-                    logps, old_logps, part.ref_logps, part.advantages, config
-                )
+                old = logps.detach() if part.old_logps is None else part.old_logps
+                A = part.advantages
+                J, kl, active = objective_terms(logps, old, part.ref_logps, A, config)  # (B, T)
                 loss = -(weights[part.rows] * J).sum()  # eq. 9
                 loss.backward()
                 sums["loss"] += loss.item()
@@ -188,10 +181,10 @@ def update(model, optimizer, batch, config):
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
     config = lib.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
-    optimizer = training.setup.make_optimizer(model, config)
+    run, model, tokenizer, tasks, heldout = setup.set_up(config)
+    optimizer = setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
+        return dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
     with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -202,7 +195,7 @@ def main(argv=None):
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
-            metrics["lr"] = training.setup.learning_rate(step, config)
+            metrics["lr"] = training.run.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)

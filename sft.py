@@ -40,10 +40,9 @@ import data
 import lib.config
 import recode
 import rollout
-import training.dry_run
 import training.run
-import training.setup
 from lib import fsdp, parallel
+from training import dry_run, setup
 
 
 @dataclass
@@ -100,10 +99,7 @@ def collect(model, tokenizer, tasks, position, config):
 
 
 def accumulate(model, batch, config):
-    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics.
-
-    One pass at a time, with the weights of the whole batch, so the sum is exact.
-    """
+    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics."""
     weights = token_weights(batch.mask, config)  # (B, T)
     sums = Counter()
     model.train()
@@ -140,10 +136,10 @@ def update(model, optimizer, batch, config):
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
     config = lib.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
-    optimizer = training.setup.make_optimizer(model, config)
+    run, model, tokenizer, tasks, heldout = setup.set_up(config)
+    optimizer = setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
+        return dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(model, tokenizer, optimizer, heldout)
     with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -154,7 +150,7 @@ def main(argv=None):
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
-            metrics["lr"] = training.setup.learning_rate(step, config)
+            metrics["lr"] = training.run.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)

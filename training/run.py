@@ -33,7 +33,7 @@ import dora
 import rollout
 from lib import parallel
 from lib.config import BadInput, read_run
-from lib.files import append, lock, write
+from lib.files import lock, write
 from lib.loading import write_model
 from training import screen
 from training.page import page, read_rows
@@ -79,6 +79,23 @@ def measure_heldout(model, tokenizer, tasks, config):
         greedy += rollout.sample_groups(model, tokenizer, batch, best, start)
         sampled += rollout.sample_groups(model, tokenizer, batch, one, start)
     return rollout.summarize(greedy) | {"reward": rollout.summarize(sampled)["reward"]}, greedy
+
+
+def learning_rate(step, config):
+    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
+    warm = config.warmup * config.steps
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
+
+
+def append(path, rows, way_out):
+    """Append JSON objects to a .jsonl file. Raises BadInput, which ends with the `way_out`."""
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
 
 
 # ------------------------------------------------------------------------- --log-to
@@ -246,11 +263,13 @@ class RunDirectory:
 
     def watch(self, step, groups):
         """Before the update: page.html shows what it does to one of the groups."""
-        self.watched.before(step, groups)
+        self.watched.group = None
+        if step % self.config.show_every == 0 or step in (1, self.config.steps):
+            self.watched.before(groups)
 
     def log(self, step, metrics, groups):
         """Log a step to the files and the screen; the group that is watched, too."""
-        tokens = self.watched.after()
+        tokens = self.watched.after() if self.watched.group else ()
         if parallel.RANK > 0:
             return
         seconds = metrics["seconds_sample"] + metrics["seconds_update"]
@@ -259,10 +278,12 @@ class RunDirectory:
         self.append("metrics.jsonl", row)
         if self.tracker:
             self.tracker.log(row)
-        self.screen.show_step(row)
+        if not self.config.quiet:
+            self.screen.show_step(row)
         if tokens:
             self.append_samples(step, self.watched.group, tokens)
-            self.screen.show_sample(step, self.watched.group)
+            if not self.config.quiet:
+                self.screen.show_sample(step, self.watched.group)
             self.write_page()
 
     def write_page(self, last=False):

@@ -65,7 +65,7 @@ def excerpt(text, most):
 
 
 class Screen:
-    """The steps of a run above a progress bar; nothing with --quiet."""
+    """The steps of a run above a progress bar, which --quiet hides."""
 
     def __init__(self, config, step):
         self.config = config
@@ -73,11 +73,6 @@ class Screen:
         hidden = config.quiet or parallel.RANK > 0
         bar = {"total": config.steps, "initial": step, "unit": "step", "leave": False}
         self.bar = tqdm(**bar, disable=hidden or None)  # None: hidden without a terminal
-
-    def say(self, text):
-        """A line above the bar."""
-        if not self.config.quiet:
-            tqdm.write(text)
 
     def show_step(self, row):
         """A row of metrics; before the first one an estimate and the headings."""
@@ -90,17 +85,17 @@ class Screen:
         if self.first:
             seconds = row["seconds_sample"] + row["seconds_update"]
             left = (self.config.steps - row["step"]) * seconds
-            self.say(f"estimate  {left:,.0f} seconds for the remaining steps, from the first one\n")
-            self.say(style(heads, "1"))
+            tqdm.write(f"estimate  {left:,.0f} seconds for the other steps, from the first one\n")
+            tqdm.write(style(heads, "1"))
             self.first = False
-        self.say(cells)
+        tqdm.write(cells)
         self.bar.update()
 
     def show_sample(self, step, group):
         """The first completion of a group: its reward, the update note, the answer."""
         note = " ".join(group.example.update_info.split())
         text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
-        self.say(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
+        tqdm.write(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
 
 
 def heldout_table(before, after):

@@ -21,24 +21,21 @@ class Watch:
         self.config = config
         self.group = None  # of this step; None if nothing is shown
 
-    def before(self, step, groups):
+    def before(self, groups):
         """Choose the group: the first whose advantages are not all 0, as others teach nothing.
 
         All ranks call this, because a pass through sharded weights needs them all.
         """
-        due = step % self.config.show_every == 0 or step in (1, self.config.steps)
-        self.group = None
-        if due and groups[0].texts:  # sft.py samples nothing
+        if groups[0].texts:  # sft.py samples nothing
             self.group = next((group for group in groups if any(group.advantages)), groups[0])
             self.old = self.logps()
 
     def after(self):
         """(text, log-probability before the update, after it) of every token: a list per answer."""
         answers = []
-        if self.group:
-            for ids, old, new in zip(self.group.completions, self.old, self.logps(), strict=True):
-                texts = self.tokenizer.batch_decode([[i] for i in ids])
-                answers.append(list(zip(texts, old, new, strict=True)))
+        for ids, old, new in zip(self.group.completions, self.old, self.logps(), strict=True):
+            texts = self.tokenizer.batch_decode([[i] for i in ids])
+            answers.append(list(zip(texts, old, new, strict=True)))
         return answers
 
     def logps(self):
