@@ -112,17 +112,6 @@ def token_weights(mask, config):
     return mask / mask.sum()  # eq. 8
 
 
-def make_batch(groups, config, device):
-    """The update batch: every completion with its advantage."""
-    rewards = torch.tensor([group.rewards for group in groups])  # eq. 2, (groups, num_samples)
-    if groups and config.overlong_cache:  # eq. 2
-        lengths = [[len(ids) for ids in group.completions] for group in groups]
-        excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
-        rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
-    A = advantages(rewards) if groups else rewards.view(0, config.num_samples)  # eq. 3
-    return rollout.make_batch(groups, A, device)
-
-
 def collect(model, tokenizer, tasks, position, config):
     """Sample a rollout at `position` of the stream: (batch, metrics, all groups, new position)."""
     kept = []
@@ -138,7 +127,13 @@ def collect(model, tokenizer, tasks, position, config):
         position += len(drawn)
         tries += 1
     metrics = rollout.describe(sampled) | {"tries": tries, "groups": len(kept)}
-    return make_batch(kept, config, model.device), metrics, sampled, position
+    rewards = torch.tensor([group.rewards for group in kept])  # eq. 2, (groups, num_samples)
+    if kept and config.overlong_cache:  # eq. 2
+        lengths = [[len(ids) for ids in group.completions] for group in kept]
+        excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
+        rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
+    A = advantages(rewards.view(-1, config.num_samples))  # eq. 3, also of no group
+    return rollout.make_batch(kept, A, model.device), metrics, sampled, position
 
 
 def accumulate(model, batch, config):

@@ -55,14 +55,6 @@ def complete(model, tokenizer, batch, args):
     return rows
 
 
-def load_checked(tokenizer, prompts, args):
-    """The model with its adapter; BadInput if it is not supported or a prompt is too long."""
-    model = loading.load_policy(args.model, args.adapter, args.dtype)
-    setup.check_policy(model, tokenizer, args.model)
-    setup.check_context(model, prompts, args)
-    return model
-
-
 def sample_and_judge(problems, directory, box, args):
     """Sample and judge what the log lacks; a batch is judged while the next one is sampled."""
     path = directory / (f"samples-{parallel.RANK}.jsonl" if parallel.RANK else "samples.jsonl")
@@ -90,7 +82,9 @@ def sample_and_judge(problems, directory, box, args):
             rows = []
             if not keys <= log.keys():
                 if model is None:
-                    model = load_checked(tokenizer, [prompt for _, prompt, _ in work], args)
+                    model = loading.load_policy(args.model, args.adapter, args.dtype)
+                    setup.check_policy(model, tokenizer, args.model)
+                    setup.check_context(model, [prompt for _, prompt, _ in work], args)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done, "give the same command again")

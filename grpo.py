@@ -109,13 +109,6 @@ def token_weights(mask, config):
     return mask / mask.sum(1, keepdim=True) / len(mask)  # eq. 8
 
 
-def make_batch(groups, config, device):
-    """The update batch: every completion with its advantage."""
-    rewards = torch.tensor([group.rewards for group in groups])  # eq. 2, (groups, num_samples)
-    A = advantages(rewards) if groups else rewards.view(0, config.num_samples)  # eq. 3
-    return rollout.make_batch(groups, A, device)
-
-
 def collect(model, tokenizer, tasks, position, config):
     """Sample a rollout at `position` of the stream: (batch, metrics, all groups, new position)."""
     kept = []
@@ -130,7 +123,9 @@ def collect(model, tokenizer, tasks, position, config):
         position += len(drawn)
         tries += 1
     metrics = rollout.describe(sampled) | {"tries": tries, "groups": len(kept)}
-    return make_batch(kept, config, model.device), metrics, sampled, position
+    rewards = torch.tensor([group.rewards for group in kept])  # eq. 2, (groups, num_samples)
+    A = advantages(rewards.view(-1, config.num_samples))  # eq. 3, also of no group
+    return rollout.make_batch(kept, A, model.device), metrics, sampled, position
 
 
 def accumulate(model, batch, config):

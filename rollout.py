@@ -199,22 +199,19 @@ def summarize(groups):
     """
     grades = [grade for group in groups for grade in group.grades]
     obeys = [grade.obeys for grade in grades if grade.obeys is not None]
-    return {
-        "format": mean(grade.format > 0 for grade in grades),
-        "es": mean(grade.es for grade in grades),
-        "em": mean(grade.em for grade in grades),
-        "stale": mean(grade.stale for grade in grades),
-        "obeys": mean(obeys) if obeys else None,
-        "reward": mean(value for group in groups for value in group.rewards),
-    }
+    metrics = {"format": mean(grade.format > 0 for grade in grades)}
+    for name in ("es", "em", "stale"):
+        metrics[name] = mean(getattr(grade, name) for grade in grades)
+    metrics["obeys"] = mean(obeys) if obeys else None
+    metrics["reward"] = mean(value for group in groups for value in group.rewards)
+    return metrics
 
 
 def describe(groups):
     """The metrics of a rollout: those of summarize(), spread within groups, lengths; floats."""
     metrics = summarize(groups)
-    lengths = [len(ids) for group in groups for ids in group.completions]
     metrics["reward_std"] = mean(torch.tensor(group.rewards).std().item() for group in groups)
     metrics["no_spread"] = mean(max(group.rewards) == min(group.rewards) for group in groups)
-    metrics["completion_length"] = mean(lengths)
+    metrics["completion_length"] = mean(len(ids) for group in groups for ids in group.completions)
     metrics["truncated"] = mean(cut for group in groups for cut in group.cut)
     return metrics

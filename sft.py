@@ -80,12 +80,6 @@ def token_weights(mask, config):
     return mask / mask.sum()  # eq. 8
 
 
-def make_batch(groups, config, device):
-    """The update batch: every reference with its advantage."""
-    rewards = torch.zeros(len(groups), 1)  # (groups, 1)
-    return rollout.make_batch(groups, advantages(rewards), device)  # eq. 3
-
-
 def collect(model, tokenizer, tasks, position, config):
     """The references at `position` of the stream: (batch, metrics, groups, new position)."""
     drawn = data.draw(tasks, position, config.prompts_per_step, config.seed)
@@ -95,7 +89,8 @@ def collect(model, tokenizer, tasks, position, config):
         groups.append(rollout.Group(prompt, example, [target]))  # eq. 1
     lengths = [len(group.completions[0]) for group in groups]
     metrics = {"completion_length": sum(lengths) / len(lengths)}
-    return make_batch(groups, config, model.device), metrics, groups, position + len(drawn)
+    A = advantages(torch.zeros(len(groups), 1))  # eq. 3, (groups, 1)
+    return rollout.make_batch(groups, A, model.device), metrics, groups, position + len(drawn)
 
 
 def accumulate(model, batch, config):
