@@ -62,8 +62,7 @@ def locate(source):
     if path.is_file():
         return path
     if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
-        way_out = "give a JSONL file or a hub id like zjunlp/ReCode-Train-Data"
-        raise BadInput(f"data: no file {source!r}; {way_out}")
+        raise BadInput(f"data: no file {source!r}; give a JSONL file or a hub id (owner/Name)")
     return fetch(source, source.split("/")[1].lower() + ".jsonl")
 
 
@@ -184,13 +183,12 @@ def encode_chat(messages, opening, tokenizer):
     turns = [{"role": role, "content": special.sub(hide, text)} for role, text in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        problem = "drops or changes a text" if text else "is empty"
+        problem = "drops or changes a text"
     except Exception as error:  # a template may raise anything
         text = ""
         problem = f"does not work: {first_line(error)}"
-    if not text or not all(turn["content"].strip() in text for turn in turns):
-        way_out = "fix it, or save none with the tokenizer"
-        raise BadInput(f"model: the tokenizer's chat template {problem}; {way_out}")
+    if not all(turn["content"].strip() in text for turn in turns):
+        raise BadInput(f"model: the tokenizer's chat template {problem}; fix or remove it")
     return encode_hidden(text + opening, special, tokenizer)
 
 
@@ -229,8 +227,7 @@ def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
         dropped[f"prompt over {max_prompt_tokens} tokens"] = long
     if not kept:
         shortest = min(len(prompt) for prompt, _ in tasks)
-        limit = f"max-prompt-tokens {max_prompt_tokens}"
-        raise BadInput(f"{limit}: the shortest prompt has {shortest} tokens")
+        raise BadInput(f"max-prompt-tokens {max_prompt_tokens}: the shortest is {shortest} tokens")
     return kept
 
 

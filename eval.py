@@ -19,8 +19,6 @@ and a number of lines are shown as they are. --compare pairs the runs by problem
     determined       exact match where note and old code hold every word of the reference
     unchanged        exact match where the note asks for no change
     stray_lines      changed lines that the reference keeps, mean per answer, see tasks/migration.py
-
-A problem without a value, such as pass_if_formed where no answer has the format, is left out.
 """
 
 import contextlib
@@ -105,8 +103,7 @@ def parse(argv):
     add("--data", default="", metavar="X", help="JSONL file or hub id [the task's or model's]")
     add("--output", default="runs/eval", metavar="X", help="directory of the results [runs/eval]")
     add("--no-update", action="store_true", help="leave the update notes out [off]")
-    form = "HumanEval's prompt: as in training, or a plain chat turn [recode]"
-    add("--prompt", default="recode", choices=["recode", "plain"], help=form)
+    add("--prompt", default="recode", choices=["recode", "plain"], help="of HumanEval [recode]")
     add = parser.add_argument_group("samples").add_argument
     add("--num-samples", default=5, type=int, metavar="X", help="completions per problem [5]")
     add("--temperature", default=0.8, type=float, metavar="X", help="0 is greedy [0.8]")

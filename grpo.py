@@ -5,16 +5,13 @@ a group of completions, and reward.py scores them; those better than their group
 likely, the others less likely (GRPO: arXiv 2402.03300, DAPO: arXiv 2503.14476). The equation
 numbers are this project's own. For completion i and its token t:
 
+    D      = the groups of the next P = 1 prompts                                         (eq. 1)
+    R_i    = r_i                                   the reward                             (eq. 2)
     A_i    = (R_i - mean(R)) / (std(R) + 1e-4)     advantage within the group             (eq. 3)
     rho_it = exp(logp_it - old_it)                 ratio to the policy that sampled       (eq. 4)
     S_it   = min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A)                                    (eq. 5)
     k3_it  = exp(ref - logp) - (ref - logp) - 1    KL estimate to the first policy        (eq. 6)
     J_it   = S_it - beta k3_it,  beta = 0.001                                             (eq. 7)
-
-and the bookkeeping around them:
-
-    D      = the groups of the next P = 1 prompts                                         (eq. 1)
-    R_i    = r_i                                   the reward                             (eq. 2)
     w_it   = mask_it / |o_i| / N                   mean over tokens, then completions     (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 1 parts of D                               (eq. 9)
 
@@ -31,8 +28,6 @@ Before you read:
   2. eq. 8 is computed over the whole update batch, before it is split into micro-batches, so loss
      and gradient do not depend on --micro-tokens or the number of GPUs.
   3. A group whose rewards are all equal has advantage 0 and gives no policy gradient.
-  4. old_it is recomputed by the trainer, not taken from the sampler: kernels differ in the last
-     bits, and rho has to be 1 before the first update.
 """
 
 import math
@@ -60,7 +55,6 @@ class Config(lib.config.Settings):
     steps: int = 5000  # rollouts, each followed by --updates optimizer steps
     prompts_per_step: int = 1  # eq. 1, P, prompts per rollout
     num_samples: int = 8  # completions per prompt, the group size G
-    max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling and of the log-probabilities
     correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
@@ -82,7 +76,11 @@ def advantages(rewards):
 
 
 def objective_terms(logps, old_logps, ref_logps, advantages, config):
-    """The objective of every token, its KL estimate, whether its clip is active: (B, T) each."""
+    """The objective of every token, its KL estimate, whether its clip is active: (B, T) each.
+
+    logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
+    sampled, and under the first policy (None if beta is 0). advantages: (B,), one per completion.
+    """
     A = advantages.view(-1, 1)  # (B, 1)
     ratio = torch.exp(logps - old_logps)  # eq. 4
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # eq. 5
@@ -95,11 +93,7 @@ def objective_terms(logps, old_logps, ref_logps, advantages, config):
 
 
 def objective(logps, old_logps, ref_logps, advantages, config):
-    """What to maximise, per token, (B, T).
-
-    logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
-    sampled, and under the first policy (None if beta is 0). advantages: (B,), one per completion.
-    """
+    """What to maximise, per token, (B, T); the arguments are those of objective_terms()."""
     return objective_terms(logps, old_logps, ref_logps, advantages, config)[0]
 
 

@@ -30,9 +30,6 @@ from transformers.masking_utils import sdpa_mask
 from lib import parallel, speed
 from lib.config import BadInput
 
-# ------------------------------------------------------------------------- 1. prompts
-
-
 def attention(module, query, key, value, mask, attend=None, **kwargs):
     """What a model's layers call: `attend` where forward() passes one, else SDPA as before."""
     if attend is None:
@@ -96,9 +93,6 @@ def shared_prompt(model, prompt):
     used = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if used:
         torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
-
-
-# ------------------------------------------------------------------------- 2. sampling
 
 
 class Decoder:
@@ -254,8 +248,6 @@ def sample(
                 alive = alive[alive]
     return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
-
-# ------------------------------------------------------------------------- 3. log-probabilities
 
 MAX_LOGITS = 36_000_000  # values per chunk, 144 MB: a CPU's product wants about 256 rows
 MAX_LOGITS_GPU = 4 * MAX_LOGITS  # smaller chunks would re-read the output layer too often

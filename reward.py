@@ -179,9 +179,6 @@ def similarity(a, b):
     return 1.0 - levenshtein(a, b) / max(len(a), len(b), 1)  # eq. 2
 
 
-# ------------------------------------------------------------------------- one look at an answer
-
-
 @dataclass(frozen=True)
 class Grade:
     """What there is to know about one answer. Comments and blank lines do not count."""
@@ -216,16 +213,8 @@ def needed(example):
     return (words(strip_comments(example.new_code)) - old) & words(note)
 
 
-def determined(example):
-    """Whether the note and the old code hold every word and number of the reference."""
-    given = re.findall(r"\w+", f"{strip_comments(example.old_code)} {example.update_info}")
-    return set(re.findall(r"\w+", strip_comments(example.new_code))) <= set(given)
-
-
 def grade(completion, example):
-    """The Grade of a completion; `example` needs the texts old_code, new_code and, for obeys,
-    update_info.
-    """
+    """The Grade of a completion; `example` needs old_code, new_code and, for obeys, update_info."""
     form = format_reward(completion)
     code = extract_code(completion)
     wanted = needed(example)
@@ -268,9 +257,6 @@ CORRECTNESS = {  # name -> function of a Grade and the whole example
 def total(grade, example, correctness="es_star"):
     """The total reward of a graded answer, a float; `correctness` is a key of CORRECTNESS."""
     return grade.format + CORRECTNESS[correctness](grade, example)  # eq. 1
-
-
-# ------------------------------------------------------------------------- without an example
 
 
 def bare(target):

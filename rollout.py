@@ -19,9 +19,6 @@ import recode
 import reward
 from lib import fsdp, parallel
 
-# ------------------------------------------------------------------------- 1. answers and groups
-
-
 class Answer(NamedTuple):
     """One sampled completion."""
 
@@ -99,9 +96,6 @@ def sample_groups(model, tokenizer, tasks, config, position):
     return parallel.gather(groups)
 
 
-# ------------------------------------------------------------------------- 2. the update batch
-
-
 @dataclasses.dataclass
 class Batch:
     """B completions of P prompts with all that an update needs; tensors are (B, T) or (B,)."""
@@ -144,11 +138,10 @@ def make_batch(groups, advantages, device):
     rows = [torch.tensor(ids) for group in groups for ids in group.completions]
     tokens = torch.zeros(0, 0, dtype=torch.long)  # DAPO may find no group
     if rows:
-        tokens = pad_sequence(rows, batch_first=True)  # (B, T)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
+        tokens = pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, T)
+    mask = tokens >= 0  # (B, T)
     group = torch.arange(len(groups)).repeat_interleave(advantages.shape[1])  # (B,)
-    tensors = [x.to(device) for x in (group, tokens, mask, advantages.flatten())]
+    tensors = [x.to(device) for x in (group, tokens * mask, mask, advantages.flatten())]
     return Batch([each.prompt for each in groups], *tensors)
 
 
@@ -184,12 +177,8 @@ def batch_logps(model, batch, config):
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:
             for part in passes(batch, i, config.micro_tokens):
-                found = recode.completion_logps(model, prompt, part, config.temperature)
-                logps[part.rows] = found
+                logps[part.rows] = recode.completion_logps(model, prompt, part, config.temperature)
     return parallel.sum_ranks(logps)
-
-
-# ------------------------------------------------------------------------- 3. metrics
 
 
 def summarize(groups):

@@ -4,12 +4,9 @@ A code model learns to obey an API update by copying the right answer, token by 
 policy gradient of grpo.py with one completion per group, always the best one. The equation numbers
 are those of grpo.py. For completion i and its token t:
 
+    D      = the references of the next P = 1 prompts, each after an empty thought        (eq. 1)
     A_i    = 1                                     every reference has the same weight    (eq. 3)
     J_it   = A_i logp_it                           log-likelihood                         (eq. 7)
-
-and the bookkeeping around them:
-
-    D      = the references of the next P = 1 prompts, each after an empty thought        (eq. 1)
     w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 1 parts of D                               (eq. 9)
 
@@ -51,7 +48,6 @@ class Config(lib.config.Settings):
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
     prompts_per_step: int = 1  # eq. 1, P, references per step
-    max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer held-out answers are cut; references never are
     temperature: float = 1.0  # of sampling and of the log-probabilities
     correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none

@@ -104,7 +104,7 @@ def test_rows():
         example = data.read_example("", row)
         assert (example.dependency, example.new_version) == ("NumPy", "2.0")
         assert 5 <= len(example.old_code.split("\n")) <= 30 and not data.fault(example)
-        assert reward.determined(example) or row in UNRELATED, row["name"]
+        assert tasks.migration.determined(example) or row in UNRELATED, row["name"]
     for row in BROKEN:
         removed = set(row["removed"])
         assert removed <= reward.words(row["update_info"]), row["name"]

@@ -20,6 +20,7 @@ import pytest
 
 import data
 import reward
+import tasks.migration
 from conftest import SHARED, fault_in_real_md
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
@@ -289,7 +290,7 @@ def test_obeys_and_determined_on_the_real_held_out_rows(monkeypatch):
     change = [e for e in heldout if plain(e.old_code) != plain(e.new_code)]
     assert len(change) == 140
     assert sum(bool(reward.needed(e)) for e in change) == 82
-    assert sum(reward.determined(e) for e in change) == 52
+    assert sum(tasks.migration.determined(e) for e in change) == 52
 
 
 def test_strip_comments_keeps_strings():
