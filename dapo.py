@@ -143,8 +143,7 @@ def accumulate(model, batch, config):
             for part in rollout.passes(batch, i, config.micro_tokens):
                 logps = recode.completion_logps(model, prompt, part, config.temperature)  # (B, T)
                 old = logps.detach() if part.old_logps is None else part.old_logps
-                A = part.advantages
-                J, kl, active = objective_terms(logps, old, part.ref_logps, A, config)  # (B, T)
+                J, kl, active = objective_terms(logps, old, part.ref_logps, part.advantages, config)
                 loss = -(weights[part.rows] * J).sum()  # eq. 9
                 loss.backward()
                 sums["loss"] += loss.item()

@@ -142,7 +142,7 @@ def strip_comments(code):
     """`code`, any string, without comments, blank lines and outer whitespace; docstrings stay."""
     kept = ""
     place = 0
-    for start, end in comments(code):
+    for start, end in comments(code) if "#" in code else ():
         kept += code[place:start]
         place = end
     lines = (kept + code[place:]).split("\n")
