@@ -30,6 +30,7 @@ from transformers.masking_utils import sdpa_mask
 from lib import parallel, speed
 from lib.config import BadInput
 
+
 def attention(module, query, key, value, mask, attend=None, **kwargs):
     """What a model's layers call: `attend` where forward() passes one, else SDPA as before."""
     if attend is None:

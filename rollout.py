@@ -19,6 +19,7 @@ import recode
 import reward
 from lib import fsdp, parallel
 
+
 class Answer(NamedTuple):
     """One sampled completion."""
 

@@ -31,9 +31,9 @@ import tasks.judging
 import tasks.migration
 import tasks.problem
 import tasks.table
-from lib import loading, parallel
+import training.run
+from lib import files, loading, parallel
 from lib.config import BadInput
-from training import run
 
 UPDATE = {  # of our own making: a function of the standard library gets a second argument
     "description": "colorsys.rgb_to_yiq takes a scale.",
@@ -994,7 +994,7 @@ def test_full_disk(command, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return open(path, mode)
 
-    monkeypatch.setattr(run, "open", full, raising=False)
+    monkeypatch.setattr(training.run, "open", full, raising=False)
     with pytest.raises(BadInput, match="cannot write .*jsonl: No space left.*same command again"):
         eval.main(command())
     monkeypatch.undo()
