@@ -5,16 +5,13 @@ a group of completions, and reward.py scores them; those better than their group
 likely, the others less likely (GRPO: arXiv 2402.03300, DAPO: arXiv 2503.14476). The equation
 numbers are this project's own. For completion i and its token t:
 
+    D      = the next P = 8 groups with rewards that differ, in at most 10 tries          (eq. 1)
+    R_i    = r_i - max(0, |o_i| - L_max + L_cache) / L_cache,  penalty off by default     (eq. 2)
     A_i    = (R_i - mean(R)) / (std(R) + 1e-4)     advantage within the group             (eq. 3)
     rho_it = exp(logp_it - old_it)                 ratio to the policy that sampled       (eq. 4)
     S_it   = max(min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A), -10 |A|)                     (eq. 5)
     k3_it  = exp(ref - logp) - (ref - logp) - 1    KL estimate to the first policy        (eq. 6)
     J_it   = S_it - beta k3_it,  beta = 0                                                 (eq. 7)
-
-and the bookkeeping around them:
-
-    D      = the next P = 8 groups with rewards that differ, in at most 10 tries          (eq. 1)
-    R_i    = r_i - max(0, |o_i| - L_max + L_cache) / L_cache,  penalty off by default     (eq. 2)
     w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 2 parts of D                               (eq. 9)
 
@@ -31,8 +28,6 @@ Before you read:
   2. eq. 8 is computed over the whole update batch, before it is split into micro-batches, so loss
      and gradient do not depend on --micro-tokens or the number of GPUs.
   3. A group whose rewards are all equal has advantage 0 and gives no policy gradient.
-  4. old_it is recomputed by the trainer, not taken from the sampler: kernels differ in the last
-     bits, and rho has to be 1 before the first update.
 """
 
 import math
@@ -48,10 +43,9 @@ import dora
 import lib.config
 import recode
 import rollout
-import training.dry_run
 import training.run
-import training.setup
 from lib import fsdp, parallel
+from training import dry_run, setup
 
 
 @dataclass
@@ -62,7 +56,6 @@ class Config(lib.config.Settings):
     prompts_per_step: int = 8  # eq. 1, P, prompts per rollout
     max_tries: int = 10  # eq. 1, most draws per rollout; then it goes on with the groups it has
     num_samples: int = 8  # completions per prompt, the group size G
-    max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling and of the log-probabilities
     overlong_cache: int = 0  # eq. 2, L_cache, tokens before the limit that cost reward; 0 is off
@@ -85,7 +78,11 @@ def advantages(rewards):
 
 
 def objective_terms(logps, old_logps, ref_logps, advantages, config):
-    """The objective of every token, its KL estimate, whether its clip is active: (B, T) each."""
+    """The objective of every token, its KL estimate, whether its clip is active: (B, T) each.
+
+    logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
+    sampled, and under the first policy (None if beta is 0). advantages: (B,), one per completion.
+    """
     A = advantages.view(-1, 1)  # (B, 1)
     ratio = torch.exp(logps - old_logps)  # eq. 4
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # eq. 5
@@ -99,11 +96,7 @@ def objective_terms(logps, old_logps, ref_logps, advantages, config):
 
 
 def objective(logps, old_logps, ref_logps, advantages, config):
-    """What to maximise, per token, (B, T).
-
-    logps, old_logps, ref_logps: (B, T) log-probabilities of the sampled tokens now, when they were
-    sampled, and under the first policy (None if beta is 0). advantages: (B,), one per completion.
-    """
+    """What to maximise, per token, (B, T); the arguments are those of objective_terms()."""
     return objective_terms(logps, old_logps, ref_logps, advantages, config)[0]
 
 
@@ -111,17 +104,6 @@ def token_weights(mask, config):
     """The weight of every token in the loss, (B, T), from the mask (B, T) of an update batch."""
     mask = mask.double()  # in fp32 the weights of a large batch would not sum to exactly 1
     return mask / mask.sum()  # eq. 8
-
-
-def make_batch(groups, config, device):
-    """The update batch: every completion with its advantage."""
-    rewards = torch.tensor([group.rewards for group in groups])  # eq. 2, (groups, num_samples)
-    if groups and config.overlong_cache:  # eq. 2
-        lengths = [[len(ids) for ids in group.completions] for group in groups]
-        excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
-        rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
-    A = advantages(rewards) if groups else rewards.view(0, config.num_samples)  # eq. 3
-    return rollout.make_batch(groups, A, device)
 
 
 def collect(model, tokenizer, tasks, position, config):
@@ -138,17 +120,18 @@ def collect(model, tokenizer, tasks, position, config):
         sampled += groups
         position += len(drawn)
         tries += 1
-    metrics = rollout.describe(sampled)
-    metrics["tries"] = tries
-    metrics["groups"] = len(kept)
-    return make_batch(kept, config, model.device), metrics, sampled, position
+    metrics = rollout.describe(sampled) | {"tries": tries, "groups": len(kept)}
+    rewards = torch.tensor([group.rewards for group in kept])  # eq. 2, (groups, num_samples)
+    if kept and config.overlong_cache:  # eq. 2
+        lengths = [[len(ids) for ids in group.completions] for group in kept]
+        excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
+        rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
+    A = advantages(rewards.view(-1, config.num_samples))  # eq. 3, also of no group
+    return rollout.make_batch(kept, A, model.device), metrics, sampled, position
 
 
 def accumulate(model, batch, config):
-    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics.
-
-    One pass at a time, with the weights of the whole batch, so the sum is exact.
-    """
+    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics."""
     weights = token_weights(batch.mask, config)  # (B, T)
     count = batch.mask.sum().item()
     sums = Counter(kl=0.0, clip_fraction=0.0)
@@ -159,10 +142,8 @@ def accumulate(model, batch, config):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:  # its backward runs on exit
             for part in rollout.passes(batch, i, config.micro_tokens):
                 logps = recode.completion_logps(model, prompt, part, config.temperature)  # (B, T)
-                old_logps = logps.detach() if part.old_logps is None else part.old_logps
-                J, kl, active = objective_terms(
-                    logps, old_logps, part.ref_logps, part.advantages, config
-                )
+                old = logps.detach() if part.old_logps is None else part.old_logps
+                J, kl, active = objective_terms(logps, old, part.ref_logps, part.advantages, config)
                 loss = -(weights[part.rows] * J).sum()  # eq. 9
                 loss.backward()
                 sums["loss"] += loss.item()
@@ -196,10 +177,10 @@ def update(model, optimizer, batch, config):
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
     config = lib.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
-    optimizer = training.setup.make_optimizer(model, config)
+    run, model, tokenizer, tasks, heldout = setup.set_up(config)
+    optimizer = setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
+        return dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(optimizer, heldout)
     with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -210,7 +191,7 @@ def main(argv=None):
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
-            metrics["lr"] = training.setup.learning_rate(step, config)
+            metrics["lr"] = training.run.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)

@@ -16,11 +16,9 @@ completion that SFT copies: the reference after an empty thought.
     python -m tools.check_data my.jsonl    checks a data set of your own
 """
 
-import ast
 import random
 import re
-import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import reward
@@ -64,8 +62,7 @@ def locate(source):
     if path.is_file():
         return path
     if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
-        way_out = "give a JSONL file or a hub id like zjunlp/ReCode-Train-Data"
-        raise BadInput(f"data: no file {source!r}; {way_out}")
+        raise BadInput(f"data: no file {source!r}; give a JSONL file or a hub id (owner/Name)")
     return fetch(source, source.split("/")[1].lower() + ".jsonl")
 
 
@@ -143,70 +140,29 @@ def split_heldout(heldout, examples, seed):
     return train, [e for e in examples if (e.dependency, e.update_info) in chosen]
 
 
-def names(code, library):
-    """The set of all names in Python code, without the library's own and its import aliases.
-
-    Of a dotted name every part counts: np.linalg.norm has linalg and norm. `code` must parse.
-    """
-    with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
-        nodes = list(ast.walk(ast.parse(code)))
-    found = set()
-    own = {library.lower()}
-    for node in nodes:
-        for field in ("id", "attr", "arg", "name", "module", "asname"):
-            found.update((getattr(node, field, None) or "").split("."))
-        if isinstance(node, ast.alias) and node.name.split(".")[0].lower() == library.lower():
-            own.update((node.name.lower(), (node.asname or node.name).lower()))
-    return {name for name in found if name and name.lower() not in own}
+MARK = "\ufdd0"  # Unicode reserves it for a program's own use
 
 
-def unrelated(examples, count, seed):
-    """Up to `count` examples whose note names nothing in their code: they ask for no change.
-
-    The code is that of one example, the note that of another one of the same library.
-    """
-    rng = random.Random(seed)
-    found = []
-    for example in rng.sample(examples, len(examples)):
-        if len(found) == count:
-            break
-        library = example.dependency.lower()
-        if reward.parses(example.old_code):
-            used = names(example.old_code, library)
-            same = [other for other in examples if other.dependency.lower() == library]
-            notes = [other for other in same if not used & reward.words(other.update_info)]
-            if notes:
-                note = rng.choice(notes)
-                found.append(replace(note, old_code=example.old_code, new_code=example.old_code))
-    return found
-
-
-STAND_IN = "\ufdd0{}\ufdd1"  # Unicode reserves these two for a program's own use
-
-
-def special_tokens(tokenizer):
-    """The texts of all special tokens, the longest first."""
+def special_pattern(tokenizer):
+    """A pattern of all special tokens, the longest first; what hide() has marked is none."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    texts = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    return re.compile(f"(?<!{MARK})({'|'.join(map(re.escape, texts))})")
 
 
-def hide(text, special):
-    """`text` with STAND_IN in place of whatever looks like one of the special tokens."""
-    for i, token in enumerate(special):
-        text = text.replace(token, STAND_IN.format(i))
-    return text
+def hide(match):
+    """A text that looks like a special token, with a MARK before each character."""
+    return MARK.join(["", *match[0]])
 
 
 def encode_hidden(text, special, tokenizer):
     """The token ids of `text`; what was hidden is encoded as text, all else as usual."""
-    if STAND_IN[0] not in text:
+    if MARK not in text:
         return tokenizer.encode(text, add_special_tokens=False)
     ids = []
-    for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-        plain = part not in special
-        for i, token in enumerate(special):
-            part = part.replace(STAND_IN.format(i), token)
-        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=plain)
+    for part in special.split(text):
+        settings = {"split_special_tokens": not special.fullmatch(part)}
+        ids += tokenizer.encode(part.replace(MARK, ""), add_special_tokens=False, **settings)
     return ids
 
 
@@ -217,23 +173,22 @@ def encode_chat(messages, opening, tokenizer):
     Only the template's special tokens are special: what looks like one in a text stays text. Raises
     BadInput for a template that fails or loses a text.
     """
-    special = special_tokens(tokenizer)
     if tokenizer.chat_template is None:
         texts = [text.rstrip("\n") for _, text in messages]
         ids = tokenizer.encode("\n\n".join([*texts, opening]), split_special_tokens=True)
-        while ids[-1] in tokenizer.convert_tokens_to_ids(special):  # some tokenizers append EOS
+        while ids[-1] in tokenizer.all_special_ids:  # some tokenizers append EOS
             ids.pop()
         return ids
-    turns = [{"role": role, "content": hide(text, special)} for role, text in messages]
+    special = special_pattern(tokenizer)
+    turns = [{"role": role, "content": special.sub(hide, text)} for role, text in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        problem = "drops or changes a text" if text else "is empty"
+        problem = "drops or changes a text"
     except Exception as error:  # a template may raise anything
         text = ""
         problem = f"does not work: {first_line(error)}"
-    if not text or not all(turn["content"].strip() in text for turn in turns):
-        way_out = "fix it, or save none with the tokenizer"
-        raise BadInput(f"model: the tokenizer's chat template {problem}; {way_out}")
+    if not all(turn["content"].strip() in text for turn in turns):
+        raise BadInput(f"model: the tokenizer's chat template {problem}; fix or remove it")
     return encode_hidden(text + opening, special, tokenizer)
 
 
@@ -258,9 +213,9 @@ def encode_target(example, tokenizer):
 
     The data holds no reasoning, so the thought is empty; quoting the note in it made SFT worse.
     """
-    special = special_tokens(tokenizer)
     text = TARGET.format(thought="", new_code=example.new_code)
-    return encode_hidden(hide(text, special), special, tokenizer) + [tokenizer.eos_token_id]
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return ids + [tokenizer.eos_token_id]
 
 
 def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
@@ -272,8 +227,7 @@ def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
         dropped[f"prompt over {max_prompt_tokens} tokens"] = long
     if not kept:
         shortest = min(len(prompt) for prompt, _ in tasks)
-        limit = f"max-prompt-tokens {max_prompt_tokens}"
-        raise BadInput(f"{limit}: the shortest prompt has {shortest} tokens")
+        raise BadInput(f"max-prompt-tokens {max_prompt_tokens}: the shortest is {shortest} tokens")
     return kept
 
 

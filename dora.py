@@ -63,49 +63,31 @@ class DoRALinear(nn.Module):
             squares = base.weight.detach().float().square().sum(1)  # (out,)
             self.register_buffer("squares", squares, persistent=False)
             self.magnitude = nn.Parameter(squares.sqrt())  # with B = 0 the layer is exactly W
-        self.cached_norm = None, None  # version(), and the norm that belongs to it
-        self.cached_parts = None, None  # version() and dtype, and what parts() returned
-
-    def version(self):
-        """A value that changes whenever A, B or m do: by an optimizer, or in place."""
-        return steps, *[p._version for p in trained(self)]
+        self.cached_norm = None, None  # a state of A and B, and the norm that belongs to it
 
     @torch.no_grad()
     def norm(self):
         """||W + sBA|| of every row, (out,), recomputed only when A or B have changed."""
-        version = self.version()
+        A, B, s = self.lora_A, self.lora_B, self.scale
+        version = steps, A._version, B._version
         if self.cached_norm[0] != version:
-            A, B, s = self.lora_A, self.lora_B, self.scale
             cross = (B * (self.base.weight.float() @ A.T)).sum(1)  # <W, BA> of every row
             gram = (B @ (A @ A.T) * B).sum(1)  # ||BA||^2 of every row
             norm = (self.squares + 2 * s * cross + s * s * gram).sqrt()  # eq. 2
             self.cached_norm = version, norm
         return self.cached_norm[1]
 
-    def parts(self, dtype):
-        """A, B transposed and gain - 1 in `dtype`; cached where no gradient is needed."""
-        version = self.version(), dtype
-        frozen = not torch.is_grad_enabled()
-        if frozen and self.cached_parts[0] == version:
-            return self.cached_parts[1]
-        gain = None
-        if self.magnitude is not None:
-            gain = (self.magnitude / self.norm() - 1).to(dtype)  # gain - 1: bf16 is coarse near 1
-        parts = self.lora_A.to(dtype), self.lora_B.to(dtype).T, gain
-        if frozen:
-            self.cached_parts = version, parts
-        return parts
-
     def forward(self, x):
         y = self.base(x)  # W x + bias
         if not self.enabled:
             return y
-        A, B, gain = self.parts(x.dtype)  # (r, in), (r, out), (out,)
-        low = F.linear(self.dropout(x), A)  # (..., r)
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        B = self.lora_B.to(x.dtype).T  # (r, out)
         rows = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B, alpha=self.scale)
         y = rows.view_as(y)  # W x + s B A x + bias
-        if gain is None:
+        if self.magnitude is None:
             return y
+        gain = (self.magnitude / self.norm() - 1).to(x.dtype)  # gain - 1: bf16 is coarse near 1
         direction = y if self.base.bias is None else y - self.base.bias
         return torch.addcmul(y, direction, gain)  # eq. 1
 
@@ -143,20 +125,13 @@ def add_dora(model, r, alpha, dropout, targets, magnitude=True):
     return model
 
 
-def trained(layer):
-    """A, B and m of a layer; without m for LoRA."""
-    return [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None]
-
-
 @torch.no_grad()
 def exchange(model):
     """Make `model` the policy that training started from; the next call undoes it."""
-    for layer in model.modules():
-        if not isinstance(layer, DoRALinear):
-            continue
+    for layer in dora_layers(model).values():
         if not layer.first:
             layer.enabled = not layer.enabled
-        for p, first in zip(trained(layer), layer.first):
+        for p, first in zip(layer.parameters(recurse=False), layer.first):
             now = p.clone()
             p.copy_(first)
             first.copy_(now)
@@ -166,10 +141,8 @@ def exchange(model):
 def reference(model):
     """Inside, `model` is the policy that training started from."""
     exchange(model)
-    try:
-        yield model
-    finally:
-        exchange(model)
+    yield
+    exchange(model)
 
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
@@ -249,5 +222,5 @@ def load_adapter(model, directory, dropout=0.0):
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     for layer in dora_layers(model).values():
-        layer.first = [p.detach().clone() for p in trained(layer)]  # what reference() returns to
+        layer.first = [p.detach().clone() for p in layer.parameters(recurse=False)]
     return model

@@ -19,8 +19,6 @@ and a number of lines are shown as they are. --compare pairs the runs by problem
     determined       exact match where note and old code hold every word of the reference
     unchanged        exact match where the note asks for no change
     stray_lines      changed lines that the reference keeps, mean per answer, see tasks/migration.py
-
-A problem without a value, such as pass_if_formed where no answer has the format, is left out.
 """
 
 import contextlib
@@ -34,10 +32,11 @@ import rollout
 import tasks
 from lib import loading, parallel
 from lib.config import CHOICES, TINY, BadInput, Parser, open_policy
-from lib.files import append, write
+from lib.files import write
 from tasks import judging, table
 from tasks.table import pass_at_k  # noqa: F401, others call eval.pass_at_k
 from training import screen, setup
+from training.run import append
 
 
 def complete(model, tokenizer, batch, args):
@@ -52,14 +51,6 @@ def complete(model, tokenizer, batch, args):
         row = {"problem": problems[i // n].name, "sample": i % n, "completion": answer.text}
         rows.append(row | {"tokens": len(answer.ids), "cut": answer.cut})
     return rows
-
-
-def load_checked(tokenizer, prompts, args):
-    """The model with its adapter; BadInput if it is not supported or a prompt is too long."""
-    model = loading.load_policy(args.model, args.adapter, args.dtype)
-    setup.check_policy(model, tokenizer, args.model)
-    setup.check_context(model, prompts, args)
-    return model
 
 
 def sample_and_judge(problems, directory, box, args):
@@ -89,7 +80,9 @@ def sample_and_judge(problems, directory, box, args):
             rows = []
             if not keys <= log.keys():
                 if model is None:
-                    model = load_checked(tokenizer, [prompt for _, prompt, _ in work], args)
+                    model = loading.load_policy(args.model, args.adapter, args.dtype)
+                    setup.check_policy(model, tokenizer, args.model)
+                    setup.check_context(model, [prompt for _, prompt, _ in work], args)
                 rows = complete(model, tokenizer, batch, args)
             done = [job.result() for job in jobs]  # raises what a judge raised
             append(path, done, "give the same command again")
@@ -110,8 +103,7 @@ def parse(argv):
     add("--data", default="", metavar="X", help="JSONL file or hub id [the task's or model's]")
     add("--output", default="runs/eval", metavar="X", help="directory of the results [runs/eval]")
     add("--no-update", action="store_true", help="leave the update notes out [off]")
-    form = "HumanEval's prompt: as in training, or a plain chat turn [recode]"
-    add("--prompt", default="recode", choices=["recode", "plain"], help=form)
+    add("--prompt", default="recode", choices=["recode", "plain"], help="of HumanEval [recode]")
     add = parser.add_argument_group("samples").add_argument
     add("--num-samples", default=5, type=int, metavar="X", help="completions per problem [5]")
     add("--temperature", default=0.8, type=float, metavar="X", help="0 is greedy [0.8]")

@@ -61,7 +61,7 @@ def find_tasks(source, tokenizer, args):
     tasks = []
     for piece in cut(source.text, fits, whole=not args.max_piece_tokens):
         code = answers.question(piece, source.text)
-        if args.all or data.names(code, args.library) & reward.words(args.update):
+        if args.all or answers.identifiers(code, args.library) & reward.words(args.update):
             version = args.version.removeprefix("==")
             example = data.Example(args.library, version, "", args.update.strip(), code, "")
             tasks.append(Task(source, piece, code, data.encode_prompt(example, tokenizer)))
@@ -135,8 +135,8 @@ def report(source, pieces, args):
     diff = sources.unified(source)
     if args.write and diff:
         sources.save(source)
-    kept = data.names(source.text, args.library) & data.names(source.new, args.library)
-    still_named = sorted(name for name in kept & reward.words(args.update) if len(name) > 2)
+    old, new = [answers.identifiers(code, args.library) for code in (source.text, source.new)]
+    still_named = sorted(name for name in old & new & reward.words(args.update) if len(name) > 2)
     say(source, pieces, still_named)
     if args.json:
         found = {"file": source.name, "path": source.path, "changed": bool(diff)}

@@ -30,8 +30,6 @@ from transformers.masking_utils import sdpa_mask
 from lib import parallel, speed
 from lib.config import BadInput
 
-# ------------------------------------------------------------------------- 1. prompts
-
 
 def attention(module, query, key, value, mask, attend=None, **kwargs):
     """What a model's layers call: `attend` where forward() passes one, else SDPA as before."""
@@ -58,8 +56,8 @@ def forward(model, ids, positions, attend):
 
 def logit_scale(model):
     """What forward() multiplies the output layer's logits by; Granite divides by logits_scaling."""
-    scale = getattr(model.config, "logit_scale", None)  # Cohere
-    return (1 if scale is None else scale) / getattr(model.config, "logits_scaling", 1)
+    scale = getattr(model.config, "logit_scale", None) or 1  # Cohere
+    return scale / getattr(model.config, "logits_scaling", 1)
 
 
 def prefill(model, prompt):
@@ -69,15 +67,13 @@ def prefill(model, prompt):
     """
     cache = {}
     L = len(prompt) - 1
-    ids = prompt[:L] if L > 0 else prompt  # models take no empty sequence
 
     def attend(layer, query, key, value, scaling):
         cache[layer] = key[:, :, :L], value[:, :, :L]
         settings = {"is_causal": True, "scale": scaling, "enable_gqa": True}
-        out = F.scaled_dot_product_attention(query, key, value, **settings)
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2)
 
-    ids = torch.tensor([ids]).to(model.device)  # (1, L)
+    ids = torch.tensor([prompt[:L] or prompt], device=model.device)  # (1, L), but never empty
     forward(model, ids, torch.arange(ids.shape[1], device=model.device)[None], attend)
     if len(cache) != model.config.num_hidden_layers:
         kind = model.config.model_type
@@ -98,9 +94,6 @@ def shared_prompt(model, prompt):
     used = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if used:
         torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
-
-
-# ------------------------------------------------------------------------- 2. sampling
 
 
 class Decoder:
@@ -127,12 +120,11 @@ class Decoder:
         for parts in zip(*[prefill(model, prompt) for prompt in prompts]):
             padded = [F.pad(x, (0, 0, 0, self.first - x.shape[2])) for x in parts]
             self.cache.append(torch.cat(padded).repeat_interleave(num_samples, 0))
-        masked = torch.arange(self.first, device=device) >= self.lengths[:, None]  # padding
-        self.bias = torch.zeros(masked.shape, dtype=model.dtype, device=device)
-        self.bias = self.bias.masked_fill(masked, -torch.inf)[:, None, None]  # (B, 1, 1, columns)
+        padding = torch.arange(self.first, device=device) >= self.lengths[:, None, None, None]
+        self.bias = torch.zeros_like(padding, dtype=model.dtype)  # (B, 1, 1, columns)
+        self.bias.masked_fill_(padding, -torch.inf)
         self.graphs = parallel.CUDA  # until one has failed
-        self.replay = None
-        self.logits = None
+        self.replay = self.logits = None
 
     def drop_finished(self, alive):
         """Keep only the rows where `alive`, (B,) bool."""
@@ -200,8 +192,7 @@ def pick(logits, temperature, noise, top_p=1.0):
             rare[:, -1] = False  # the likeliest always stays
             probs = probs.masked_fill(rare.scatter(-1, order, rare), 0)
         cumulative = probs.cumsum(-1, dtype=torch.double)
-        target = noise.double() * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)
+        tokens = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
@@ -259,8 +250,6 @@ def sample(
     return [(x * mask)[:, : t + 1] for x in (tokens, mask, logps)]
 
 
-# ------------------------------------------------------------------------- 3. log-probabilities
-
 MAX_LOGITS = 36_000_000  # values per chunk, 144 MB: a CPU's product wants about 256 rows
 MAX_LOGITS_GPU = 4 * MAX_LOGITS  # smaller chunks would re-read the output layer too often
 
@@ -307,9 +296,7 @@ def completion_logps(model, prompt, part, temperature):
     cache, last = prompt
     tokens, mask = part.tokens, part.mask
     T = int(mask.sum(1).max())
-    mask_T = mask[:, :T]
-    first = torch.full_like(tokens[:, :1], last)
-    ids = torch.cat([first, tokens[:, : T - 1]], 1).masked_fill(~mask_T, 0)  # (B, T)
+    ids = F.pad(tokens, (1, 0), value=last)[:, :T].masked_fill(~mask[:, :T], 0)  # (B, T)
     L = cache[0].shape[2]
     causal = causal_lower_right(T, L + T)  # padding needs no mask: it comes after all that counts
 
@@ -321,7 +308,7 @@ def completion_logps(model, prompt, part, temperature):
         return F.scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2)
 
     positions = torch.arange(L, L + T, device=ids.device).expand(len(ids), -1)  # (B, T)
-    hidden = forward(model, ids, positions, attend)[mask_T]  # (N, d)
+    hidden = forward(model, ids, positions, attend)[mask[:, :T]]  # (N, d)
     head = model.get_output_embeddings()
     temperature = temperature / logit_scale(model)
     budget = MAX_LOGITS_GPU if parallel.CUDA else MAX_LOGITS

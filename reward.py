@@ -30,7 +30,6 @@ docs/deviations.md lists what differs from the released code, with a test for ea
 """
 
 import ast
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ FORM = re.compile(rf"{UNTAGGED}</think>\s*<answer>{UNTAGGED}</answer>\s*")
 FENCE = "```python\n"
 FENCE_END = "\n```"
 FENCED = re.compile(rf"{FENCE}(?:(.*?)\n)??```", re.DOTALL)  # may be empty
-WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_CODE = 50_000  # characters, ten times what 1024 tokens of real code hold; longer is no answer
 # Strings, comments with the blanks before them, other blanks, and what matters inside an f-string's
 # braces. The scan runs from left to right, so a quote in a comment and a "#" in a string are
@@ -144,7 +142,7 @@ def strip_comments(code):
     """`code`, any string, without comments, blank lines and outer whitespace; docstrings stay."""
     kept = ""
     place = 0
-    for start, end in comments(code):
+    for start, end in comments(code) if "#" in code else ():
         kept += code[place:start]
         place = end
     lines = (kept + code[place:]).split("\n")
@@ -158,10 +156,6 @@ def levenshtein(a, b):
     the dynamic programme as +1/-1 differences between neighbours, so a character of `b` costs a
     few integer operations. O(len(a) * len(b) / word size).
     """
-    start = len(os.path.commonprefix([a, b]))  # a common prefix or suffix costs nothing
-    a, b = a[start:], b[start:]
-    end = len(os.path.commonprefix([a[::-1], b[::-1]]))
-    a, b = a[: len(a) - end], b[: len(b) - end]
     a, b = sorted([a, b], key=len)  # the shorter one spans the integers
     positions = {}  # character -> bit mask of its positions in a
     for i, char in enumerate(a):
@@ -183,9 +177,6 @@ def levenshtein(a, b):
 def similarity(a, b):
     """Edit similarity of two strings, in [0, 1]; two empty ones are equal."""
     return 1.0 - levenshtein(a, b) / max(len(a), len(b), 1)  # eq. 2
-
-
-# ------------------------------------------------------------------------- one look at an answer
 
 
 @dataclass(frozen=True)
@@ -212,7 +203,7 @@ class Grade:
 
 def words(text):
     """The set of all words in a text: identifiers, and keywords or English words like them."""
-    return set(WORD.findall(text))
+    return set(re.findall(r"[A-Za-z_]\w*", text))
 
 
 def needed(example):
@@ -222,17 +213,8 @@ def needed(example):
     return (words(strip_comments(example.new_code)) - old) & words(note)
 
 
-def determined(example):
-    """Whether the note and the old code hold every word and number of the reference."""
-    given = re.findall(r"\w+", f"{strip_comments(example.old_code)} {example.update_info}")
-    return set(re.findall(r"\w+", strip_comments(example.new_code))) <= set(given)
-
-
 def grade(completion, example):
-    """The Grade of a completion; `example` needs the texts old_code and new_code.
-
-    Without an update_info there is no name to use, and obeys is None.
-    """
+    """The Grade of a completion; `example` needs old_code, new_code and, for obeys, update_info."""
     form = format_reward(completion)
     code = extract_code(completion)
     wanted = needed(example)
@@ -277,22 +259,9 @@ def total(grade, example, correctness="es_star"):
     return grade.format + CORRECTNESS[correctness](grade, example)  # eq. 1
 
 
-# ------------------------------------------------------------------------- without an example
-
-
 def bare(target):
     """An example that has nothing but its reference."""
     return SimpleNamespace(old_code="", new_code=target)
-
-
-def es(completion, target):
-    """Edit similarity of the answer's code and `target`, in [0, 1]; 0.0 without code."""
-    return grade(completion, bare(target)).es
-
-
-def em(completion, target):
-    """1.0 if the answer's code equals `target`, comments and blank lines aside, else 0.0."""
-    return grade(completion, bare(target)).em
 
 
 def es_star(completion, target):

@@ -19,8 +19,6 @@ import recode
 import reward
 from lib import fsdp, parallel
 
-# ------------------------------------------------------------------------- 1. answers and groups
-
 
 class Answer(NamedTuple):
     """One sampled completion."""
@@ -99,9 +97,6 @@ def sample_groups(model, tokenizer, tasks, config, position):
     return parallel.gather(groups)
 
 
-# ------------------------------------------------------------------------- 2. the update batch
-
-
 @dataclasses.dataclass
 class Batch:
     """B completions of P prompts with all that an update needs; tensors are (B, T) or (B,)."""
@@ -144,11 +139,10 @@ def make_batch(groups, advantages, device):
     rows = [torch.tensor(ids) for group in groups for ids in group.completions]
     tokens = torch.zeros(0, 0, dtype=torch.long)  # DAPO may find no group
     if rows:
-        tokens = pad_sequence(rows, batch_first=True)  # (B, T)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
+        tokens = pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, T)
+    mask = tokens >= 0  # (B, T)
     group = torch.arange(len(groups)).repeat_interleave(advantages.shape[1])  # (B,)
-    tensors = [x.to(device) for x in (group, tokens, mask, advantages.flatten())]
+    tensors = [x.to(device) for x in (group, tokens * mask, mask, advantages.flatten())]
     return Batch([each.prompt for each in groups], *tensors)
 
 
@@ -184,12 +178,8 @@ def batch_logps(model, batch, config):
     for i in parallel.share(range(len(batch.prompts))):
         with recode.shared_prompt(model, batch.prompts[i]) as prompt:
             for part in passes(batch, i, config.micro_tokens):
-                found = recode.completion_logps(model, prompt, part, config.temperature)
-                logps[part.rows] = found
+                logps[part.rows] = recode.completion_logps(model, prompt, part, config.temperature)
     return parallel.sum_ranks(logps)
-
-
-# ------------------------------------------------------------------------- 3. metrics
 
 
 def summarize(groups):
@@ -199,22 +189,19 @@ def summarize(groups):
     """
     grades = [grade for group in groups for grade in group.grades]
     obeys = [grade.obeys for grade in grades if grade.obeys is not None]
-    return {
-        "format": mean(grade.format > 0 for grade in grades),
-        "es": mean(grade.es for grade in grades),
-        "em": mean(grade.em for grade in grades),
-        "stale": mean(grade.stale for grade in grades),
-        "obeys": mean(obeys) if obeys else None,
-        "reward": mean(value for group in groups for value in group.rewards),
-    }
+    metrics = {"format": mean(grade.format > 0 for grade in grades)}
+    for name in ("es", "em", "stale"):
+        metrics[name] = mean(getattr(grade, name) for grade in grades)
+    metrics["obeys"] = mean(obeys) if obeys else None
+    metrics["reward"] = mean(value for group in groups for value in group.rewards)
+    return metrics
 
 
 def describe(groups):
     """The metrics of a rollout: those of summarize(), spread within groups, lengths; floats."""
     metrics = summarize(groups)
-    lengths = [len(ids) for group in groups for ids in group.completions]
     metrics["reward_std"] = mean(torch.tensor(group.rewards).std().item() for group in groups)
     metrics["no_spread"] = mean(max(group.rewards) == min(group.rewards) for group in groups)
-    metrics["completion_length"] = mean(lengths)
+    metrics["completion_length"] = mean(len(ids) for group in groups for ids in group.completions)
     metrics["truncated"] = mean(cut for group in groups for cut in group.cut)
     return metrics

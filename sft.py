@@ -4,12 +4,9 @@ A code model learns to obey an API update by copying the right answer, token by 
 policy gradient of grpo.py with one completion per group, always the best one. The equation numbers
 are those of grpo.py. For completion i and its token t:
 
+    D      = the references of the next P = 1 prompts, each after an empty thought        (eq. 1)
     A_i    = 1                                     every reference has the same weight    (eq. 3)
     J_it   = A_i logp_it                           log-likelihood                         (eq. 7)
-
-and the bookkeeping around them:
-
-    D      = the references of the next P = 1 prompts, each after an empty thought        (eq. 1)
     w_it   = mask_it / sum |o_i|                   mean over all tokens                   (eq. 8)
     loss   = - sum w_it J_it,  for each of U = 1 parts of D                               (eq. 9)
 
@@ -40,10 +37,9 @@ import data
 import lib.config
 import recode
 import rollout
-import training.dry_run
 import training.run
-import training.setup
 from lib import fsdp, parallel
+from training import dry_run, setup
 
 
 @dataclass
@@ -52,7 +48,6 @@ class Config(lib.config.Settings):
     output: str = f"runs/{Path(__file__).stem}"  # run directory
     steps: int = 5000  # eq. 1, draws of references, each followed by --updates optimizer steps
     prompts_per_step: int = 1  # eq. 1, P, references per step
-    max_prompt_tokens: int = 2048  # longer prompts are dropped
     max_new_tokens: int = 1024  # longer held-out answers are cut; references never are
     temperature: float = 1.0  # of sampling and of the log-probabilities
     correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
@@ -81,12 +76,6 @@ def token_weights(mask, config):
     return mask / mask.sum()  # eq. 8
 
 
-def make_batch(groups, config, device):
-    """The update batch: every reference with its advantage."""
-    rewards = torch.zeros(len(groups), 1)  # (groups, 1)
-    return rollout.make_batch(groups, advantages(rewards), device)  # eq. 3
-
-
 def collect(model, tokenizer, tasks, position, config):
     """The references at `position` of the stream: (batch, metrics, groups, new position)."""
     drawn = data.draw(tasks, position, config.prompts_per_step, config.seed)
@@ -96,14 +85,12 @@ def collect(model, tokenizer, tasks, position, config):
         groups.append(rollout.Group(prompt, example, [target]))  # eq. 1
     lengths = [len(group.completions[0]) for group in groups]
     metrics = {"completion_length": sum(lengths) / len(lengths)}
-    return make_batch(groups, config, model.device), metrics, groups, position + len(drawn)
+    A = advantages(torch.zeros(len(groups), 1))  # eq. 3, (groups, 1)
+    return rollout.make_batch(groups, A, model.device), metrics, groups, position + len(drawn)
 
 
 def accumulate(model, batch, config):
-    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics.
-
-    One pass at a time, with the weights of the whole batch, so the sum is exact.
-    """
+    """Accumulate the gradient of the loss on `batch`; returns the sums of this rank's metrics."""
     weights = token_weights(batch.mask, config)  # (B, T)
     sums = Counter()
     model.train()
@@ -140,10 +127,10 @@ def update(model, optimizer, batch, config):
 def main(argv=None):
     """Train. Returns the exit status: 0 done, 1 after three non-finite steps, 130 if stopped."""
     config = lib.config.parse_config(Config, argv, __doc__)
-    run, model, tokenizer, tasks, heldout = training.setup.set_up(config)
-    optimizer = training.setup.make_optimizer(model, config)
+    run, model, tokenizer, tasks, heldout = setup.set_up(config)
+    optimizer = setup.make_optimizer(model, config)
     if config.dry_run:
-        return training.dry_run.dry_run(model, tasks, optimizer, config, update)
+        return dry_run.dry_run(model, tasks, optimizer, config, update)
     step, position, nonfinite = run.begin(optimizer, heldout)
     with run.loop(step) as stop:
         while step < config.steps and nonfinite < training.run.MAX_NONFINITE:
@@ -154,7 +141,7 @@ def main(argv=None):
             batch, metrics, groups, position = collect(model, tokenizer, tasks, position, config)
             metrics["seconds_sample"] = time.perf_counter() - started
             run.watch(step + 1, groups)
-            metrics["lr"] = training.setup.learning_rate(step, config)
+            metrics["lr"] = training.run.learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             started = time.perf_counter()
             metrics |= update(model, optimizer, batch, config)

@@ -38,6 +38,7 @@ class Settings:
     model: str = TINY  # checkpoint directory, hub id, or run, to go on from its adapter
     data: str = "zjunlp/ReCode-Train-Data"  # JSONL file or hub id of the migration examples
     heldout: str = ""  # JSONL file, or share of the notes to hold out; measured before and after
+    max_prompt_tokens: int = 2048  # longer prompts are dropped
     resume: bool = False  # continue from the last checkpoint in --output
     seed: int = 42  # of the data order, the adapter and the samples
     # adapter

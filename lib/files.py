@@ -71,15 +71,6 @@ def write(path, content):
         raise BadInput(f"cannot write {path}: {reason}; the old file is unchanged")
 
 
-def append(path, rows, way_out):
-    """Append JSON objects to a .jsonl file. Raises BadInput, which ends with the `way_out`."""
-    try:
-        with open(path, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
-
-
 def lock(directory):
     """Lock a run directory until the returned file is closed; BadInput names who holds it."""
     import fcntl  # not on Windows

@@ -47,6 +47,23 @@ def names(code):
     return bound, used - bound - set(dir(builtins))
 
 
+def identifiers(code, library):
+    """The set of all identifiers in Python code, without the library's own and its import aliases.
+
+    Of a dotted name every part counts: np.linalg.norm has linalg and norm. `code` must parse.
+    """
+    with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
+        nodes = list(ast.walk(ast.parse(code)))
+    found = set()
+    own = {library.lower()}
+    for node in nodes:
+        for field in ("id", "attr", "arg", "name", "module", "asname"):
+            found.update((getattr(node, field, None) or "").split("."))
+        if isinstance(node, ast.alias) and node.name.split(".")[0].lower() == library.lower():
+            own.update((node.name.lower(), (node.asname or node.name).lower()))
+    return {name for name in found if name and name.lower() not in own}
+
+
 def signature(function):
     """How a function is called, as text: without annotations and the values of defaults."""
     found = [type(function).__name__]

@@ -5,11 +5,18 @@ Rows whose reference equals the old code, comments aside, ask for no change: a g
 where no answer is stale.
 """
 
+import re
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 import data
 import reward
+
+
+def determined(example):
+    """Whether the note and the old code hold every word and number of the reference."""
+    given = re.findall(r"\w+", f"{reward.strip_comments(example.old_code)} {example.update_info}")
+    return set(re.findall(r"\w+", reward.strip_comments(example.new_code))) <= set(given)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Migration:
         return verdict | {
             "passed": grade.em == 1,
             "reward": reward.total(grade, self.example),  # format + es_star
-            "determined": grade.em if changed and reward.determined(self.example) else None,
+            "determined": grade.em if changed and determined(self.example) else None,
             "unchanged": None if changed else grade.em,
             "format": grade.format > 0,
             "no_code": grade.code is None,

@@ -23,7 +23,7 @@ import reward
 import sft
 from conftest import FAMILIES, ROOT, ROWS, TWINS
 from lib.config import BadInput
-from lib import files, parallel
+from lib import parallel
 from training import run, setup
 import lib.config
 
@@ -357,7 +357,7 @@ def test_full_disk(script, settings, monkeypatch, when):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         if when == "while logging":
-            patch.setattr(files, "open", half_a_row, raising=False)
+            patch.setattr(run, "open", half_a_row, raising=False)
         with pytest.raises(BadInput, match="cannot write .*: No space left"):
             script.main(flags(settings | {"resume": True}))
     assert before.keys() == contents(settings["output"]).keys()

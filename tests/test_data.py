@@ -23,6 +23,7 @@ import data
 import grpo
 import reward
 import tasks
+import tasks.answers
 from tools import check_data
 from conftest import ROOT, ROWS, SHARED, fault_in_real_md
 from data import Example
@@ -647,4 +648,4 @@ def test_notes_that_do_not_concern_the_code(rows, write_rows, tmp_path, capsys):
 def test_names_of_the_library_itself_concern_no_note():
     """Stops "numpy" and "np" in a note from making every piece of code its subject."""
     code = "import numpy as np\nimport numpy.linalg as la\nla.norm(np.in1d(a, b=c))  # isin"
-    assert data.names(code, "Numpy") == {"linalg", "norm", "in1d", "a", "b", "c"}
+    assert tasks.answers.identifiers(code, "Numpy") == {"linalg", "norm", "in1d", "a", "b", "c"}

@@ -31,6 +31,7 @@ import tasks.judging
 import tasks.migration
 import tasks.problem
 import tasks.table
+import training.run
 from lib import files, loading, parallel
 from lib.config import BadInput
 
@@ -993,7 +994,7 @@ def test_full_disk(command, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return open(path, mode)
 
-    monkeypatch.setattr(files, "open", full, raising=False)
+    monkeypatch.setattr(training.run, "open", full, raising=False)
     with pytest.raises(BadInput, match="cannot write .*jsonl: No space left.*same command again"):
         eval.main(command())
     monkeypatch.undo()

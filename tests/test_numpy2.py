@@ -18,6 +18,7 @@ import data
 import eval
 import reward
 import tasks
+import tasks.answers
 import tasks.judging
 import tasks.migration
 import tasks.numpy2
@@ -103,18 +104,18 @@ def test_rows():
         example = data.read_example("", row)
         assert (example.dependency, example.new_version) == ("NumPy", "2.0")
         assert 5 <= len(example.old_code.split("\n")) <= 30 and not data.fault(example)
-        assert reward.determined(example) or row in UNRELATED, row["name"]
+        assert tasks.migration.determined(example) or row in UNRELATED, row["name"]
     for row in BROKEN:
         removed = set(row["removed"])
         assert removed <= reward.words(row["update_info"]), row["name"]
-        assert removed <= data.names(row["old_code"], "numpy"), row["name"]
+        assert removed <= tasks.answers.identifiers(row["old_code"], "numpy"), row["name"]
 
 
 def test_unrelated_notes_name_nothing_of_the_code():
     """Stops a note that could be read as asking for a change."""
     for row in UNRELATED:
         assert row["old_code"] == row["new_code"] and not row["removed"]
-        used = data.names(row["old_code"], "numpy")
+        used = tasks.answers.identifiers(row["old_code"], "numpy")
         assert not used & reward.words(row["update_info"]), row["name"]
         assert "np." in row["update_info"] or "ndarray." in row["update_info"]
 

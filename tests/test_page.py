@@ -137,7 +137,7 @@ def score(grade, *rest):
 
 def test_watching_changes_nothing(train, monkeypatch):
     """Stops the extra passes from drawing random numbers or leaving the model in another mode."""
-    flags = ["--steps", "3", "--show-every", "1", "--dropout", "0.3", "--updates", "2"]
+    flags = ["--steps", "4", "--show-every", "3", "--dropout", "0.3", "--updates", "2"]
     monkeypatch.setattr(reward, "total", score)
     watched = train("watched", *flags)
     monkeypatch.setattr(run.RunDirectory, "watch", lambda *args: None)
@@ -146,7 +146,7 @@ def test_watching_changes_nothing(train, monkeypatch):
     for row, other in zip(metrics(watched), metrics(alone), strict=True):
         assert all(row[name] == other[name] for name in row if "second" not in name)
     rows = [json.loads(line) for line in (watched / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in rows] == [1, 1, 3, 3, 4, 4]
     for row in rows:
         text = "".join(token[0] for token in row["tokens"])
         text, whole = [re.sub(r"[^\x00-\x7f]", "", x) for x in (text, row["completion"])]

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-import data
 import reward
 from lib.pieces import cut
 from lib.sources import Source
@@ -583,7 +582,8 @@ def test_files_to_measure_with(name):
     run_module(new)
     noted = reward.words((OLD / "notes.txt").read_text())
     codes = [answers.question(piece, text) for piece in cut(text, LIMITS["some"])]
-    assert 5 < len([code for code in codes if data.names(code, "numpy") & noted]) < len(codes)
+    asked = [code for code in codes if answers.identifiers(code, "numpy") & noted]
+    assert 5 < len(asked) < len(codes)
 
 
 def run_module(text):

@@ -20,6 +20,7 @@ import pytest
 
 import data
 import reward
+import tasks.migration
 from conftest import SHARED, fault_in_real_md
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
@@ -60,9 +61,7 @@ def test_nothing_to_compare_and_unparsable():
     """Two empty programs divide by zero; a NUL, deep nesting or a huge literal ends the training
     run.
     """
-    assert (
-        reward.es(answer("# todo"), "# nothing") == reward.em(answer("# todo"), "# nothing") == 1.0
-    )
+    assert reward.em_star(answer("# todo"), "# nothing") == 2.0
     assert reward.score(answer("# todo"), "# nothing") == 3.0
     for code in (
         "x = '\0'",
@@ -88,7 +87,7 @@ def test_code_smuggled_through_the_think_block():
         == 1.0 + 3.5 * 3 / 5 - 1.5
     )
     assert reward.em_star(answer("x = 1", thought="```python\ny = 2\n```"), "x = 1") == 2.0
-    assert reward.em(answer("y = 2\n```\nor rather\n```python\nx = 1"), "x = 1") == 1.0
+    assert reward.em_star(answer("y = 2\n```\nor rather\n```python\nx = 1"), "x = 1") == 2.0
 
 
 def test_total_is_a_number():
@@ -103,7 +102,7 @@ def test_second_answer_block():
     """
     twice = answer("x = 1") + "\n<answer>\n```python\nx = 2\n```\n</answer>"
     assert reward.format_reward(twice) == -1.0
-    assert reward.em(twice, "x = 1") == 1.0 and reward.em(twice, "x = 2") == 0.0
+    assert reward.em_star(twice, "x = 1") == 2.0 and reward.em_star(twice, "x = 2") == -1.5
 
 
 def brute_force(a, b):
@@ -291,7 +290,7 @@ def test_obeys_and_determined_on_the_real_held_out_rows(monkeypatch):
     change = [e for e in heldout if plain(e.old_code) != plain(e.new_code)]
     assert len(change) == 140
     assert sum(bool(reward.needed(e)) for e in change) == 82
-    assert sum(reward.determined(e) for e in change) == 52
+    assert sum(tasks.migration.determined(e) for e in change) == 52
 
 
 def test_strip_comments_keeps_strings():
@@ -339,7 +338,7 @@ def test_strip_comments_keeps_strings():
 def test_strings_in_the_braces_of_f_strings(code):
     """A "#" in such a string cuts the line, and a wrong answer behind it is an exact match."""
     assert reward.strip_comments(f"{code}  # it's\ny = '#'  # \"") == f"{code}\ny = '#'"
-    assert reward.em(answer(f"{code}.a  # {{"), f"{code}.b") == 0.0
+    assert reward.em_star(answer(f"{code}.a  # {{"), f"{code}.b") < 0
 
 
 @pytest.mark.parametrize("quote", ['"', "'", '"""', "'''"])

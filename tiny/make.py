@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import rollout
 import sft
-import training.setup
+import training.run
 from lib import parallel
 from lib.config import Parser
 
@@ -259,7 +259,7 @@ def learn(model, tokenizer, draw, answer, steps, lr, rng):
             target = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
             groups.append(rollout.Group(data.encode_prompt(example, tokenizer), example, [target]))
         batch = rollout.make_batch(groups, torch.ones(BATCH, 1), model.device)
-        optimizer.param_groups[0]["lr"] = training.setup.learning_rate(step, config)
+        optimizer.param_groups[0]["lr"] = training.run.learning_rate(step, config)
         metrics = sft.update(model, optimizer, batch, config)
         if (step + 1) % 100 == 0:
             print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)

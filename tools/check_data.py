@@ -11,16 +11,19 @@ made of training rows, to train.jsonl.
 """
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import grpo
-from data import encode_prompt, encode_target, load_examples, split_heldout, unrelated
+from data import encode_prompt, encode_target, load_examples, split_heldout
 from lib import loading, parallel
 from lib.config import TINY, BadInput, Parser, open_policy, parse_config
 from lib.files import write
-from reward import strip_comments
+from reward import parses, strip_comments, words
+from tasks.answers import identifiers
 from training.screen import excerpt
 
 UNRELATED = 100  # rows of unrelated.jsonl
@@ -47,6 +50,27 @@ def usable(source):
     same = sum(strip_comments(e.old_code) == strip_comments(e.new_code) for e in examples)
     print(f"          {same:,} usable rows ask for no change, comments aside")
     return examples
+
+
+def unrelated(examples, count, seed):
+    """Up to `count` examples whose note names nothing in their code: they ask for no change.
+
+    The code is that of one example, the note that of another one of the same library.
+    """
+    rng = random.Random(seed)
+    found = []
+    for example in rng.sample(examples, len(examples)):
+        if len(found) == count:
+            break
+        library = example.dependency.lower()
+        if parses(example.old_code):
+            used = identifiers(example.old_code, library)
+            same = [other for other in examples if other.dependency.lower() == library]
+            notes = [other for other in same if not used & words(other.update_info)]
+            if notes:
+                note = rng.choice(notes)
+                found.append(replace(note, old_code=example.old_code, new_code=example.old_code))
+    return found
 
 
 def write_split(examples, share, directory, contrast, seed):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import dora
 from lib import parallel
 from lib.config import BadInput, read_run
-from lib.files import append, lock, write
+from lib.files import lock, write
 from lib.loading import write_model
 from training import screen
 from training.measure import measure_heldout, token_logps
@@ -55,6 +55,14 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = time.monotonic()
         tqdm.write("stopping after this step; once more to stop at once")
+
+
+def learning_rate(step, config):
+    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
+    warm = config.warmup * config.steps
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
 
 
 def check_output(config):
@@ -93,8 +101,17 @@ def claim(path, config):
     return locked
 
 
+def append(path, rows, way_out):
+    """Append JSON objects to a .jsonl file. Raises BadInput, which ends with the `way_out`."""
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
+
+
 def append_row(path, row):
-    """Append a JSON object to a .jsonl file; its values that are not finite become None."""
+    """Append a JSON object to a log of the run; its values that are not finite become None."""
     for key, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             row[key] = None

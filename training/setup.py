@@ -153,11 +153,3 @@ def make_optimizer(model, config):
     """AdamW on what is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-
-
-def learning_rate(step, config):
-    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
-    warm = config.warmup * config.steps
-    if step < warm:
-        return config.lr * (step + 1) / (warm + 1)
-    return config.lr * (1 + math.cos(math.pi * (step - warm) / (config.steps - warm))) / 2
