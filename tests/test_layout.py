@@ -27,8 +27,8 @@ OPTIONAL = ("tensorboard", "torch.utils.tensorboard", "wandb", "peft", "rapidfuz
 LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
 MAX_FILES = 11  # at the top level
-MAX_TOP_LINES = 2559  # in total at the top level; the goal is 2400
-MAX_LINES = 6260  # of all Python but EXCLUDED; the goal is 5800
+MAX_TOP_LINES = 2400  # in total at the top level
+MAX_LINES = 6316  # of all Python but EXCLUDED; the goal is 5800
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100
 
