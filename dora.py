@@ -64,6 +64,7 @@ class DoRALinear(nn.Module):
             self.register_buffer("squares", squares, persistent=False)
             self.magnitude = nn.Parameter(squares.sqrt())  # with B = 0 the layer is exactly W
         self.cached_norm = None, None  # a state of A and B, and the norm that belongs to it
+        self.cached_parts = None, None  # the same for A, B and m, and parts()
 
     @torch.no_grad()
     def norm(self):
@@ -77,17 +78,30 @@ class DoRALinear(nn.Module):
             self.cached_norm = version, norm
         return self.cached_norm[1]
 
+    def parts(self, dtype):
+        """A, B transposed and gain - 1 in `dtype`; a decoding step has no time to cast them."""
+        state = steps, dtype, *(p._version for p in self.parameters(recurse=False))
+        frozen = not torch.is_grad_enabled()
+        if frozen and self.cached_parts[0] == state:
+            return self.cached_parts[1]
+        gain = None
+        if self.magnitude is not None:
+            gain = (self.magnitude / self.norm() - 1).to(dtype)  # gain - 1: bf16 is coarse near 1
+        parts = self.lora_A.to(dtype), self.lora_B.to(dtype).T, gain
+        if frozen:
+            self.cached_parts = state, parts
+        return parts
+
     def forward(self, x):
         y = self.base(x)  # W x + bias
         if not self.enabled:
             return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        B = self.lora_B.to(x.dtype).T  # (r, out)
+        A, B, gain = self.parts(x.dtype)  # (r, in), (r, out), (out,)
+        low = F.linear(self.dropout(x), A)  # (..., r)
         rows = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B, alpha=self.scale)
         y = rows.view_as(y)  # W x + s B A x + bias
-        if self.magnitude is None:
+        if gain is None:
             return y
-        gain = (self.magnitude / self.norm() - 1).to(x.dtype)  # gain - 1: bf16 is coarse near 1
         direction = y if self.base.bias is None else y - self.base.bias
         return torch.addcmul(y, direction, gain)  # eq. 1
 

@@ -174,7 +174,7 @@ def test_norm_is_computed_once_per_rollout(monkeypatch):
     )
     recode.sample(model, PROMPTS, 3, 10, [-1])
     layers = len(dora.dora_layers(model))
-    assert len(norms) > 2 * layers and len({id(x) for x in norms}) == layers  # one tensor each
+    assert layers <= len(norms) <= 2 * layers and len({id(x) for x in norms}) == layers
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
