@@ -19,11 +19,10 @@ completion that SFT copies: the reference after an empty thought.
 import random
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import reward
 from lib.config import BadInput, first_line
-from lib.files import HUB_ID, fetch, json_rows, unix_lines
+from lib.files import json_rows, locate, unix_lines
 
 SYSTEM = (
     "You migrate code to a new version of a library. Follow the update notes you are given, "
@@ -54,16 +53,6 @@ class Example:
     update_info: str
     old_code: str
     new_code: str
-
-
-def locate(source):
-    """The local path of `source`: the path itself, or the hub's file."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
-        raise BadInput(f"data: no file {source!r}; give a JSONL file or a hub id (owner/Name)")
-    return fetch(source, source.split("/")[1].lower() + ".jsonl")
 
 
 def read_example(where, row):

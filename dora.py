@@ -63,8 +63,7 @@ class DoRALinear(nn.Module):
             squares = base.weight.detach().float().square().sum(1)  # (out,)
             self.register_buffer("squares", squares, persistent=False)
             self.magnitude = nn.Parameter(squares.sqrt())  # with B = 0 the layer is exactly W
-        self.cached_norm = None, None  # a state of A and B, and the norm that belongs to it
-        self.cached_parts = None, None  # the same for A, B and m, and parts()
+        self.cached_norm = self.cached_parts = None, None  # (state of A, B, m; what belongs to it)
 
     @torch.no_grad()
     def norm(self):

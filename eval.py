@@ -9,8 +9,7 @@
 
 tasks/ says what is asked and when an answer is right. Each task has a directory in --output, with
 config.json, samples.jsonl (completions and verdicts), table.json and table.md. After a kill, the
-same command continues. Metrics are means over problems, in per cent, with 95 % intervals; a reward
-and a number of lines are shown as they are. --compare pairs the runs by problem.
+same command continues. Metrics are means with 95 % intervals; --compare pairs runs by problem.
 
     pass@k           the share of problems that one of k samples solves, see tasks/table.py
     UPass@k          the same, where right means: passes with the update and fails without it

@@ -26,6 +26,16 @@ def fetch(hub_id, name):
         raise BadInput(f"data: {why}; give a local JSONL file")
 
 
+def locate(source):
+    """The local path of a data set: `source` itself, or the file of that hub id."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(source) or path.suffix in (".json", ".jsonl"):
+        raise BadInput(f"data: no file {source!r}; give a JSONL file or a hub id (owner/Name)")
+    return fetch(source, source.split("/")[1].lower() + ".jsonl")
+
+
 def unix_lines(text):
     """`text` with line ends as in a model's answers, "\\n", and without a byte order mark."""
     return re.sub("\r\n?", "\n", text.removeprefix("\ufeff"))
