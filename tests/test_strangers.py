@@ -251,7 +251,7 @@ def test_chat_templates(train, checkpoints, tmp_path, tokenizer):
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     (path / "chat_template.jinja").write_text(refuse + template)
     assert train("--model", str(path), "--steps", "1") == 0
-    for broken, word in (("{% for m in %}", "does not work"), ("{{ '' }}", "is empty")):
+    for broken, word in (("{% for m in %}", "does not work"), ("{{ '' }}", "drops or changes")):
         (path / "chat_template.jinja").write_text(broken)
         with pytest.raises(BadInput, match=f"chat template {word}"):
             train("--model", str(path), "--steps", "1", "--output", str(tmp_path / "other"))
