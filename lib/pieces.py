@@ -71,8 +71,9 @@ def spans(body, lines, fits, prefix=""):
 def margins(code):
     """[(blanks before a line, its rest)]; (None, line) if empty, or if it begins in a string."""
     inside = set()
-    for token in tokenize.generate_tokens(io.StringIO(code).readline):
-        inside.update(range(token.start[0], token.end[0]))  # only strings have more than one line
+    with contextlib.suppress(*BROKEN):  # Python's parser takes more; take() compares the trees
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            inside.update(range(token.start[0], token.end[0]))  # only a string has several lines
     found = []
     for number, line in enumerate(code.split("\n")):
         rest = line.lstrip(" \t")
