@@ -13,7 +13,7 @@ from huggingface_hub import logging as hub_logging
 
 from lib.config import BadInput, first_line
 
-hub_logging.set_verbosity_error()  # no line for every retry; BadInput reports the last error
+hub_logging.set_verbosity_error()  # BadInput reports the last of the retries
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/Name
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model):
@@ -74,15 +73,3 @@ def unhooked(model):
                 setattr(module, name, type(hooks)())
                 stack.callback(setattr, module, name, hooks)
         yield
-
-
-def full_tensor(x):
-    """A tensor, all-gathered if it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def shard_like(x, p):
-    """The shard of a full tensor that belongs to parameter p; x itself if p is not sharded."""
-    if isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.dim():
-        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-    return x

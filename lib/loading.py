@@ -63,23 +63,20 @@ def load_model(model, dtype="auto"):
         if dtype == "auto":
             fast = device == "cuda" or (size > LARGE and native_bf16())
             dtype = "bf16" if fast else "fp32"
-        settings = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa"}
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, config=config, output_loading_info=True, **settings
-        )
+        settings = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa", "config": config}
+        settings["output_loading_info"] = True
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, **settings)
     except Exception as error:
         raise BadInput(f"model: cannot load {model!r}: {first_line(error)}")
     if invented := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        text = f"{len(invented)} weights missing or mismatched, e.g. {invented[0]}"
-        raise BadInput(f"model: {model!r}: {text}")
+        raise BadInput(f"model: {model!r}: weights missing or mismatched, e.g. {invented[0]}")
     for name, p in loaded.named_parameters():
         if not p.isfinite().all():
             raise BadInput(f"model: {model!r}: weights that are not finite, in {name}")
     # cuDNN's attention gives NaN gradients for some lengths and masks (pytorch#196678), and builds
     # a plan, 0.4 s, for every new shape; lengths differ in every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    loaded = loaded.to(device).eval()
-    speed.prepare(loaded)
+    speed.prepare(loaded.to(device).eval())
     return loaded
 
 

@@ -1,7 +1,6 @@
 """Several processes, one run: every rank knows the whole rollout and does its share of the work.
 
-    torchrun --nproc-per-node 8 grpo.py ...                             the adapter
-    torchrun --nproc-per-node 8 dapo.py --adapter none --lr 1e-6 ...    all weights, see lib/fsdp.py
+    torchrun --nproc-per-node 8 grpo.py ...
 
 A rank samples and scores every WORLD-th prompt; then the groups are gathered on every rank, so
 advantages and token weights are computed over all of them. In the update a rank takes every
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib import fsdp
 from lib.config import BadInput, first_line
@@ -34,7 +34,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 CUDA = torch.cuda.is_available()
 BACKEND = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # objects and flags stay on the CPU
-PATIENCE = timedelta(hours=1)  # a rank may have to wait while others sample or write a checkpoint
 
 # ------------------------------------------------------------------------- start and end
 
@@ -50,13 +49,7 @@ def start():
         torch.cuda.set_device(LOCAL_RANK)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w", errors="replace")
-    dist.init_process_group(BACKEND, timeout=PATIENCE)
-
-
-def print_error(error):
-    """Print an error as one line, with the rank where there are several."""
-    where = f" (rank {RANK})" if WORLD > 1 else ""
-    print(f"error: {error}{where}", file=sys.stderr, flush=True)
+    dist.init_process_group(BACKEND, timeout=timedelta(hours=1))  # while others sample or write
 
 
 OUT_OF_MEMORY = """
@@ -85,31 +78,32 @@ def open_streams():
 def run_main(main):
     """Run `main` as a program: its result is the exit status; bad input is one line and 2."""
     open_streams()
+    text = ""
+    status = 2
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()  # here, where a closed pipe is handled, and not at exit
         if dist.is_initialized():  # not after an error: it would wait for ranks that never come
             dist.destroy_process_group()
-        sys.exit(status)
     except BrokenPipeError:  # the reader of our output, e.g. head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (BadInput, OSError) as error:
-        print_error(first_line(error))
-        sys.exit(2)
+        status = 0
     except KeyboardInterrupt:
-        if RANK == 0:
-            print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        text = "stopped"
+        status = 130
     except Exception as error:
+        text = f"error: {first_line(error)}"
         if out_of_memory(error):
-            print_error(f"{first_line(error)} {OUT_OF_MEMORY}")
+            text += OUT_OF_MEMORY
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            print_error("lost another rank, which says why")
-        else:
-            traceback.print_exc()
-            sys.exit(70)  # a defect of ours; no program's result is 70
-        sys.exit(2)
+            text = "error: lost another rank, which says why"
+        elif not isinstance(error, BadInput | OSError):
+            text = traceback.format_exc()
+            status = 70  # a defect of ours; no program's result is 70
+    if text:
+        where = f" (rank {RANK})" if WORLD > 1 else ""
+        print(text + where, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------- sharing work
@@ -173,15 +167,27 @@ def reduce_gradients(model):
 
 def clip_grad_norm(model, max_norm):
     """Clip the gradient of all ranks to `max_norm`; returns its norm before that, a float."""
-    return fsdp.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
 # ------------------------------------------------------------------------- checkpoints
 
 
+def full_tensor(x):
+    """A tensor, all-gathered if it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shard_like(x, p):
+    """The shard of a full tensor that belongs to parameter p; x itself if p is not sharded."""
+    if isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.dim():
+        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+    return x
+
+
 def on_rank_0(x, dtype=None):
     """A full tensor, on the CPU, on rank 0; None on the others. All ranks must call it."""
-    full = fsdp.full_tensor(x.detach())
+    full = full_tensor(x.detach())
     return full.to("cpu", dtype) if RANK == 0 else None
 
 
@@ -201,8 +207,8 @@ def load_state(model, optimizer, saved):
     fsdp.free_weights(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
-        p.copy_(fsdp.shard_like(saved["trained"][name], p))
+        p.copy_(shard_like(saved["trained"][name], p))
     for p, moments in zip(trained.values(), saved["optimizer"]["state"].values()):
         for key, x in moments.items():
-            moments[key] = fsdp.shard_like(x, p)
+            moments[key] = shard_like(x, p)
     optimizer.load_state_dict(saved["optimizer"])

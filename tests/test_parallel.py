@@ -58,7 +58,7 @@ def gradient_of_ranks(name, groups):
     norm = parallel.clip_grad_norm(model, 1e9)
     return (
         dict(sums),
-        [fsdp.full_tensor(p.grad) for p in model.parameters() if p.requires_grad],
+        [parallel.full_tensor(p.grad) for p in model.parameters() if p.requires_grad],
         norm,
     )
 
@@ -258,7 +258,7 @@ def test_the_number_of_ranks_may_change(name, base):
         loaded = parallel.full_state(model, optimizer)
         assert same(loaded, {key: saved[key] for key in loaded})
         assert all(
-            torch.equal(fsdp.full_tensor(p), saved["trained"][key])
+            torch.equal(parallel.full_tensor(p), saved["trained"][key])
             for key, p in model.named_parameters()
         )
     assert train(base, name, f"{name}-2to1", "--resume") == 0
@@ -277,7 +277,7 @@ def test_small_steps_are_not_rounded_away():
         parallel.reduce_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-    norm = fsdp.full_tensor(model.model.norm.weight.detach())
+    norm = parallel.full_tensor(model.model.norm.weight.detach())
     torch.testing.assert_close(norm, torch.full_like(norm, 0.998), atol=1e-5, rtol=0)
 
 
