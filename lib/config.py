@@ -190,16 +190,15 @@ def parse_config(Config, argv, doc):
         wanted = {float: int | float, type(None): bool | None}.get(kind, kind)
         if name not in defaults or not isinstance(value, wanted):
             raise BadInput(f"--model {model}: its {name!r}: {value!r} is no setting of this script")
-    parser = Parser(doc)
-    parser.epilog = f"Defaults in brackets are those used with --model {model}."
+    parser = Parser(doc, epilog=f"Defaults in brackets are those used with --model {model}.")
     add_flags(parser, Config, used)
     config = Config(**vars(parser.parse_args(argv)))
     check_config(config)
     for name in FIXED if open_policy(model)[1] else ():
-        was, now = used[name], getattr(config, name)
-        if was != now:
-            way_out = "tools.export makes it a model that takes another adapter"
-            raise BadInput(f"--{name} {now}: the adapter of {model} has {was}; {way_out}")
+        now = getattr(config, name)
+        if now != used[name]:
+            why = f"the adapter of {model} has {used[name]}; tools.export makes it a model"
+            raise BadInput(f"--{name} {now}: {why} that takes another")
     return config
 
 
@@ -207,11 +206,10 @@ def check_config(config):
     """Raise BadInput, naming the flag, where the values of `config` make no sense."""
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, int | float):
-            if name in POSITIVE and not value > 0:
-                raise BadInput(f"{flag} {value}: must be above 0")
-            if not 0 <= value < math.inf:
-                raise BadInput(f"{flag} {value}: must be at least 0, and finite")
+        if name in POSITIVE and not value > 0:
+            raise BadInput(f"{flag} {value}: must be above 0")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise BadInput(f"{flag} {value}: must be at least 0, and finite")
         if name in ("dropout", "warmup", "clip_low") and value >= 1:
             raise BadInput(f"{flag} {value}: is a share, must be below 1")
         if name in CHOICES and value not in CHOICES[name]:

@@ -8,17 +8,14 @@
 
 A test is source code that defines functions test_*, each of which is called. With `entry_point` it
 defines check(candidate) instead, which gets the program's object of that name. Each test has a new
-process, which runs `setup`, the program, then the test. A name in the test means the test's or
-setup's own, then a builtin, then the program's. So names that a prompt defines and a test uses
-belong in `setup`, which is trusted.
+process, which runs `setup`, which is trusted, the program, then the test. A name in the test means
+the test's or setup's own, then a builtin, then the program's.
 
     pass, fail, timeout    the program's result; its output and exit status do not count
     error                  not its fault: setup, the test or the harness is broken
 
 A zygote (zygote.py) imports the libraries once, in an empty environment, and forks a locked process
-(lock.py) for each test. What the program replaced in modules is restored before the test runs
-(judge.py). The verdict comes over a private pipe, with a random number. Then every process is
-killed and collected, every file deleted. The harness has its own deadline and replaces a zygote
+(lock.py) for each test, which judge.py runs. The harness has its own deadline and replaces a zygote
 that misses it. Without Landlock (ABI 3: Linux 6.2) or seccomp nothing runs, unless unsafe=True.
 
 This is not a true security sandbox. The lock protects the machine; nothing protects the verdict
@@ -52,7 +49,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START = f"import sys; sys.path.insert(0, {ROOT!r}); from sandbox import zygote; zygote.serve()"
 ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 ENVIRONMENT |= {"MALLOC_ARENA_MAX": "2", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # huge pages: a fork is 2 ms faster
 
 
 class Unavailable(RuntimeError):
@@ -88,7 +84,7 @@ class Worker:
         end.close()
         if self.exchange(self.settings | {"home": self.home}, 300) != ["pass", ""]:
             self.stop()
-            why = "this system cannot contain a program: it needs Landlock (Linux 6.2) and seccomp"
+            why = "cannot contain a program without Landlock (Linux 6.2) and seccomp"
             raise Unavailable(f"sandbox: {why}, see above; --unsafe runs it anyway")
 
     def exchange(self, message, seconds):
@@ -112,11 +108,11 @@ class Worker:
         self.process.wait()
         self.process = None
         self.pipe.close()
-        for _ in range(100):  # a test, killed by PR_SET_PDEATHSIG, may take a moment to end
+        deadline = time.monotonic() + 2
+        remove(self.home)
+        while os.path.exists(self.home) and time.monotonic() < deadline:
+            time.sleep(0.02)  # a test, killed by PR_SET_PDEATHSIG, may take a moment to end
             remove(self.home)
-            if not os.path.exists(self.home):
-                break
-            time.sleep(0.02)
 
 
 class Sandbox(contextlib.AbstractContextManager):

@@ -1,4 +1,4 @@
-"""What runs in the locked process: judge() runs setup, the program and the test.
+"""What runs in the locked process: setup, the program and the test.
 
 What the program replaced in modules is restored before the test runs, so a patched `math.isclose`
 does not fool it. A program that patches while the test runs is not stopped.
@@ -60,8 +60,8 @@ def execute(source, name, scope):
 def judge(job, test):
     """(status, reason) of a test: pass or fail, or error if setup or the test is broken."""
     # Dataclasses look for their module. Its name is no word, so Saved leaves it out.
-    module = sys.modules["<program>"] = types.ModuleType("<program>")
-    scope = vars(module)
+    sys.modules["<program>"] = types.ModuleType("<program>")
+    scope = vars(sys.modules["<program>"])
     entry_point = job["entry_point"]
     try:
         execute(job["setup"], "setup", scope)

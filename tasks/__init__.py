@@ -1,28 +1,31 @@
 """The benchmarks, a file for each: what the model is asked, and when its answer is right.
 
-    migration        rewrite old code as an update note says: the records of data.py
-    codeupdatearena  solve a problem with a function that was just changed
-    humaneval        complete a function; humaneval+ adds far more tests
-    numpy2           rewrite a program that NumPy 2 broke; it is run
-
-problem.py has what the last three share, judging.py and table.py are for eval.py.
+problem.py has what those with tests share, judging.py and table.py are for eval.py.
 
     python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """
 
+import gzip
+import zlib
 from collections import Counter
-from functools import partial
+from pathlib import Path
 
-from lib.config import BadInput
+from lib.config import BadInput, first_line
+from lib.files import fetch, json_rows
+from lib.sources import BROKEN
 from tasks import codeupdatearena, humaneval, migration, numpy2
-from tasks.problem import read_problems
 
-TASKS = ("migration", "codeupdatearena", "humaneval", "humaneval+", "numpy2")
-SOURCES = {
-    "codeupdatearena": "leo-liuzy/CodeUpdateArena",
-    "humaneval+": "evalplus/humanevalplus",
-    "numpy2": numpy2.ROWS,
+TASKS = {  # how a row is read
+    "migration": None,
+    "codeupdatearena": codeupdatearena.read,
+    "humaneval": humaneval.read,
+    "humaneval+": humaneval.read,
+    "numpy2": numpy2.read,
 }
+ARENA = "leo-liuzy/CodeUpdateArena"
+PLUS = "evalplus/humanevalplus"
+SOURCES = {"codeupdatearena": ARENA, "humaneval+": PLUS, "numpy2": numpy2.ROWS}
+HUB_FILES = {ARENA: "arena-ungrouped.jsonl", PLUS: "test.jsonl"}
 
 
 def load(task, source, no_update=False, plain=False):
@@ -32,13 +35,19 @@ def load(task, source, no_update=False, plain=False):
     """
     if task == "migration":
         return list(migration.load(source, no_update))
-    if task == "codeupdatearena":
-        read = partial(codeupdatearena.read, no_update=no_update)
-    elif task == "numpy2":
-        read = partial(numpy2.read, no_update=no_update)
-    else:
-        read = partial(humaneval.read, plain=plain)
-    problems = list(read_problems(source, read))
+    path = fetch(source, HUB_FILES[source]) if source in HUB_FILES else Path(source)
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"data: cannot read {source!r} ({error}); give a JSONL file")
+    problems = []
+    for where, row in json_rows(path, content):
+        try:
+            problems += TASKS[task](row, no_update, plain)
+        except (TypeError, KeyError, *BROKEN) as error:
+            raise BadInput(f"{where}: {first_line(error)}; fix the row or remove it")
     if not problems:
         raise BadInput(f"data: no problem in {source!r}: the file is empty")
     name, count = Counter(problem.name for problem in problems).most_common(1)[0]

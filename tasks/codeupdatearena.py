@@ -1,9 +1,8 @@
 """CodeUpdateArena: solve a problem with a function that was just changed (arXiv 2407.06249).
 
 An answer is right when it passes all unit tests with the update. It is "updated" when it also
-fails without it, i.e. without the one statement that puts the new function into its library. An
-answer is run behind the reference's imports: half of the signatures that it asks for use typing's
-List or Tuple, and some tests use np without importing it.
+fails without the statement that puts the new function into its library. An answer is run behind the
+reference's imports: signatures use typing's List or Tuple, and some tests use np.
 
 Rows of all releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports}, flat.
 """
@@ -46,8 +45,7 @@ and has to pass this test, among others:
 def split_functions(code, prefix=""):
     """[(name, source)] of the top-level functions whose names begin with `prefix`; ValueError if 0.
 
-    All other code, e.g. imports, is put in front of each. Python's own parser finds the ends: blank
-    lines also occur within functions.
+    All other code, e.g. imports, is put in front of each.
     """
     lines = code.split("\n")
     shared = ""
@@ -79,7 +77,7 @@ def update_statement(path, kind, name):
     raise ValueError(f"update_type {kind!r} has no rule")
 
 
-def read(row, no_update=False):
+def read(row, no_update=False, plain=False):
     """The problems of a row of any schema."""
     for example in row.get("prog_syn_examples", [row]):
         flat = {**row.get("update", {}), **example}

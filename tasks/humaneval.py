@@ -9,7 +9,6 @@ system message, and an assistant turn that begins with "```python\\n". The code 
 """
 
 import json
-from dataclasses import dataclass
 
 import data
 from reward import FENCE, FENCE_END
@@ -37,7 +36,6 @@ def check(candidate):
 """
 
 
-@dataclass(frozen=True, kw_only=True)
 class Plain(Problem):
     """A problem in the plain form."""
 
@@ -49,15 +47,15 @@ class Plain(Problem):
         return (code if code.strip() else None), end != ""
 
 
-def read(row, plain=False):
+def read(row, no_update=False, plain=False):
     """The problem of a row of either schema."""
     check_texts(row, ["task_id", "prompt", "entry_point", "canonical_solution"])
     entry = row["entry_point"]
     reference = row["prompt"] + row["canonical_solution"]
     if row.get("plus_input") is not None:
-        inputs = json.dumps([*row["base_input"], *row["plus_input"]])
-        atol = row.get("atol", 0)
-        row["test"] = PLUS.format(inputs=inputs, atol=atol, reference=reference, entry=entry)
+        known = {"inputs": json.dumps([*row["base_input"], *row["plus_input"]])}
+        known |= {"atol": row.get("atol", 0), "reference": reference, "entry": entry}
+        row["test"] = PLUS.format_map(known)
     check_texts(row, ["test"])
     form, question = (Plain, PLAIN) if plain else (Problem, QUESTION)
     yield form(

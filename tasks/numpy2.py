@@ -28,7 +28,7 @@ class Program(Problem):
         return super().judge(completion, box) | {"unchanged": unchanged, "stray_lines": stray}
 
 
-def read(row, no_update=False):
+def read(row, no_update=False, plain=False):
     """The program of a row. Its control is the old code, or an empty program if that runs."""
     check_texts(row, ["name", "group", "test"])
     example = data.read_example(row["name"], row)

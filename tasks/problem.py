@@ -1,29 +1,18 @@
-"""What the benchmarks with tests share: a problem, its verdicts, and the rows of its file."""
+"""What the benchmarks with tests share: a problem and its verdicts."""
 
-import gzip
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import data
 import reward
-from lib.config import BadInput, first_line
-from lib.files import fetch, json_rows, unix_lines
-from lib.sources import BROKEN
+from lib.files import unix_lines
 
-HUB_FILES = {  # data set: its file
-    "leo-liuzy/CodeUpdateArena": "arena-ungrouped.jsonl",
-    "evalplus/humanevalplus": "test.jsonl",
-}
 SYSTEM = "You write Python code. {}Think first, then answer."
-OBEY = (
-    "Follow the update notes you are given, even where they contradict what you remember of a "
-    "library. "
-)
-REQUEST = (
-    "Reason inside <think> </think>, then give the complete code inside <answer> </answer>, "
-    "in a ```python fence."
-)
+OBEY = """\
+Follow the update notes you are given, even where they contradict what you remember of a library. \
+"""
+REQUEST = """\
+Reason inside <think> </think>, then give the complete code inside <answer> </answer>, in a \
+```python fence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,34 +47,14 @@ class Problem:
         """What there is to know about a completion: plain values, "passed" among them."""
         code, well_formed = self.extract(completion)
         verdict = {"format": well_formed, "no_code": code is None, "passed": False}
-        if code is None:
-            verdict["status"] = "no code"
-        else:
+        verdict["status"] = "no code"
+        if code is not None:
             result = self.run(box, code)
             verdict |= vars(result) | {"passed": result.passed}
         if self.update:
             passed = verdict["passed"]
             verdict["updated"] = passed and not self.run(box, code, updated=False).passed
         return verdict
-
-
-def read_problems(source, read):
-    """Yield what read(row) does for the rows of a JSONL file (.gz too), or of one of HUB_FILES.
-
-    BadInput names the file and line of a row on which it fails.
-    """
-    path = fetch(source, HUB_FILES[source]) if source in HUB_FILES else Path(source)
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"data: cannot read {source!r} ({error}); give a JSONL file")
-    for where, row in json_rows(path, content):
-        try:
-            yield from read(row)
-        except (TypeError, KeyError, *BROKEN) as error:
-            raise BadInput(f"{where}: {first_line(error)}; fix the row or remove it")
 
 
 def check_texts(row, names):

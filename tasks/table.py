@@ -18,11 +18,10 @@ import numpy as np
 
 from lib.config import BadInput, read_settings
 
-# Scores of an answer, besides whether it is right. They are shares, but for those in RANGES; the
-# programs of numpy2 have at most 30 lines.
 SCORES = """
 reward es_star em_star stale obeys determined unchanged format no_code cut stray_lines
-""".split()
+""".split()  # of an answer, besides whether it is right: shares, but for those in RANGES
+# The programs of numpy2 have at most 30 lines.
 RANGES = {"reward": (-3, 3), "es_star": (-2, 2), "em_star": (-2, 2), "stray_lines": (0, 30)}
 GROUPS = ("change", "no change", "seen", "unseen", "unrelated")  # these have a column each
 Z = 1.96
@@ -52,9 +51,9 @@ def metrics(rows, ks):
 
 def wilson(p, N):
     """Lower and upper end of the interval of a share p of N problems."""
-    centre = p + Z**2 / (2 * N)
     half = Z * math.sqrt(p * (1 - p) / N + Z**2 / (4 * N**2))
-    return np.clip(np.array([centre - half, centre + half]) / (1 + Z**2 / N), 0, 1)  # eq. 2
+    ends = p + Z**2 / (2 * N) + np.array([-half, half])
+    return np.clip(ends / (1 + Z**2 / N), 0, 1)  # eq. 2
 
 
 def interval(values, low=0.0, high=1.0):
@@ -77,9 +76,8 @@ def tabulate(problems, rows, args):
     for problem in problems:
         samples = [rows[problem.name, j] for j in range(args.num_samples)]
         each[problem.name] = metrics(samples, args.k)
-        for group in ("all", problem.package, problem.update_type):
+        for group in filter(None, ("all", problem.package, problem.update_type)):
             groups.setdefault(group, []).append(each[problem.name])
-    groups.pop("", None)
     means = {}
     for group, members in groups.items():
         means[group] = {"problems": len(members)}
@@ -91,22 +89,18 @@ def tabulate(problems, rows, args):
     return {"table": means, "statuses": statuses, "problems": each}
 
 
-def number(name, value, sign=""):
-    """A metric as text: per cent, or a reward as it is."""
-    return f"{value:{sign}.2f}" if name in RANGES else f"{100 * value:{sign}.1f}"
-
-
 def estimate(name, values, sign=""):
-    """(mean, lower end, upper end) of a metric as text."""
-    mean, low, high = [number(name, x, sign) for x in values]
-    return f"{mean} [{low}, {high}]"
+    """(mean, lower end, upper end) of a metric as text, or a mean alone; shares in per cent."""
+    form, factor = (".2f", 1) if name in RANGES else (".1f", 100)
+    mean, *ends = [f"{factor * value:{sign}{form}}" for value in values]
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def markdown(lines):
     """A Markdown table with aligned columns; the first of the lines is its head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    rows = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    rows = [map(str.ljust, line, widths) for line in lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -161,7 +155,7 @@ def compare(runs):
             if first and now and first.keys() != now.keys():
                 raise BadInput(f"--compare {run}: {key} has other problems than in {runs[0]}")
             known = [value for value in now.values() if value is not None]
-            line.append(number(name, mean(known)) if known else "-")
+            line.append(estimate(name, [mean(known)]) if known else "-")
             pairs = [(first[x], now[x]) for x in first if now and table is not tables[0]]
             change = [after - before for before, after in pairs if None not in (before, after)]
             if change:
