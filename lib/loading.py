@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import dora
 from lib import parallel, speed
 from lib.config import BadInput, first_line
-from lib.files import HUB_ID, write
+from lib.files import HUB_ID
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which is needed
 OURS = ("runs", "tiny", "tests", "..", ".")  # no owners on the hub
@@ -87,19 +87,10 @@ def load_policy(base, adapter, dtype="auto"):
 
 
 SHARD = "5GB"  # weights per file
-CARD = """---
-base_model: {base}
-tags: [recode, code-migration]
----
-{what}
-
-It was trained to follow the update notes in its prompt (ReCode, arXiv 2506.20495), which has the
-form of data.py: a system message, the notes in <doc>, the old code.
-"""
 
 
-def write_model(model, tokenizer, directory, what):
-    """Save a checkpoint directory: config, tokenizer, model card, weights in their first dtype."""
+def write_model(model, tokenizer, directory):
+    """Save a checkpoint directory: config, tokenizer, weights in their first dtype."""
     dtype = model.config.dtype  # as loaded; shards are fp32
     state = {name: parallel.on_rank_0(p, dtype) for name, p in model.named_parameters()}
     if parallel.RANK > 0:
@@ -109,5 +100,3 @@ def write_model(model, tokenizer, directory, what):
         tokenizer.save_pretrained(directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"cannot write {directory}: {first_line(error)}; free some space first")
-    card = CARD.format(base=model.config.name_or_path, what=what)
-    write(Path(directory) / "README.md", card.encode())

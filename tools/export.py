@@ -33,8 +33,7 @@ def merge(model, adapter, output):
         update += (exact - W).square().sum().item()
         lost += (exact - layer.base.weight.float()).square().sum().item()
         merged.set_submodule(name, layer.base)
-    what = f"{model} with the adapter {adapter} merged into it."
-    loading.write_model(merged, tokenizer, output, what)
+    loading.write_model(merged, tokenizer, output)
     share = (lost / max(update, 1e-30)) ** 0.5
     print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
 

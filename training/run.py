@@ -17,7 +17,6 @@ import math
 import os
 import pickle
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -267,8 +266,7 @@ class RunDirectory:
         else:
             self.save(optimizer, step, position, nonfinite)
             if self.config.adapter == "none":
-                what = f"{self.config.model} trained by {' '.join(sys.argv)}."
-                write_model(self.model, self.tokenizer, self.path / "model", what)
+                write_model(self.model, self.tokenizer, self.path / "model")
             if step < self.config.steps:
                 print(f"stopped after step {step}, all saved in {self.path}")
                 print("the same command with --resume continues")
