@@ -137,8 +137,8 @@ def read_run(path):
 def open_policy(name):
     """What --model names, as (base model, adapter directory or "", the settings that it brings).
 
-    A checkpoint brings its defaults.json. A run directory stands for its adapter over the model
-    that it began with, or for its model/, and brings the settings of the run.
+    A checkpoint brings its defaults.json. A run directory is its adapter over the model that it
+    began with, or its model/, and brings the settings of the run.
     """
     path = Path(name)
     if (path / "model" / "config.json").is_file():

@@ -1,13 +1,11 @@
 """--adapter none trains all weights, in one shard per rank. Nothing else needs this file.
 
-FSDP2 (fully_shard) splits fp32 weights, gradient and AdamW's moments into WORLD shards. It frees
-and gathers weights in hooks around forward(), which recode.py's passes bypass (a pass in two parts,
-the output layer called on its own, unequal numbers of passes). So gather_weights() all-gathers the
-full weights, in --dtype, once for a rollout and its update; gradients accumulate, 4 bytes per
-weight; then one empty pass through the model lets the hooks reduce them.
+FSDP2 (fully_shard) splits fp32 weights, gradient and AdamW's moments into WORLD shards. Its hooks
+around forward() gather and free weights, but recode.py's passes bypass them. So gather_weights()
+all-gathers the full weights, in --dtype, once for a rollout and its update; gradients accumulate,
+4 bytes per weight; then one empty pass through the model lets the hooks reduce them.
 
-All ranks must call these functions, also a rank without a prompt. They do nothing to a model
-without shards.
+All ranks must call these functions, also a rank without a prompt. Without shards they do nothing.
 """
 
 import contextlib

@@ -1,13 +1,9 @@
-"""Several processes, one run: every rank knows the whole rollout and does its share of the work.
-
-    torchrun --nproc-per-node 8 grpo.py ...
+"""Several processes, one run (torchrun): every rank knows the whole rollout and does its share.
 
 A rank samples and scores every WORLD-th prompt; then the groups are gathered on every rank, so
 advantages and token weights are computed over all of them. In the update a rank takes every
 WORLD-th group, and gradients are summed over ranks: loss and gradient are those of one process.
-
-Ctrl-C ends all ranks together after the step; torchrun kills a rank after 30 seconds, so where
-steps are long, give it --shutdown-timeout 600. Only rank 0 writes; with --resume every rank reads
+Ctrl-C ends all ranks together after the step. Only rank 0 writes; with --resume every rank reads
 the checkpoint.
 """
 
@@ -34,8 +30,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 CUDA = torch.cuda.is_available()
 BACKEND = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # objects and flags stay on the CPU
-
-# ------------------------------------------------------------------------- start and end
 
 
 def start():
@@ -106,9 +100,6 @@ def run_main(main):
     sys.exit(status)
 
 
-# ------------------------------------------------------------------------- sharing work
-
-
 def share(items):
     """This rank's items of a list."""
     return items[RANK::WORLD]
@@ -168,9 +159,6 @@ def reduce_gradients(model):
 def clip_grad_norm(model, max_norm):
     """Clip the gradient of all ranks to `max_norm`; returns its norm before that, a float."""
     return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
-
-
-# ------------------------------------------------------------------------- checkpoints
 
 
 def full_tensor(x):

@@ -1,9 +1,8 @@
 """Cut a Python file into pieces, and indent other code for their place.
 
 A piece is whole lines of the file: a definition with its decorators; of a class that does not fit,
-each method; an import; or what stands between these, as many statements as fit. Comments around
-pieces, strings that stand alone (docstrings), the head of a class that is cut, and lines that
-cannot be dedented without changing the code belong to no piece.
+each method; an import; or as many statements between these as fit. Comments around pieces, strings
+that stand alone, heads of classes that are cut, and lines that cannot be dedented are in none.
 """
 
 import ast

@@ -15,8 +15,7 @@ import types
 class Saved:
     """The attributes of modules and of the classes in them, to restore after the program ran.
 
-    Only of packages that `text` names: to copy all of torch's takes 0.1 s, and a program hardly
-    patches what neither it nor setup nor the test names.
+    Only of packages that `text`, all code that runs, names: to copy all of torch's takes 0.1 s.
     """
 
     def __init__(self, text):

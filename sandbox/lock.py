@@ -5,11 +5,9 @@
     Landlock       read Python, the system's libraries and a few files; write in one directory
     seccomp        no new process, exec, signal, socket, lasting IPC, change of mode, owner or limit
 
-It takes about 1 ms and cannot be undone; threads inherit it. Landlock also stops a process from
-looking into one under another lock or none (ptrace, /proc/PID/mem, environ, fd).
-
-Listing what is denied lets honest programs live, but the list must be complete. So calls newer than
-the list fail with ENOSYS; x32 calls, whose numbers differ, do too, and a 32-bit call kills.
+It cannot be undone; threads inherit it. Landlock also stops a process from looking into one under
+another lock or none (ptrace, /proc/PID/mem, environ, fd). What is denied is listed; calls newer
+than the list and x32 calls, whose numbers differ, fail with ENOSYS, and a 32-bit call kills.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """The zygote: serve() imports the libraries once, then forks a locked process for every test.
 
-It runs no program itself. Jobs and verdicts are JSON. Threads and disk, which the kernel
-cannot limit per program, are checked every 50 ms.
+Threads and disk, which the kernel cannot limit per program, are checked every 50 ms.
 """
 
 import contextlib

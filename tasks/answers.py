@@ -1,8 +1,8 @@
 """What of the answers may take the place of a piece of a file.
 
-There is no reference, and nothing is run. Of an answer to a definition the definition of that name
-is taken, of an answer to an import its imports, to statements all but its imports. It must define
-what the piece defines, with the same arguments, and need no name that nothing defines.
+Nothing is run. Of an answer to a definition the definition of that name is taken, to an import its
+imports, to statements all but its imports. It must define what the piece defines, with the same
+arguments, and need no name that nothing defines.
 """
 
 import ast
@@ -50,7 +50,7 @@ def names(code):
 def identifiers(code, library):
     """The set of all identifiers in Python code, without the library's own and its import aliases.
 
-    Of a dotted name every part counts: np.linalg.norm has linalg and norm. `code` must parse.
+    np.linalg.norm has linalg and norm. `code` must parse.
     """
     with warnings.catch_warnings(action="ignore"):  # odd escapes in strings
         nodes = list(ast.walk(ast.parse(code)))
@@ -166,10 +166,9 @@ def choose(usable):
     Agreement is the mean edit similarity to the others, comments aside; ties go to the likeliest.
     """
     texts = [reward.strip_comments("\n".join([*needed, code])) for (code, needed), _ in usable]
-    totals = [sum(reward.similarity(text, other) for other in texts) for text in texts]
+    totals = [sum(reward.similarity(text, other) for other in texts) - 1 for text in texts]
     best = max(range(len(texts)), key=lambda i: (totals[i], usable[i][1]))
-    others = len(texts) - 1
-    return usable[best][0], (totals[best] - 1) / others if others else None
+    return usable[best][0], totals[best] / (len(texts) - 1) if len(texts) > 1 else None
 
 
 def settle(source, asked):

@@ -4,7 +4,7 @@ An answer is right when it passes all unit tests with the update. It is "updated
 fails without the statement that puts the new function into its library. An answer is run behind the
 reference's imports: signatures use typing's List or Tuple, and some tests use np.
 
-Rows of all releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports}, flat.
+All releases are read: {update: {}, prog_syn_examples: [{}]}, {update: {}, imports}, flat rows.
 """
 
 import ast

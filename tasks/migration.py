@@ -1,8 +1,7 @@
 """Migration: rewrite old code as an update note says, with the prompt of training.
 
 An answer is right when it equals the reference, comments and blank lines aside. Nothing is run.
-Rows whose reference equals the old code, comments aside, ask for no change: a group of their own,
-where no answer is stale.
+Rows whose reference equals the old code, comments aside, ask for no change: a group of their own.
 """
 
 import re
@@ -56,8 +55,8 @@ def load(source, no_update=False):
 def stray_lines(example, code):
     """How many lines `code` changes that the reference does not; comments and blank lines aside.
 
-    difflib matches each with the old code. Counted are the old lines that the reference keeps and
-    `code` does not, or the lines that `code` adds beyond the reference's number, if they are more.
+    Counted are the old lines that the reference keeps and `code` does not, or the lines that `code`
+    adds beyond the reference's number, if they are more.
     """
     texts = example.old_code, example.new_code, code
     old, *others = [reward.strip_comments(text).split("\n") for text in texts]

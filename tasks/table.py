@@ -105,10 +105,7 @@ def markdown(lines):
 
 
 def show(result):
-    """table.md: a line per metric, and how the answers that were run ended.
-
-    The groups of GROUPS have a column each, if there are at least two.
-    """
+    """table.md: a line per metric, a column per group of GROUPS if there are two, the statuses."""
     table = result["table"]
     groups = [group for group in GROUPS if group in table]
     groups = ["all", *groups] if len(groups) > 1 else ["all"]
