@@ -85,13 +85,14 @@ def run_main(main):
     except KeyboardInterrupt:
         text = "stopped"
         status = 130
-    except Exception as error:
+    except (BadInput, OSError) as error:
         text = f"error: {first_line(error)}"
+    except Exception as error:
         if out_of_memory(error):
-            text += OUT_OF_MEMORY
+            text = f"error: {first_line(error)} {OUT_OF_MEMORY}"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             text = "error: lost another rank, which says why"
-        elif not isinstance(error, BadInput | OSError):
+        else:
             text = traceback.format_exc()
             status = 70  # a defect of ours; no program's result is 70
     if text:

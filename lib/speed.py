@@ -1,7 +1,6 @@
 """What only makes things faster: fused norms, threads and memory, packed weights, CUDA graphs.
 
-Delete this file and the five lines that call it: results stay, up to rounding. Nothing here acts on
-import, or on another model than the one it is given.
+Delete this file and the five lines that call it: results stay, up to rounding.
 """
 
 import contextlib

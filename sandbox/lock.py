@@ -59,7 +59,6 @@ READABLE = """
     /dev/null /dev/zero /dev/random /dev/urandom /proc/self /proc/cpuinfo /proc/meminfo
     /sys/devices/system/cpu
 """.split()
-FILE_SIZE, DESCRIPTORS = 64 << 20, 256  # bytes of one file; open files
 RESERVED = 1 << 30  # bytes of address space that libraries reserve and do not use
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -111,7 +110,7 @@ def lock(directory, memory, cpu, unsafe=False):
     """Lock this process to `directory`, `memory` more bytes and `cpu` seconds, or raise OSError."""
     with open("/proc/self/statm") as file:
         size, *_, data, _ = [int(n) * resource.getpagesize() for n in file.read().split()]
-    limits = dict(CPU=cpu, FSIZE=FILE_SIZE, NOFILE=DESCRIPTORS, CORE=0, MSGQUEUE=0)
+    limits = dict(CPU=cpu, FSIZE=64 << 20, NOFILE=256, CORE=0, MSGQUEUE=0)
     limits["DATA"] = data + memory
     limits["AS"] = size + memory + RESERVED  # counts shared maps, which DATA does not
     for name, limit in limits.items():

@@ -1,8 +1,6 @@
 """The benchmarks, a file for each: what the model is asked, and when its answer is right.
 
 problem.py has what those with tests share, judging.py and table.py are for eval.py.
-
-    python -c "import tasks; print(tasks.load('humaneval', 'HumanEval.jsonl.gz')[0])"
 """
 
 import gzip

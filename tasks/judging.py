@@ -1,7 +1,4 @@
-"""What eval.py needs around the verdicts: the log of an evaluation, the sandbox, the references.
-
-From its log, samples.jsonl, an evaluation continues after a kill.
-"""
+"""What eval.py needs around the verdicts: the log, the sandbox, the references."""
 
 import contextlib
 import hashlib

@@ -1,7 +1,6 @@
-"""NumPy 2: rewrite a program as an update note says, judged by running it. Nothing is downloaded.
+"""NumPy 2: rewrite a program as an update note says, judged by running it.
 
-numpy2.jsonl holds 80 programs that were written for this project: records of data.py, each with a
-test, in three groups that docs/evaluation.md explains.
+numpy2.jsonl holds 80 records of data.py, each with a test, in the groups of docs/evaluation.md.
 """
 
 from dataclasses import dataclass, replace
