@@ -49,6 +49,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START = f"import sys; sys.path.insert(0, {ROOT!r}); from sandbox import zygote; zygote.serve()"
 ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 ENVIRONMENT |= {"MALLOC_ARENA_MAX": "2", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # huge pages: a fork is 2 ms faster
 
 
 class Unavailable(RuntimeError):
