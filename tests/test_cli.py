@@ -320,10 +320,8 @@ def test_no_chat_template(script, checkpoint, settings, capsys):
     assert re.search("warning .*no chat template", capsys.readouterr().out)
 
 
-def test_checkpoint_defaults(script, checkpoint, settings, capsys):
-    """The defaults that a checkpoint brings are ignored, not shown, or beat the flag they should
-    yield to.
-    """
+def test_checkpoint_defaults(script, checkpoint, settings):
+    """The defaults that a checkpoint brings are ignored, or beat the flag they should yield to."""
     shutil.move(settings.pop("data"), checkpoint / "rows.jsonl")
     defaults = {"data": "rows.jsonl", "steps": 3, "lr": 1, "alpha": 0.5, "targets": "o_proj"}
     (checkpoint / "defaults.json").write_text(json.dumps(defaults))
@@ -331,7 +329,6 @@ def test_checkpoint_defaults(script, checkpoint, settings, capsys):
     config = json.loads((settings["output"] / "config.json").read_text())
     expected = defaults | {"data": str(checkpoint / "rows.jsonl"), "steps": 1, "lr": 0.001}
     assert expected.items() <= config.items() and len(metrics(settings["output"])) == 1
-    assert re.search(r"defaults .*alpha 0.5.*targets o_proj", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 5, 6, 8, "while logging"])

@@ -60,16 +60,14 @@ def unrelated(examples, count, seed):
     rng = random.Random(seed)
     found = []
     for example in rng.sample(examples, len(examples)):
-        if len(found) == count:
-            break
+        code = example.old_code
         library = example.dependency.lower()
-        if parses(example.old_code):
-            used = identifiers(example.old_code, library)
+        if len(found) < count and parses(code):
+            used = identifiers(code, library)
             same = [other for other in examples if other.dependency.lower() == library]
             notes = [other for other in same if not used & words(other.update_info)]
             if notes:
-                note = rng.choice(notes)
-                found.append(replace(note, old_code=example.old_code, new_code=example.old_code))
+                found.append(replace(rng.choice(notes), old_code=code, new_code=code))
     return found
 
 
@@ -95,8 +93,7 @@ def main(argv=None):
     add("data", help="JSONL file or hub id of the migration examples")
     add("--model", default=TINY, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
     add("--split", nargs=2, metavar=("SHARE", "DIRECTORY"), help="write a split there [off]")
-    text = "also train on N rows whose note does not concern the code [0]"
-    add("--contrast", type=int, default=0, metavar="N", help=text)
+    add("--contrast", type=int, default=0, metavar="N", help="rows added to train.jsonl [0]")
     args = parser.parse_args(argv)
     if args.contrast < 0 or (args.contrast and not args.split):
         raise BadInput(f"--contrast {args.contrast}: at least 0, and only with --split")

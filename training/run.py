@@ -71,8 +71,8 @@ def check_output(config):
     if config.log_to:
         import_tracker(config.log_to)  # fail now, not after the first measurement
     if not config.resume:
-        used = os.path.isdir(path) and set(os.listdir(path)) - {"lock"}
-        if not config.dry_run and (used or os.path.isfile(path)):
+        used = path.is_file() or {file.name for file in path.glob("*")} - {"lock"}
+        if used and not config.dry_run:
             way_out = "--resume continues it, another --output starts a new run"
             raise BadInput(f"--output {path} is not empty; {way_out}")
         return
@@ -89,46 +89,20 @@ def check_output(config):
             print(f"warning   --steps was {was:,}, now {now:,}: {text}")
 
 
-def claim(path, config):
-    """Make the run directory, write config.json; returns its lock, an open file."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; give another --output")
-    locked = lock(path)
-    settings = vars(config) | {"began_in": os.path.relpath(".", path.resolve())}
-    write(path / "config.json", json.dumps(settings, indent=2).encode())
-    return locked
-
-
 def append(path, rows, way_out):
-    """Append JSON objects to a .jsonl file. Raises BadInput, which ends with the `way_out`."""
+    """Append rows to a .jsonl file. Raises BadInput, which ends with the `way_out`.
+
+    Sets values that are not finite to None in the rows themselves, as JSON has none.
+    """
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None
     try:
         with open(path, "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
-
-
-def append_row(path, row):
-    """Append a JSON object to a log of the run; its values that are not finite become None."""
-    for key, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            row[key] = None
-    append(path, [row], "--resume")
-
-
-def append_samples(path, step, group, tokens=(), **more):
-    """Append the completions of a group to samples.jsonl; tokens: a list per answer."""
-    for i, grade in enumerate(group.grades):
-        sample = {"step": step, **more, "update_info": group.example.update_info}
-        sample |= {"completion": group.texts[i], "reward": group.rewards[i]}
-        sample |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
-        sample |= {name: getattr(group.example, name) for name in ("old_code", "new_code")}
-        if tokens:  # DAPO may have dropped the group
-            sample["advantage"] = group.advantages[i] if group.advantages else 0.0
-            sample["tokens"] = tokens[i]
-        append_row(path, sample)
 
 
 class RunDirectory:
@@ -142,7 +116,8 @@ class RunDirectory:
         self.checkpoint = self.path / "checkpoint" / "state.pt"
         self.before = {}  # held-out metrics before training
         self.page_due = 0.0  # when page.html may be written again
-        self.lock = self.screen = self.tracker = None  # until begin() and loop()
+        self.lock = self.bar = self.tracker = None  # until begin() and loop()
+        self.headings = True  # stand above the next row on the screen
         self.group = self.logps = None  # what page.html shows of this step, before the update
 
     def begin(self, optimizer, heldout):
@@ -152,7 +127,10 @@ class RunDirectory:
         """
         parallel.barrier()  # all ranks have passed their checks
         if parallel.RANK == 0:
-            self.lock = claim(self.path, self.config)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.path)
+            settings = vars(self.config) | {"began_in": os.path.relpath(".", self.path.resolve())}
+            write(self.path / "config.json", json.dumps(settings, indent=2).encode())
         if self.config.resume and self.checkpoint.is_file():
             return self.load(optimizer)
         if parallel.RANK == 0:
@@ -168,21 +146,38 @@ class RunDirectory:
         metrics, groups = measure_heldout(self.model, self.tokenizer, heldout, self.config)
         if parallel.RANK == 0:
             for group in groups[:HELDOUT_SAMPLES]:
-                append_samples(self.path / "samples.jsonl", step, group, heldout=True)
+                self.append_samples(step, group, heldout=True)
         return metrics
+
+    def append_samples(self, step, group, tokens=(), **more):
+        """Append the completions of a group to samples.jsonl; tokens: a list per answer."""
+        example = group.example
+        rows = []
+        for i, grade in enumerate(group.grades):
+            row = {"step": step, **more, "update_info": example.update_info}
+            row |= {"completion": group.texts[i], "reward": group.rewards[i]}
+            row |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
+            row |= {"old_code": example.old_code, "new_code": example.new_code}
+            if tokens:  # DAPO may have dropped the group
+                row["advantage"] = group.advantages[i] if group.advantages else 0.0
+                row["tokens"] = tokens[i]
+            rows.append(row)
+        append(self.path / "samples.jsonl", rows, "--resume")
 
     @contextlib.contextmanager
     def loop(self, step):
-        """Around the training loop: the screen, the tracker, and the Stop that Ctrl-C sets."""
+        """Around the training loop: the bar, the tracker, and the Stop that Ctrl-C sets."""
         if self.config.log_to and parallel.RANK == 0:
             self.tracker = open_tracker(self.config, step + 1)
-        self.screen = screen.Screen(self.config, step)
+        hidden = self.config.quiet or parallel.RANK > 0
+        settings = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
+        self.bar = tqdm(**settings, disable=hidden or None)  # None: hidden without a terminal
         stop = Stop()
         handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield stop
         finally:
-            self.screen.bar.close()
+            self.bar.close()
             if self.tracker:
                 self.tracker.close()
             for number, handler in handlers.items():
@@ -207,20 +202,22 @@ class RunDirectory:
         seconds = metrics["seconds_sample"] + metrics["seconds_update"]
         count = sum(len(ids) for group in groups for ids in group.completions)
         row = {"step": step, **metrics, "tokens_per_second": count / seconds}
-        append_row(self.path / "metrics.jsonl", row)
+        append(self.path / "metrics.jsonl", [row], "--resume")
         if self.tracker:
             self.tracker.log(row)
-        if not self.config.quiet:
-            self.screen.show_step(row)
         if self.group:
             tokens = []  # of every answer: (text, log-probability before the update, after it)
             for ids, *logps in zip(self.group.completions, self.logps, after, strict=True):
                 texts = self.tokenizer.batch_decode([[i] for i in ids])
                 tokens.append(list(zip(texts, *logps, strict=True)))
-            append_samples(self.path / "samples.jsonl", step, self.group, tokens)
-            if not self.config.quiet:
-                self.screen.show_sample(step, self.group)
+            self.append_samples(step, self.group, tokens)
             self.write_page()
+        if not self.config.quiet:
+            screen.show_step(row, self.headings)
+            self.bar.update()
+            self.headings = False
+            if self.group:
+                screen.show_sample(step, self.group)
 
     def write_page(self, last=False):
         """Write page.html, but so seldom that it takes at most 1 % of the run's time."""
@@ -260,6 +257,7 @@ class RunDirectory:
 
     def finish(self, optimizer, heldout, step, position, nonfinite):
         """After the loop: save, measure, print what came of the run. Returns the exit status."""
+        status = 0 if step == self.config.steps else 130
         if nonfinite == MAX_NONFINITE:
             print(f"stopped: loss or gradient not finite {nonfinite} times in a row, step {step}")
             print(f"{self.path} keeps the last good checkpoint; lower --lr and start again")
@@ -269,23 +267,20 @@ class RunDirectory:
             if self.config.adapter == "none":
                 what = f"{self.config.model} trained by {' '.join(sys.argv)}."
                 write_model(self.model, self.tokenizer, self.path / "model", what)
-            if step < self.config.steps:
-                print(f"stopped after step {step}, all saved in {self.path}")
-                print("the same command with --resume continues")
-                status = 130
-            else:
-                self.conclude(heldout)
-                status = 0
+        if status == 130:
+            print(f"stopped after step {step}, all saved in {self.path}")
+            print("the same command with --resume continues")
+        if status == 0:
+            self.conclude(step, heldout)
         if parallel.RANK == 0:
             self.write_page(last=True)
             self.lock.close()
         return status
 
-    def conclude(self, heldout):
+    def conclude(self, step, heldout):
         """Measure the held-out tasks again, and print what the run leaves."""
         if heldout:
-            after = self.measure(self.config.steps, heldout)
-            metrics = {"before": self.before, "after": after}
+            metrics = {"before": self.before, "after": self.measure(step, heldout)}
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
             print(screen.heldout_table(**metrics))

@@ -1,8 +1,6 @@
 """What a run prints: a row per step, a sample now and then, the table of the held-out tasks."""
 
 import math
-import os
-import sys
 import textwrap
 import time
 
@@ -18,14 +16,6 @@ COLUMNS = (  # metric, heading, width and format of a step's row on the screen
     ("clip_fraction", "clip", 6, ".3f"), ("grad_norm", "grad", 6, ".2f"), ("lr", "lr", 9, ".1e"),
     ("completion_length", "tokens", 7, ".1f"), ("tokens_per_second", "tok/s", 6, ".0f"),
 )  # fmt: skip
-
-
-def style(text, code):
-    """`text` in an ANSI style ("1" bold, "2" dim); plain without a terminal or with NO_COLOR."""
-    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if dumb or not sys.stdout.isatty():
-        return text
-    return f"\033[{code}m{text}\033[0m"
 
 
 def progress(batches, what, hidden=False, passed=()):
@@ -61,37 +51,27 @@ def excerpt(text, most):
         lines += textwrap.wrap(clean, 94, drop_whitespace=False) if clean else [""]
     if len(lines) > most:
         lines[most - 1 :] = [f"... and {len(lines) - most + 1} lines more"]
-    return "\n".join(style(f"    | {line}", "2") for line in lines)
+    return "\n".join(f"    | {line}" for line in lines)
 
 
-class Screen:
-    """The steps of a run above a progress bar."""
+def show_step(row, headings):
+    """Print a row of metrics, below the headings if asked for; above a bar, if there is one."""
+    heads = cells = ""
+    for name, heading, width, form in COLUMNS:
+        if name in row or "reward" in row:  # sft.py samples nothing
+            value = row.get(name)  # None where nothing finite is known
+            heads += f"{heading:>{width}}"
+            cells += f"{math.nan if value is None else value:{width}{form}}"
+    if headings:
+        tqdm.write(f"\n{heads}")
+    tqdm.write(cells)
 
-    def __init__(self, config, step):
-        hidden = config.quiet or parallel.RANK > 0
-        bar = {"total": config.steps, "initial": step, "unit": "step", "leave": False}
-        self.bar = tqdm(**bar, disable=hidden or None)  # None: hidden without a terminal
-        self.first = True  # no step of this process has been shown yet
 
-    def show_step(self, row):
-        """A row of metrics; before the first one the headings."""
-        heads = cells = ""
-        for name, heading, width, form in COLUMNS:
-            if name in row or "reward" in row:  # sft.py samples nothing
-                value = row.get(name)  # None where nothing finite is known
-                heads += f"{heading:>{width}}"
-                cells += f"{math.nan if value is None else value:{width}{form}}"
-        if self.first:
-            tqdm.write("\n" + style(heads, "1"))
-            self.first = False
-        tqdm.write(cells)
-        self.bar.update()
-
-    def show_sample(self, step, group):
-        """The first completion of a group: its reward, the update note, the answer."""
-        note = " ".join(group.example.update_info.split())
-        text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
-        tqdm.write(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
+def show_sample(step, group):
+    """Print the first completion of a group: its reward, the update note, the answer."""
+    note = " ".join(group.example.update_info.split())
+    text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
+    tqdm.write(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
 
 
 HELDOUT = {  # metric: row of the table

@@ -5,8 +5,6 @@ check_policy() refuses a model that recode.py would compute otherwise than trans
 """
 
 import math
-import textwrap
-from pathlib import Path
 
 import torch
 
@@ -14,7 +12,7 @@ import data
 import dora
 import recode
 from lib import fsdp, parallel
-from lib.config import BadInput, first_line, open_policy, read_settings
+from lib.config import BadInput, first_line, open_policy
 from lib.loading import load_model, load_tokenizer
 from training.memory import keep_activations
 from training.run import RunDirectory, check_output
@@ -104,11 +102,6 @@ def set_up(config):
         fsdp.shard(model)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
-    defaults = Path(base) / "defaults.json"
-    if defaults.is_file() and not config.quiet:
-        settings = read_settings(defaults).items()
-        text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
-        print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
     size = f"{config.prompts_per_step} x {config.num_samples}"
     print(f"run       {config.output}: {config.steps:,} steps of {size} completions")
     return RunDirectory(config, model, tokenizer), model, tokenizer, train, heldout
@@ -134,15 +127,14 @@ def load_tasks(tokenizer, config):
 def make_trainable(model, config, adapter):
     """Add an adapter to `model`, or load one, or leave all weights trained. Prints header lines."""
     torch.manual_seed(config.seed)
-    what = "all weights, in fp32"
-    if config.adapter != "none":
+    what = f"{config.adapter}, r {config.r}, on {config.targets}"
+    if adapter:
+        dora.load_adapter(model, adapter, config.dropout)
+    elif config.adapter == "none":
+        what = "all weights, in fp32"
+    else:
         magnitude = config.adapter == "dora"
-        name = "DoRA" if magnitude else "LoRA"
-        what = f"{name}, r {config.r}, on {config.targets}"
-        if adapter:
-            dora.load_adapter(model, adapter, config.dropout)
-        else:
-            dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")

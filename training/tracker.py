@@ -42,9 +42,5 @@ def open_tracker(config, step):
         server = module.init(project="recode", dir=path.parent, config=vars(config), **more)
     except module.Error as error:
         raise BadInput(f"--log-to wandb: {first_line(error)}; or set WANDB_MODE=offline")
-
-    def log(row):
-        if row["step"] >= server.step:  # wandb keeps the first row of a step
-            server.log(row, step=row["step"])
-
-    return SimpleNamespace(log=log, close=server.finish)
+    server.define_metric("*", step_metric="step")  # a repeated step stays at its place
+    return SimpleNamespace(log=server.log, close=server.finish)
