@@ -282,7 +282,7 @@ def test_run_directory(script, family, checkpoints, settings, write_rows, rows, 
     ]
     assert all(
         word in out
-        for word in [*kept, "4 tasks kept, 4 rows dropped", "2 tasks", "before", "exact match"]
+        for word in [*kept, "4 kept, 2 held out", "3 dropped", "before", "exact match"]
     )
     config = {
         name: str(value) for name, value in json.loads((path / "config.json").read_text()).items()

@@ -161,7 +161,7 @@ def test_quiet(train, tmp_path, capfd, script):
     assert train("--steps", "2", "--heldout", "0.3", "--quiet", script=script) == 0
     out, err = capfd.readouterr()
     assert (
-        "4 tasks kept" in out
+        "4 kept" in out
         and "held-out tasks" in out
         and "exact match" in out
         and "done: " in out

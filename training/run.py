@@ -35,7 +35,6 @@ from training.page import page, read_rows
 from training.tracker import import_tracker, open_tracker
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
-HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
 MAY_CHANGE = (  # between a run and its --resume
     "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet",
     "micro_tokens", "keep_activations", "dry_run",
@@ -90,10 +89,7 @@ def check_output(config):
 
 
 def append(path, rows, way_out):
-    """Append rows to a .jsonl file. Raises BadInput, which ends with the `way_out`.
-
-    Sets values that are not finite to None in the rows themselves, as JSON has none.
-    """
+    """Append rows to a .jsonl file, None for what is not finite; BadInput ends with `way_out`."""
     for row in rows:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -121,48 +117,22 @@ class RunDirectory:
         self.group = self.logps = None  # what page.html shows of this step, before the update
 
     def begin(self, optimizer, heldout):
-        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run.
-
-        A run that was stopped before its first checkpoint has nothing to resume: it starts again.
-        """
+        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run."""
         parallel.barrier()  # all ranks have passed their checks
         if parallel.RANK == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.path)
             settings = vars(self.config) | {"began_in": os.path.relpath(".", self.path.resolve())}
             write(self.path / "config.json", json.dumps(settings, indent=2).encode())
-        if self.config.resume and self.checkpoint.is_file():
+        if self.config.resume and self.checkpoint.is_file():  # else stopped before its first one
             return self.load(optimizer)
         if parallel.RANK == 0:
             for name in LOGS:
                 (self.path / name).write_bytes(b"")
         if heldout:
-            self.before = self.measure(0, heldout)
+            self.before = measure_heldout(self.model, self.tokenizer, heldout, self.config)
         self.save(optimizer, 0, 0, 0)  # from here on there is something to resume
         return 0, 0, 0
-
-    def measure(self, step, heldout):
-        """The held-out metrics now; the first answers go to samples.jsonl."""
-        metrics, groups = measure_heldout(self.model, self.tokenizer, heldout, self.config)
-        if parallel.RANK == 0:
-            for group in groups[:HELDOUT_SAMPLES]:
-                self.append_samples(step, group, heldout=True)
-        return metrics
-
-    def append_samples(self, step, group, tokens=(), **more):
-        """Append the completions of a group to samples.jsonl; tokens: a list per answer."""
-        example = group.example
-        rows = []
-        for i, grade in enumerate(group.grades):
-            row = {"step": step, **more, "update_info": example.update_info}
-            row |= {"completion": group.texts[i], "reward": group.rewards[i]}
-            row |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
-            row |= {"old_code": example.old_code, "new_code": example.new_code}
-            if tokens:  # DAPO may have dropped the group
-                row["advantage"] = group.advantages[i] if group.advantages else 0.0
-                row["tokens"] = tokens[i]
-            rows.append(row)
-        append(self.path / "samples.jsonl", rows, "--resume")
 
     @contextlib.contextmanager
     def loop(self, step):
@@ -184,18 +154,16 @@ class RunDirectory:
                 signal.signal(number, handler)
 
     def watch(self, step, groups):
-        """Before the update: choose the group of which page.html shows what the update does to it.
-
-        It is the first whose advantages are not all 0, as others teach nothing.
-        """
+        """Before the update: choose the group of which page.html shows what the update does."""
         due = step % self.config.show_every == 0 or step in (1, self.config.steps)
         self.group = None
-        if due and groups[0].texts:  # sft.py samples nothing
+        if due and groups[0].texts:  # sft.py samples nothing; equal answers teach nothing
             self.group = next((group for group in groups if any(group.advantages)), groups[0])
             self.logps = token_logps(self.model, self.group, self.config)
 
     def log(self, step, metrics, groups):
         """Log a step to the files and the screen; the group that is watched, too."""
+        # On all ranks, as a pass through sharded weights needs them all.
         after = token_logps(self.model, self.group, self.config) if self.group else []
         if parallel.RANK > 0:
             return
@@ -206,11 +174,7 @@ class RunDirectory:
         if self.tracker:
             self.tracker.log(row)
         if self.group:
-            tokens = []  # of every answer: (text, log-probability before the update, after it)
-            for ids, *logps in zip(self.group.completions, self.logps, after, strict=True):
-                texts = self.tokenizer.batch_decode([[i] for i in ids])
-                tokens.append(list(zip(texts, *logps, strict=True)))
-            self.append_samples(step, self.group, tokens)
+            self.append_samples(step, self.group, after)
             self.write_page()
         if not self.config.quiet:
             screen.show_step(row, self.headings)
@@ -218,6 +182,21 @@ class RunDirectory:
             self.headings = False
             if self.group:
                 screen.show_sample(step, self.group)
+
+    def append_samples(self, step, group, after):
+        """Append a group to samples.jsonl; after: log-probabilities after the update."""
+        example = group.example
+        rows = []
+        for i, grade in enumerate(group.grades):
+            row = {"step": step, "update_info": example.update_info}
+            row |= {"completion": group.texts[i], "reward": group.rewards[i]}
+            row |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
+            row |= {"old_code": example.old_code, "new_code": example.new_code}
+            row["advantage"] = group.advantages[i] if group.advantages else 0.0  # DAPO drops some
+            texts = self.tokenizer.batch_decode([[token] for token in group.completions[i]])
+            row["tokens"] = list(zip(texts, self.logps[i], after[i], strict=True))
+            rows.append(row)
+        append(self.path / "samples.jsonl", rows, "--resume")
 
     def write_page(self, last=False):
         """Write page.html, but so seldom that it takes at most 1 % of the run's time."""
@@ -271,16 +250,17 @@ class RunDirectory:
             print(f"stopped after step {step}, all saved in {self.path}")
             print("the same command with --resume continues")
         if status == 0:
-            self.conclude(step, heldout)
+            self.conclude(heldout)
         if parallel.RANK == 0:
             self.write_page(last=True)
             self.lock.close()
         return status
 
-    def conclude(self, step, heldout):
+    def conclude(self, heldout):
         """Measure the held-out tasks again, and print what the run leaves."""
         if heldout:
-            metrics = {"before": self.before, "after": self.measure(step, heldout)}
+            after = measure_heldout(self.model, self.tokenizer, heldout, self.config)
+            metrics = {"before": self.before, "after": after}
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())
             print(screen.heldout_table(**metrics))

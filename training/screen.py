@@ -19,15 +19,12 @@ COLUMNS = (  # metric, heading, width and format of a step's row on the screen
 
 
 def progress(batches, what, hidden=False, passed=()):
-    """Yield lists of items; a bar shows how many are done, and how many of `passed` are true.
-
-    Without a terminal: a line now, and at most one every half minute.
-    """
+    """Yield lists of items; a bar shows how many are done, and how many of `passed` are true."""
     total = sum(map(len, batches))
     done = 0
     began = shown = time.monotonic()
     with tqdm(total=total, desc=what, leave=False, disable=hidden or None) as bar:
-        lines = bar.disable and not hidden
+        lines = bar.disable and not hidden  # without a terminal: now and every half minute
         if lines:
             print(f"{what}: 0 of {total:,}", flush=True)
         for batch in batches:

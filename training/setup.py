@@ -78,10 +78,9 @@ def check_context(model, prompts, config):
 
 
 def set_up(config):
-    """Everything a training script needs: (run, model, tokenizer, train tasks, held-out tasks).
+    """(run, model, tokenizer, train tasks, held-out tasks); a task is (prompt ids, Example).
 
-    Checks all that can be checked before anything slow, and prints the header. A task is
-    (prompt ids, Example).
+    Checks all that can be checked before anything slow, and prints the header.
     """
     parallel.start()
     check_output(config)
@@ -107,20 +106,31 @@ def set_up(config):
     return RunDirectory(config, model, tokenizer), model, tokenizer, train, heldout
 
 
+def load_examples(source):
+    """The usable examples of `source`. Prints how many rows are dropped, why and where."""
+    dropped = {}
+    examples = data.load_examples(source, dropped)
+    total = sum(map(len, dropped.values()))
+    print(f"data      {source}: {len(examples):,} usable rows, {total:,} dropped")
+    for reason, places in dropped.items():
+        lines = ", ".join(place.rpartition(" ")[2] for place in places[:5])
+        more = ", ..." if len(places) > 5 else ""
+        print(f"          {len(places):,} dropped: {reason} (line {lines}{more})")
+    return examples
+
+
 def load_tasks(tokenizer, config):
     """(train tasks, held-out tasks). Prints header lines."""
-    dropped = {}  # reason -> rows
-    examples = data.load_examples(config.data, dropped)
+    examples = load_examples(config.data)
     train, heldout = data.split_heldout(config.heldout, examples, config.seed)
-    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
+    long = {}  # reason -> tasks
+    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, long)
     if heldout:
         heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, {})
-    count = sum(map(len, dropped.values()))
-    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
-    for reason, rows in dropped.items():
-        print(f"          {len(rows):,} dropped: {reason}")
+    for reason, tasks in long.items():
+        print(f"          {len(tasks):,} dropped: {reason}")
     source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
-    print(f"held out  {len(heldout):,} tasks{source}")
+    print(f"tasks     {len(train):,} kept, {len(heldout):,} held out{source}")
     return train, heldout
 
 

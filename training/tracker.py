@@ -18,10 +18,7 @@ def import_tracker(name):
 
 
 def open_tracker(config, step):
-    """What sends the metrics: an object with log(row) and close().
-
-    A resumed run logs some steps again, from `step` on.
-    """
+    """An object with log(row) and close(); a resumed run logs steps again, from `step` on."""
     module = import_tracker(config.log_to)
     path = Path(config.output) / config.log_to
     if config.log_to == "tensorboard":
