@@ -93,6 +93,7 @@ class Wandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
+        self.__spec__ = importlib.util.spec_from_loader("wandb", None)
         self.server, self.started, self.refuse = {}, [], False
 
     def init(self, **settings):
@@ -138,7 +139,7 @@ def test_a_log_that_cannot_be(train, tmp_path, monkeypatch, script):
     """Stops a run that finds out after an hour that the package is missing, or a name that means
     nothing.
     """
-    for name in ("wandb", "torch.utils.tensorboard"):
+    for name in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     for name in ("tensorboard", "wandb"):
         with pytest.raises(
@@ -169,7 +170,8 @@ def test_quiet(train, tmp_path, capfd, script):
     assert (
         "sample of step" not in out and "tok/s" not in out and err == ""
     )
-    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run/samples.jsonl").read_text()
+    assert len(metrics(tmp_path / "run")) == 2
+    assert bool((tmp_path / "run/samples.jsonl").read_text()) == (script is not sft)
     assert train("--steps", "3", "--heldout", "0.3", "--resume", script=script) == 0
     assert "tok/s" in capfd.readouterr().out and len(metrics(tmp_path / "run")) == 3
 

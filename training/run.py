@@ -12,6 +12,7 @@ continues as if nothing had happened.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from lib.loading import write_model
 from training import screen
 from training.measure import measure_heldout, token_logps
 from training.page import page, read_rows
-from training.tracker import import_tracker, open_tracker
+from training.tracker import open_tracker
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
 MAY_CHANGE = (  # between a run and its --resume
@@ -67,8 +68,9 @@ def learning_rate(step, config):
 def check_output(config):
     """Raise BadInput unless --output is free for a new run, or holds the one to resume."""
     path = Path(config.output)
-    if config.log_to:
-        import_tracker(config.log_to)  # fail now, not after the first measurement
+    name = config.log_to
+    if name and not importlib.util.find_spec(name):
+        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
     if not config.resume:
         used = path.is_file() or {file.name for file in path.glob("*")} - {"lock"}
         if used and not config.dry_run:
@@ -120,7 +122,11 @@ class RunDirectory:
         """(step, position, nonfinite) to start with: from the checkpoint, or of a new run."""
         parallel.barrier()  # all ranks have passed their checks
         if parallel.RANK == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"cannot write {self.path}: {error.strerror}"
+                raise BadInput(f"{why}; give another --output")
             self.lock = lock(self.path)
             settings = vars(self.config) | {"began_in": os.path.relpath(".", self.path.resolve())}
             write(self.path / "config.json", json.dumps(settings, indent=2).encode())

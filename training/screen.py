@@ -6,8 +6,6 @@ import time
 
 from tqdm import tqdm
 
-from lib import parallel
-
 COLUMNS = (  # metric, heading, width and format of a step's row on the screen
     ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
     ("format", "format", 7, ".2f"), ("es", "ES", 6, ".3f"), ("em", "exact", 6, ".2f"),
