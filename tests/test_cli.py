@@ -278,7 +278,7 @@ def test_run_directory(script, family, checkpoints, settings, write_rows, rows, 
         " 1 dropped: repeat",
         " 1 dropped: the reference",
         " 1 dropped: no update",
-        " 1 dropped: prompt over 2048",
+        " 1 dropped: prompt over 2,048",
     ]
     assert all(
         word in out

@@ -63,7 +63,7 @@ def measure(model):
     result = {}
     for split, columns in SPLITS:
         examples = data.load_examples(f"{TINY}/{split}.jsonl")
-        tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
+        tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens)
         metrics = training.measure.measure_heldout(model, tokenizer, tasks, config)
         result |= {column: metrics[name] for name, column in columns.items()}
     return result

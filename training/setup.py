@@ -121,17 +121,15 @@ def load_examples(source):
 
 def load_tasks(tokenizer, config):
     """(train tasks, held-out tasks). Prints header lines."""
-    examples = load_examples(config.data)
-    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
-    long = {}  # reason -> tasks
-    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, long)
+    most = config.max_prompt_tokens
+    train, heldout = data.split_heldout(config.heldout, load_examples(config.data), config.seed)
+    tasks = data.encode_tasks(train, tokenizer, most)
     if heldout:
-        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, {})
-    for reason, tasks in long.items():
-        print(f"          {len(tasks):,} dropped: {reason}")
+        heldout = data.encode_tasks(heldout, tokenizer, most)
+    print(f"          {len(train) - len(tasks):,} dropped: prompt over {most:,} tokens")
     source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
-    print(f"tasks     {len(train):,} kept, {len(heldout):,} held out{source}")
-    return train, heldout
+    print(f"tasks     {len(tasks):,} kept, {len(heldout):,} held out{source}")
+    return tasks, heldout
 
 
 def make_trainable(model, config, adapter):
