@@ -125,8 +125,7 @@ class RunDirectory:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                why = f"cannot write {self.path}: {error.strerror}"
-                raise BadInput(f"{why}; give another --output")
+                raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
             self.lock = lock(self.path)
             settings = vars(self.config) | {"began_in": os.path.relpath(".", self.path.resolve())}
             write(self.path / "config.json", json.dumps(settings, indent=2).encode())
