@@ -207,13 +207,10 @@ def encode_target(example, tokenizer):
     return ids + [tokenizer.eos_token_id]
 
 
-def encode_tasks(examples, tokenizer, max_prompt_tokens, dropped):
-    """[(prompt ids, Example)] of the examples whose prompt fits; `dropped` gets the others."""
+def encode_tasks(examples, tokenizer, max_prompt_tokens):
+    """[(prompt ids, Example)] of the examples whose prompt fits; BadInput if there is none."""
     tasks = [(encode_prompt(example, tokenizer), example) for example in examples]
     kept = [task for task in tasks if len(task[0]) <= max_prompt_tokens]
-    long = [task for task in tasks if len(task[0]) > max_prompt_tokens]
-    if long:
-        dropped[f"prompt over {max_prompt_tokens} tokens"] = long
     if not kept:
         shortest = min(len(prompt) for prompt, _ in tasks)
         raise BadInput(f"max-prompt-tokens {max_prompt_tokens}: the shortest is {shortest} tokens")

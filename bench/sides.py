@@ -121,7 +121,7 @@ def ours(spec):
 def make_rows(tokenizer, config):
     """A data set for TRL: the tasks of our side in its order, prompts as text."""
     examples = data.load_examples(config["data"])
-    tasks = data.encode_tasks(examples, tokenizer, config["max_prompt_tokens"], {})
+    tasks = data.encode_tasks(examples, tokenizer, config["max_prompt_tokens"])
     rows = []
     count = config["prompts_per_step"] * (WARM_UP + STEPS)
     for prompt, example in data.draw(tasks, 0, count, config["seed"]):

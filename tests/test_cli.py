@@ -278,11 +278,11 @@ def test_run_directory(script, family, checkpoints, settings, write_rows, rows, 
         " 1 dropped: repeat",
         " 1 dropped: the reference",
         " 1 dropped: no update",
-        " 1 dropped: prompt over 2048",
+        " 1 dropped: prompt over 2,048",
     ]
     assert all(
         word in out
-        for word in [*kept, "4 tasks kept, 4 rows dropped", "2 tasks", "before", "exact match"]
+        for word in [*kept, "4 kept, 2 held out", "3 dropped", "before", "exact match"]
     )
     config = {
         name: str(value) for name, value in json.loads((path / "config.json").read_text()).items()
@@ -302,9 +302,8 @@ def test_run_directory(script, family, checkpoints, settings, write_rows, rows, 
         for row in table
     )
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
-    assert samples and all(
-        isinstance(sample["completion"], str) and "reward" in sample for sample in samples
-    )
+    assert bool(samples) == (script is not sft)
+    assert all(isinstance(sample["completion"], str) and "reward" in sample for sample in samples)
     assert (path / "page.html").read_text().endswith("</script>\n")
     assert list((path / "checkpoint").iterdir()) and not list(path.rglob("*.tmp"))
     assert {file.name for file in (path / "adapter").iterdir()} == {
@@ -320,10 +319,8 @@ def test_no_chat_template(script, checkpoint, settings, capsys):
     assert re.search("warning .*no chat template", capsys.readouterr().out)
 
 
-def test_checkpoint_defaults(script, checkpoint, settings, capsys):
-    """The defaults that a checkpoint brings are ignored, not shown, or beat the flag they should
-    yield to.
-    """
+def test_checkpoint_defaults(script, checkpoint, settings):
+    """The defaults that a checkpoint brings are ignored, or beat the flag they should yield to."""
     shutil.move(settings.pop("data"), checkpoint / "rows.jsonl")
     defaults = {"data": "rows.jsonl", "steps": 3, "lr": 1, "alpha": 0.5, "targets": "o_proj"}
     (checkpoint / "defaults.json").write_text(json.dumps(defaults))
@@ -331,7 +328,6 @@ def test_checkpoint_defaults(script, checkpoint, settings, capsys):
     config = json.loads((settings["output"] / "config.json").read_text())
     expected = defaults | {"data": str(checkpoint / "rows.jsonl"), "steps": 1, "lr": 0.001}
     assert expected.items() <= config.items() and len(metrics(settings["output"])) == 1
-    assert re.search(r"defaults .*alpha 0.5.*targets o_proj", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 5, 6, 8, "while logging"])

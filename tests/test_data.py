@@ -378,22 +378,17 @@ def test_tokenizer_that_appends_eos(tokenizer):
 
 
 def test_long_prompts(tokenizer):
-    """A prompt over the limit is trained on, or disappears without being counted."""
+    """A prompt over the limit is trained on, or one at the limit is not."""
     examples = [
         Example(**ROWS[i] | {"old_code": "x = 1\n" * (1 + 40 * (i == 1))}) for i in range(3)
     ]
     prompts = [data.encode_prompt(example, tokenizer) for example in examples]
     limit = max(len(prompts[0]), len(prompts[2]))
-    kept = data.encode_tasks(examples, tokenizer, limit, dropped := {})
+    kept = data.encode_tasks(examples, tokenizer, limit)
     assert kept == [(prompts[0], examples[0]), (prompts[2], examples[2])]
-    long = {f"prompt over {limit} tokens": [(prompts[1], examples[1])]}
-    assert dropped == long
-    assert (
-        len(data.encode_tasks(examples, tokenizer, len(prompts[1]), dropped)) == 3
-        and dropped == long
-    )
+    assert len(data.encode_tasks(examples, tokenizer, len(prompts[1]))) == 3
     shortest = min(map(len, prompts))
-    message = refusal(data.encode_tasks, examples, tokenizer, shortest - 1, {})
+    message = refusal(data.encode_tasks, examples, tokenizer, shortest - 1)
     assert f"max-prompt-tokens {shortest - 1}" in message and f"{shortest} tokens" in message
 
 
@@ -496,7 +491,7 @@ def test_hub(hub, tmp_path):
     done = python(env, "grpo.py", *flags.split(), "--output", str(tmp_path / "run"))
     assert (
         done.returncode == 0
-        and "6 tasks kept" in done.stdout
+        and "6 kept" in done.stdout
         and (tmp_path / "run/adapter").is_dir()
     )
     assert "GET /acme/toy-model/resolve/main/model.safetensors" in requests

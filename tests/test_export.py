@@ -41,7 +41,6 @@ def test_nothing_is_overwritten(run, tmp_path, checkpoints, monkeypatch, place):
     """Stops an export over its own base, its run or a file, and seconds of loading before that."""
     (tmp_path / "file").write_text("mine")
     output = {"base": checkpoints["qwen2"], "run": str(run), "file": str(tmp_path / "file")}[place]
-    monkeypatch.setattr(export, "merge", None)
     monkeypatch.setattr(export, "open_policy", None)
     with pytest.raises(BadInput, match=f"--output {output}: exists"):
         export.main([str(run), "--output", output])

@@ -315,9 +315,9 @@ def test_an_older_run_in_a_browser(tmp_path):
     table = {"before": before, "after": before | {"em": 0.875}}
     (path / "heldout.json").write_text(json.dumps(table))
     state = opened(tmp_path, [path], READ + "return state();")
-    assert state["where"] == ["step 1", "task 1"] and state["rewards"] == ["3", "3", "3"]
+    assert state["where"] == ["step 1"] and state["rewards"] == ["3"]
     assert "mathlib.double(4)" in state["body"] and NOTE in state["body"]
-    assert "+0.750" in state["body"] and "reward at step 3" in state["body"]
+    assert "+0.750" in state["body"] and "reward at step 1" in state["body"]
 
 
 @needs_chrome
@@ -327,10 +327,9 @@ def test_a_real_run_in_a_browser(script, train, tmp_path):
     path = train("run", "--steps", "2", "--heldout", "0.4", "--show-every", "1", script=script)
     shown = (path / "page.html").read_bytes()
     assert shown == page.page([path])  # written at the end
-    state = opened(tmp_path, [path], READ + "move(1); return state();")
-    tasks = ["task 1"] if script is not sft else ["task 2"]  # its only slider
-    assert state["where"] == (["step 2"] if script is not sft else []) + tasks
-    assert state["rewards"] and "exact match" in state["body"] and "learning rate" in state["body"]
+    state = opened(tmp_path, [path], READ + "if (slider) move(1); return state();")
+    assert state["where"] == (["step 2"] if script is not sft else [])
+    assert "exact match" in state["body"] and "learning rate" in state["body"]
     assert ("loss" in state["body"]) == (script is sft) and not state["wide"] > 0
     assert bool(state["tints"]) == (script is not sft)
 

@@ -64,9 +64,9 @@ def test_memory_by_hand():
     parts = memory.memory(x, config, 4, 3, b=2, logits=7)
     assert parts["weights"] == 2000 and parts["trained"] == 800
     assert parts["sampling"] == 2 * (2 * 1 + 1) * 5 * 3 * 2 * (4 + 8) + 16 * 3 * 2 * 100
-    held = memory.HELD_D * 10 + memory.HELD_F * 30  # values that a layer keeps per token
+    held = 11 * 10 + 3 * 30  # values that a layer keeps per token
     layer = 2 * (held * 16 + 2 * 5 * (2 * 4 + 16))  # two completions that share 16 tokens
-    back = 2 * (memory.BACK_D * 10 + memory.BACK_F * 30) * 16  # and those of its backward pass
+    back = 2 * (2 * 10 + 3 * 30) * 16  # and those of its backward pass
     assert parts["training"] == 2 * (10 * (4 + 16) + 4 * 5 * 4) + layer + back + 16 * 7
     assert parts["peak"] == 2800 + max(parts["sampling"], parts["training"])
     config.keep_activations = True

@@ -34,7 +34,7 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
             "lib", "3.0", "", "h is gone; use the longer_name", "lib.h(2)", "lib.longer_name(2)"
         ),
     ]
-    tasks = data.encode_tasks(examples, tokenizer, 999, {})
+    tasks = data.encode_tasks(examples, tokenizer, 999)
     config = sft.Config(prompts_per_step=2, max_new_tokens=4, micro_tokens=1)
     batch, _, groups, position = sft.collect(model, tokenizer, tasks, 0, config)
     loss = sft.accumulate(model, batch, config)["loss"]
@@ -57,7 +57,7 @@ def test_loss_is_the_cross_entropy_of_the_target(checkpoints, tokenizer):
 def test_nothing_is_sampled(tokenizer, monkeypatch):
     """Stops sampled answers or rewards from costing time or changing the baseline's gradient."""
     model, batches = random_model("qwen2", len(tokenizer)), []
-    tasks = data.encode_tasks([ROW], tokenizer, 999, {})
+    tasks = data.encode_tasks([ROW], tokenizer, 999)
     monkeypatch.setattr(recode, "sample", lambda *_, **__: pytest.fail("sampled"))
     for value, seed in ((3.0, 1), (-3.0, 2)):
         monkeypatch.setattr(reward, "total", lambda *_, value=value: value)

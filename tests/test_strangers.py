@@ -31,7 +31,7 @@ import grpo
 import recode
 import reward
 from lib import loading, parallel
-from training import run, screen, setup
+from training import run, setup
 from lib.config import BadInput, open_policy
 
 SMALL = (
@@ -475,7 +475,7 @@ def test_closed_streams(closed, monkeypatch, capsys):
     """Stops an AttributeError where the shell has closed stdin, stdout or stderr, as >&- does."""
 
     def main(argv):
-        print(screen.style("a", "1"))
+        print("a")
         print("b", file=sys.stderr)
         if argv:
             raise argv[0]

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 import grpo
-from data import encode_prompt, encode_target, load_examples, split_heldout
+from data import encode_prompt, encode_target, split_heldout
 from lib import loading, parallel
 from lib.config import TINY, BadInput, Parser, open_policy, parse_config
 from lib.files import write
 from reward import parses, strip_comments, words
 from tasks.answers import identifiers
 from training.screen import excerpt
+from training.setup import load_examples
 
 UNRELATED = 100  # rows of unrelated.jsonl
 
@@ -37,39 +38,21 @@ def lengths(name, texts, flag, limit):
     return f"{line}{(counts > limit).sum():10,} over {flag} {limit:,}"
 
 
-def usable(source):
-    """The usable examples of a source; prints how many rows are dropped, where and why."""
-    dropped = {}
-    examples = load_examples(source, dropped)
-    total = sum(map(len, dropped.values()))
-    print(f"data      {source}: {len(examples):,} usable rows, {total:,} dropped")
-    for reason, places in dropped.items():
-        lines = ", ".join(place.rpartition(" ")[2] for place in places[:5])
-        more = ", ..." if len(places) > 5 else ""
-        print(f"          {len(places):,} dropped: {reason} (line {lines}{more})")
-    same = sum(strip_comments(e.old_code) == strip_comments(e.new_code) for e in examples)
-    print(f"          {same:,} usable rows ask for no change, comments aside")
-    return examples
-
-
 def unrelated(examples, count, seed):
-    """Up to `count` examples whose note names nothing in their code: they ask for no change.
-
-    The code is that of one example, the note that of another one of the same library.
+    """Up to `count` examples with the note of another one of their library, which names nothing in
+    the code: they ask for no change.
     """
     rng = random.Random(seed)
     found = []
     for example in rng.sample(examples, len(examples)):
-        if len(found) == count:
-            break
+        code = example.old_code
         library = example.dependency.lower()
-        if parses(example.old_code):
-            used = identifiers(example.old_code, library)
+        if len(found) < count and parses(code):
+            used = identifiers(code, library)
             same = [other for other in examples if other.dependency.lower() == library]
             notes = [other for other in same if not used & words(other.update_info)]
             if notes:
-                note = rng.choice(notes)
-                found.append(replace(note, old_code=example.old_code, new_code=example.old_code))
+                found.append(replace(rng.choice(notes), old_code=code, new_code=code))
     return found
 
 
@@ -95,15 +78,16 @@ def main(argv=None):
     add("data", help="JSONL file or hub id of the migration examples")
     add("--model", default=TINY, metavar="X", help="run, checkpoint or hub id [tiny, the toy]")
     add("--split", nargs=2, metavar=("SHARE", "DIRECTORY"), help="write a split there [off]")
-    text = "also train on N rows whose note does not concern the code [0]"
-    add("--contrast", type=int, default=0, metavar="N", help=text)
+    add("--contrast", type=int, default=0, metavar="N", help="rows added to train.jsonl [0]")
     args = parser.parse_args(argv)
     if args.contrast < 0 or (args.contrast and not args.split):
         raise BadInput(f"--contrast {args.contrast}: at least 0, and only with --split")
     config = parse_config(grpo.Config, ["--model", args.model], "")
     base, _, _ = open_policy(args.model)
     tokenizer = loading.load_tokenizer(base)
-    examples = usable(args.data)
+    examples = load_examples(args.data)
+    same = sum(strip_comments(e.old_code) == strip_comments(e.new_code) for e in examples)
+    print(f"          {same:,} usable rows ask for no change, comments aside")
     if args.split:
         write_split(examples, *args.split, args.contrast, config.seed)
     prompts = [encode_prompt(example, tokenizer) for example in examples]

@@ -13,7 +13,6 @@ The control is GRPO with a random reward. After Ctrl-C or kill -9 the same comma
 
 import json
 import random
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -64,8 +63,8 @@ def measure(model):
     result = {}
     for split, columns in SPLITS:
         examples = data.load_examples(f"{TINY}/{split}.jsonl")
-        tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens, {})
-        metrics, _ = training.measure.measure_heldout(model, tokenizer, tasks, config)
+        tasks = data.encode_tasks(examples, tokenizer, config.max_prompt_tokens)
+        metrics = training.measure.measure_heldout(model, tokenizer, tasks, config)
         result |= {column: metrics[name] for name, column in columns.items()}
     return result
 
@@ -76,50 +75,47 @@ def train_and_measure(path, script, flags):
     seconds = 0.0
     if script:
         resume = ["--resume"] if (path / "config.json").is_file() else []
-        argv = ["--output", str(path), "--heldout=", "--quiet", *flags, *resume]
-        sys.argv = [f"{script.__name__}.py", *argv]  # named if the run is stopped
         random.seed(path.name)
-        status = script.main(argv)
+        status = script.main(["--output", str(path), "--heldout=", "--quiet", *flags, *resume])
         if status:
             return status
         model = dora.load_adapter(model, path / "adapter")
         for row in read_rows(path / "metrics.jsonl"):
-            seconds += sum(row[key] for key in row if key.startswith("seconds"))
+            seconds += row["seconds_sample"] + row["seconds_update"]
     write(path / "result.json", json.dumps(measure(model) | {"seconds": seconds}).encode())
     return 0
 
 
 def results_table(results):
     """{row: [result per seed]} as Markdown: mean and, over several seeds, standard deviation."""
-    columns = list(results["base"][0])
-    lines = [["", *columns]]
+    lines = [["", *results["base"][0]]]
     for name, seeds in results.items():
-        cells = [name]
-        for column in columns:
+        lines.append([name])
+        for column in seeds[0]:
             values = [result[column] for result in seeds]
             digits = 0 if column == "seconds" else 3
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.{digits}f}{spread}")
-        lines.append(cells)
+            lines[-1].append(f"{mean(values):.{digits}f}{spread}")
     return markdown(lines)
 
 
 def main(argv=None):
     """Do the runs that are missing, then write and print the table. Returns the exit status."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--output", default="runs/experiments", metavar="X", help="directory [runs/experiments]")
+    text = "directory [%(default)s]"
+    parser.add_argument("--output", default="runs/experiments", metavar="X", help=text)
     output = Path(parser.parse_args(argv).output)
     reward.CORRECTNESS["random"] = at_random
     results = {}
-    for name, (row, script, flags) in RUNS.items():
+    for name, (label, script, flags) in RUNS.items():
+        results[label] = []
         for seed in SEEDS if script else [0]:
             path = output / f"{name}-{seed}"
             if not (path / "result.json").is_file():
                 status = train_and_measure(path, script, ["--seed", str(seed), *flags.split()])
                 if status:
                     return status
-            results.setdefault(row, []).append(read_settings(path / "result.json"))
+            results[label].append(read_settings(path / "result.json"))
     text = results_table(results)
     write(output / "table.md", text.encode())
     print(f"{text}\ndone: {output}/ holds the runs and table.md")

@@ -14,32 +14,8 @@ from lib.config import BadInput, Parser, open_policy
 
 
 @torch.no_grad()
-def merge(model, adapter, output):
-    """Save `model` with the adapter merged into it as a checkpoint directory, in W's dtype.
-
-    Prints how much of the update is lost by rounding to that dtype.
-    """
-    tokenizer = loading.load_tokenizer(model)
-    merged = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    dora.load_adapter(merged, adapter)
-    update = 0.0  # sums of squares
-    lost = 0.0
-    for name, layer in dora.dora_layers(merged).items():
-        W = layer.base.weight.float()
-        exact = W + layer.scale * layer.lora_B @ layer.lora_A
-        if layer.magnitude is not None:
-            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of dora.py
-        layer.base.weight.copy_(exact)
-        update += (exact - W).square().sum().item()
-        lost += (exact - layer.base.weight.float()).square().sum().item()
-        merged.set_submodule(name, layer.base)
-    loading.write_model(merged, tokenizer, output)
-    share = (lost / max(update, 1e-30)) ** 0.5
-    print(f"merged into {output} as {merged.dtype}: rounding loses {share:.2%} of the update")
-
-
 def main(argv=None):
-    """Export a run. The exit status is 0."""
+    """Export a run; prints how much of its update is lost by rounding to W's dtype. Returns 0."""
     parser = Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, e.g. runs/grpo")
     parser.add_argument("--output", required=True, metavar="X", help="new directory (required)")
@@ -50,7 +26,23 @@ def main(argv=None):
     base, adapter, _ = open_policy(args.run)
     if not adapter:
         raise BadInput(f"{args.run}: no adapter there; give a run directory, e.g. runs/grpo")
-    merge(base, adapter, args.output)
+    tokenizer = loading.load_tokenizer(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    dora.load_adapter(model, adapter)
+    update = 0.0  # sums of squares
+    lost = 0.0
+    for name, layer in dora.dora_layers(model).items():
+        W = layer.base.weight.float()
+        exact = W + layer.scale * layer.lora_B @ layer.lora_A
+        if layer.magnitude is not None:
+            exact *= (layer.magnitude / layer.norm())[:, None]  # eq. 1 of dora.py
+        layer.base.weight.copy_(exact)
+        update += (exact - W).square().sum().item()
+        lost += (exact - layer.base.weight.float()).square().sum().item()
+        model.set_submodule(name, layer.base)
+    loading.write_model(model, tokenizer, output)
+    share = (lost / max(update, 1e-30)) ** 0.5
+    print(f"merged into {output} as {model.dtype}: rounding loses {share:.2%} of the update")
     return 0
 
 

@@ -36,13 +36,11 @@ def main(argv=None):
     """Print the peak memory per GPU of the largest step, one prompt per GPU. Returns 0."""
     Parser(__doc__).parse_args(argv)
     full = grpo.Config(adapter="none", beta=0.0)
+    columns = ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8))
     lines = [["", "DoRA, any number of GPUs", "full, 1 GPU", "full, 2 GPUs", "full, 8 GPUs"]]
     for name, size in SIZES.items():
-        cells = [name]
-        for config, N in ((grpo.Config(), 1), (full, 1), (full, 2), (full, 8)):
-            peak = memory(shape(*size), config, config.max_prompt_tokens, 1, N)["peak"]
-            cells.append(f"{peak / 1e9:.0f} GB")
-        lines.append(cells)
+        peaks = [memory(shape(*size), config, 2048, 1, N)["peak"] for config, N in columns]
+        lines.append([name, *(f"{peak / 1e9:.0f} GB" for peak in peaks)])
     print("prompt of 2,048 tokens, 8 answers of 1,024, bf16: peak memory per GPU\n")
     print(markdown(lines), end="")
     return 0

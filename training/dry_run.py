@@ -20,9 +20,9 @@ def peak_bytes(device):
 
 
 def dry_run(model, tasks, optimizer, config, update):
-    """Run one worst-case step: the longest prompt, every completion of full length. Returns 0.
+    """Print memory and time of one worst-case step: longest prompt, full completions. Returns 0.
 
-    Prints memory and time. The model is useless afterwards: it has learned from random rewards.
+    The model is useless afterwards: it has learned from random rewards.
     """
     if config.adapter == "none":
         fsdp.gather_weights(model)

@@ -12,7 +12,7 @@ from training import screen
 
 
 def measure_heldout(model, tokenizer, tasks, config):
-    """(metrics, groups) of held-out `tasks`: greedy answers, but the reward is of sampled ones.
+    """The metrics of held-out `tasks`: of greedy answers, but the reward is of sampled ones.
 
     Seed 0, so that runs with different seeds are measured on the same random numbers.
     """
@@ -26,14 +26,11 @@ def measure_heldout(model, tokenizer, tasks, config):
         start = len(greedy)
         greedy += rollout.sample_groups(model, tokenizer, batch, best, start)
         sampled += rollout.sample_groups(model, tokenizer, batch, one, start)
-    return rollout.summarize(greedy) | {"reward": rollout.summarize(sampled)["reward"]}, greedy
+    return rollout.summarize(greedy) | {"reward": rollout.summarize(sampled)["reward"]}
 
 
 def token_logps(model, group, config):
-    """The log-probability of every token of a Group, a list per answer; None if not finite.
-
-    Draws no random numbers. All ranks call it: a pass through sharded weights needs them all.
-    """
+    """The log-probability of every token of a Group, a list per answer; None if not finite."""
     copy = dataclasses.replace(group)  # make_batch() sets its advantages
     batch = rollout.make_batch([copy], torch.zeros(1, len(group.completions)), model.device)
     answers = []

@@ -32,8 +32,6 @@ import dora
 import recode
 from lib import parallel
 
-HELD_D, HELD_F = 11, 3  # eq. 4, counted in the layers of Qwen2 in bf16, see tests/test_plan.py
-BACK_D, BACK_F = 2, 3
 COUNTED = ("llama", "qwen2", "qwen3")  # models whose layers eq. 4 describes
 USABLE = 0.7  # share of the free memory; the formula leaves out fragments and other programs
 
@@ -59,9 +57,10 @@ def memory(x, config, L, p, N=1, b=2, logits=recode.MAX_LOGITS_GPU):
     G, T = config.num_samples, config.max_new_tokens
     c = min(G * T, max(config.micro_tokens, T))
     full = config.adapter == "none"
-    h = b * (HELD_D * x.d + HELD_F * x.f + (x.f if full else x.m))  # eq. 4
+    # eq. 4, counted in the layers of Qwen2 in bf16 by tests/test_plan.py
+    h = b * (11 * x.d + 3 * x.f + (x.f if full else x.m))
     a = h * c + 2 * b * x.k * (G * L + c)
-    w = b * (BACK_D * x.d + BACK_F * x.f) * c
+    w = b * (2 * x.d + 3 * x.f) * c
     training = b * x.n * (x.d * (L + c) + 4 * x.k * L) + a + w  # eq. 5
     if config.keep_activations:
         training = x.n * (h * L + a) + w

@@ -89,41 +89,30 @@ def answer(row, needed):
     return shown | {"tokens": short}
 
 
-def task(rows):
-    """A task and the answers to it; the code is empty in an older run."""
-    row = {"old_code": "", "new_code": ""} | rows[0]
-    needed = reward.needed(SimpleNamespace(**row))
-    shown = {"note": f" {row['update_info']}", "needed": sorted(needed)}
-    shown["diff"] = diff(row["old_code"], row["new_code"])
-    return shown | {"answers": [answer(row, needed) for row in rows]}
-
-
-def tasks(run):
-    """(a task for every step that was logged, the held-out tasks): two lists."""
-    steps = []
-    heldout = {}  # note and old code: the rows of a task, one for each measurement
-    rows = read_rows(run / "samples.jsonl")
-    for (_, held), group in itertools.groupby(rows, lambda row: (row["step"], "heldout" in row)):
-        if held:
-            for row in group:
-                heldout.setdefault((row["update_info"], row.get("old_code")), []).append(row)
-        else:
-            best_first = sorted(group, key=lambda row: -(row["reward"] or 0))  # null if overflowed
-            steps.append(task(best_first))
-    return steps, [task(answers) for answers in heldout.values()]
+def tasks(path):
+    """The tasks of all logged steps, each with its answers, best first; by samples.jsonl."""
+    shown = []
+    rows = (row for row in read_rows(path) if "heldout" not in row)  # an older run has such rows
+    for _, group in itertools.groupby(rows, lambda row: row["step"]):
+        best_first = sorted(group, key=lambda row: -(row["reward"] or 0))  # null if overflowed
+        row = {"old_code": "", "new_code": ""} | best_first[0]  # not in an older run
+        needed = reward.needed(SimpleNamespace(**row))
+        fields = {"note": f" {row['update_info']}", "needed": sorted(needed)}
+        fields["diff"] = diff(row["old_code"], row["new_code"])
+        shown.append(fields | {"answers": [answer(row, needed) for row in best_first]})
+    return shown
 
 
 def page(runs):
     """The page of some run directories, as bytes."""
     shown = []
     for run in map(Path, runs):
-        steps, heldout = tasks(run)
+        steps = tasks(run / "samples.jsonl")
         path = run / "heldout.json"
+        points = [point(row) for row in read_rows(run / "metrics.jsonl")]
         fields = {"name": str(run), "logged": len(steps)}
         fields["heldout"] = heldout_table(**read_settings(path)) if path.is_file() else ""
-        points = [point(row) for row in read_rows(run / "metrics.jsonl")]
         fields["curves"] = fit(points, MAX_CURVES / len(runs))
         fields["steps"] = fit(steps, MAX_STEPS / len(runs))
-        fields["tasks"] = fit(heldout, MAX_STEPS / len(runs))
         shown.append(fields)
     return TEMPLATE.replace("DATA", dump(shown), 1).encode()

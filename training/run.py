@@ -12,6 +12,7 @@ continues as if nothing had happened.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -31,10 +32,9 @@ from lib.loading import write_model
 from training import screen
 from training.measure import measure_heldout, token_logps
 from training.page import page, read_rows
-from training.tracker import import_tracker, open_tracker
+from training.tracker import open_tracker
 
 MAX_NONFINITE = 3  # steps in a row with an update that is not finite, before a run gives up
-HELDOUT_SAMPLES = 6  # held-out answers that go to samples.jsonl, before and after
 MAY_CHANGE = (  # between a run and its --resume
     "resume", "output", "steps", "save_every", "show_every", "log_to", "quiet",
     "micro_tokens", "keep_activations", "dry_run",
@@ -67,11 +67,12 @@ def learning_rate(step, config):
 def check_output(config):
     """Raise BadInput unless --output is free for a new run, or holds the one to resume."""
     path = Path(config.output)
-    if config.log_to:
-        import_tracker(config.log_to)  # fail now, not after the first measurement
+    name = config.log_to
+    if name and not importlib.util.find_spec(name):
+        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
     if not config.resume:
-        used = os.path.isdir(path) and set(os.listdir(path)) - {"lock"}
-        if not config.dry_run and (used or os.path.isfile(path)):
+        used = path.is_file() or {file.name for file in path.glob("*")} - {"lock"}
+        if used and not config.dry_run:
             way_out = "--resume continues it, another --output starts a new run"
             raise BadInput(f"--output {path} is not empty; {way_out}")
         return
@@ -88,46 +89,17 @@ def check_output(config):
             print(f"warning   --steps was {was:,}, now {now:,}: {text}")
 
 
-def claim(path, config):
-    """Make the run directory, write config.json; returns its lock, an open file."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; give another --output")
-    locked = lock(path)
-    settings = vars(config) | {"began_in": os.path.relpath(".", path.resolve())}
-    write(path / "config.json", json.dumps(settings, indent=2).encode())
-    return locked
-
-
 def append(path, rows, way_out):
-    """Append JSON objects to a .jsonl file. Raises BadInput, which ends with the `way_out`."""
+    """Append rows to a .jsonl file, None for what is not finite; BadInput ends with `way_out`."""
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None
     try:
         with open(path, "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}; free some space, then {way_out}")
-
-
-def append_row(path, row):
-    """Append a JSON object to a log of the run; its values that are not finite become None."""
-    for key, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            row[key] = None
-    append(path, [row], "--resume")
-
-
-def append_samples(path, step, group, tokens=(), **more):
-    """Append the completions of a group to samples.jsonl; tokens: a list per answer."""
-    for i, grade in enumerate(group.grades):
-        sample = {"step": step, **more, "update_info": group.example.update_info}
-        sample |= {"completion": group.texts[i], "reward": group.rewards[i]}
-        sample |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
-        sample |= {name: getattr(group.example, name) for name in ("old_code", "new_code")}
-        if tokens:  # DAPO may have dropped the group
-            sample["advantage"] = group.advantages[i] if group.advantages else 0.0
-            sample["tokens"] = tokens[i]
-        append_row(path, sample)
 
 
 class RunDirectory:
@@ -141,85 +113,94 @@ class RunDirectory:
         self.checkpoint = self.path / "checkpoint" / "state.pt"
         self.before = {}  # held-out metrics before training
         self.page_due = 0.0  # when page.html may be written again
-        self.lock = self.screen = self.tracker = None  # until begin() and loop()
+        self.lock = self.bar = self.tracker = None  # until begin() and loop()
+        self.headings = True  # stand above the next row on the screen
         self.group = self.logps = None  # what page.html shows of this step, before the update
 
     def begin(self, optimizer, heldout):
-        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run.
-
-        A run that was stopped before its first checkpoint has nothing to resume: it starts again.
-        """
+        """(step, position, nonfinite) to start with: from the checkpoint, or of a new run."""
         parallel.barrier()  # all ranks have passed their checks
         if parallel.RANK == 0:
-            self.lock = claim(self.path, self.config)
-        if self.config.resume and self.checkpoint.is_file():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"cannot write {self.path}: {error.strerror}; give another --output")
+            self.lock = lock(self.path)
+            settings = vars(self.config) | {"began_in": os.path.relpath(".", self.path.resolve())}
+            write(self.path / "config.json", json.dumps(settings, indent=2).encode())
+        if self.config.resume and self.checkpoint.is_file():  # else stopped before its first one
             return self.load(optimizer)
         if parallel.RANK == 0:
             for name in LOGS:
                 (self.path / name).write_bytes(b"")
         if heldout:
-            self.before = self.measure(0, heldout)
+            self.before = measure_heldout(self.model, self.tokenizer, heldout, self.config)
         self.save(optimizer, 0, 0, 0)  # from here on there is something to resume
         return 0, 0, 0
 
-    def measure(self, step, heldout):
-        """The held-out metrics now; the first answers go to samples.jsonl."""
-        metrics, groups = measure_heldout(self.model, self.tokenizer, heldout, self.config)
-        if parallel.RANK == 0:
-            for group in groups[:HELDOUT_SAMPLES]:
-                append_samples(self.path / "samples.jsonl", step, group, heldout=True)
-        return metrics
-
     @contextlib.contextmanager
     def loop(self, step):
-        """Around the training loop: the screen, the tracker, and the Stop that Ctrl-C sets."""
+        """Around the training loop: the bar, the tracker, and the Stop that Ctrl-C sets."""
         if self.config.log_to and parallel.RANK == 0:
             self.tracker = open_tracker(self.config, step + 1)
-        self.screen = screen.Screen(self.config, step)
+        hidden = self.config.quiet or parallel.RANK > 0
+        settings = {"total": self.config.steps, "initial": step, "unit": "step", "leave": False}
+        self.bar = tqdm(**settings, disable=hidden or None)  # None: hidden without a terminal
         stop = Stop()
         handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield stop
         finally:
-            self.screen.bar.close()
+            self.bar.close()
             if self.tracker:
                 self.tracker.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def watch(self, step, groups):
-        """Before the update: choose the group of which page.html shows what the update does to it.
-
-        It is the first whose advantages are not all 0, as others teach nothing.
-        """
+        """Before the update: choose the group of which page.html shows what the update does."""
         due = step % self.config.show_every == 0 or step in (1, self.config.steps)
         self.group = None
-        if due and groups[0].texts:  # sft.py samples nothing
+        if due and groups[0].texts:  # sft.py samples nothing; equal answers teach nothing
             self.group = next((group for group in groups if any(group.advantages)), groups[0])
             self.logps = token_logps(self.model, self.group, self.config)
 
     def log(self, step, metrics, groups):
         """Log a step to the files and the screen; the group that is watched, too."""
+        # On all ranks, as a pass through sharded weights needs them all.
         after = token_logps(self.model, self.group, self.config) if self.group else []
         if parallel.RANK > 0:
             return
         seconds = metrics["seconds_sample"] + metrics["seconds_update"]
         count = sum(len(ids) for group in groups for ids in group.completions)
         row = {"step": step, **metrics, "tokens_per_second": count / seconds}
-        append_row(self.path / "metrics.jsonl", row)
+        append(self.path / "metrics.jsonl", [row], "--resume")
         if self.tracker:
             self.tracker.log(row)
-        if not self.config.quiet:
-            self.screen.show_step(row)
         if self.group:
-            tokens = []  # of every answer: (text, log-probability before the update, after it)
-            for ids, *logps in zip(self.group.completions, self.logps, after, strict=True):
-                texts = self.tokenizer.batch_decode([[i] for i in ids])
-                tokens.append(list(zip(texts, *logps, strict=True)))
-            append_samples(self.path / "samples.jsonl", step, self.group, tokens)
-            if not self.config.quiet:
-                self.screen.show_sample(step, self.group)
+            self.append_samples(step, self.group, after)
             self.write_page()
+        if not self.config.quiet:
+            screen.show_step(row, self.headings)
+            self.bar.update()
+            self.headings = False
+            if self.group:
+                screen.show_sample(step, self.group)
+
+    def append_samples(self, step, group, after):
+        """Append a group to samples.jsonl; after: log-probabilities after the update."""
+        example = group.example
+        rows = []
+        for i, grade in enumerate(group.grades):
+            row = {"step": step, "update_info": example.update_info}
+            row |= {"completion": group.texts[i], "reward": group.rewards[i]}
+            row |= {name: getattr(grade, name) for name in GRADED} | {"cut": group.cut[i]}
+            row |= {"old_code": example.old_code, "new_code": example.new_code}
+            row["advantage"] = group.advantages[i] if group.advantages else 0.0  # DAPO drops some
+            texts = self.tokenizer.batch_decode([[token] for token in group.completions[i]])
+            row["tokens"] = list(zip(texts, self.logps[i], after[i], strict=True))
+            rows.append(row)
+        append(self.path / "samples.jsonl", rows, "--resume")
 
     def write_page(self, last=False):
         """Write page.html, but so seldom that it takes at most 1 % of the run's time."""
@@ -259,6 +240,7 @@ class RunDirectory:
 
     def finish(self, optimizer, heldout, step, position, nonfinite):
         """After the loop: save, measure, print what came of the run. Returns the exit status."""
+        status = 0 if step == self.config.steps else 130
         if nonfinite == MAX_NONFINITE:
             print(f"stopped: loss or gradient not finite {nonfinite} times in a row, step {step}")
             print(f"{self.path} keeps the last good checkpoint; lower --lr and start again")
@@ -267,13 +249,11 @@ class RunDirectory:
             self.save(optimizer, step, position, nonfinite)
             if self.config.adapter == "none":
                 write_model(self.model, self.tokenizer, self.path / "model")
-            if step < self.config.steps:
-                print(f"stopped after step {step}, all saved in {self.path}")
-                print("the same command with --resume continues")
-                status = 130
-            else:
-                self.conclude(heldout)
-                status = 0
+        if status == 130:
+            print(f"stopped after step {step}, all saved in {self.path}")
+            print("the same command with --resume continues")
+        if status == 0:
+            self.conclude(heldout)
         if parallel.RANK == 0:
             self.write_page(last=True)
             self.lock.close()
@@ -282,7 +262,7 @@ class RunDirectory:
     def conclude(self, heldout):
         """Measure the held-out tasks again, and print what the run leaves."""
         if heldout:
-            after = self.measure(self.config.steps, heldout)
+            after = measure_heldout(self.model, self.tokenizer, heldout, self.config)
             metrics = {"before": self.before, "after": after}
             if parallel.RANK == 0:
                 write(self.path / "heldout.json", json.dumps(metrics, indent=2).encode())

@@ -1,14 +1,10 @@
 """What a run prints: a row per step, a sample now and then, the table of the held-out tasks."""
 
 import math
-import os
-import sys
 import textwrap
 import time
 
 from tqdm import tqdm
-
-from lib import parallel
 
 COLUMNS = (  # metric, heading, width and format of a step's row on the screen
     ("step", "step", 5, ".0f"), ("reward", "reward", 7, ".3f"), ("reward_std", "std", 6, ".3f"),
@@ -20,24 +16,13 @@ COLUMNS = (  # metric, heading, width and format of a step's row on the screen
 )  # fmt: skip
 
 
-def style(text, code):
-    """`text` in an ANSI style ("1" bold, "2" dim); plain without a terminal or with NO_COLOR."""
-    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if dumb or not sys.stdout.isatty():
-        return text
-    return f"\033[{code}m{text}\033[0m"
-
-
 def progress(batches, what, hidden=False, passed=()):
-    """Yield lists of items; a bar shows how many are done, and how many of `passed` are true.
-
-    Without a terminal: a line now, and at most one every half minute.
-    """
+    """Yield lists of items; a bar shows how many are done, and how many of `passed` are true."""
     total = sum(map(len, batches))
     done = 0
     began = shown = time.monotonic()
     with tqdm(total=total, desc=what, leave=False, disable=hidden or None) as bar:
-        lines = bar.disable and not hidden
+        lines = bar.disable and not hidden  # without a terminal: now and every half minute
         if lines:
             print(f"{what}: 0 of {total:,}", flush=True)
         for batch in batches:
@@ -61,37 +46,27 @@ def excerpt(text, most):
         lines += textwrap.wrap(clean, 94, drop_whitespace=False) if clean else [""]
     if len(lines) > most:
         lines[most - 1 :] = [f"... and {len(lines) - most + 1} lines more"]
-    return "\n".join(style(f"    | {line}", "2") for line in lines)
+    return "\n".join(f"    | {line}" for line in lines)
 
 
-class Screen:
-    """The steps of a run above a progress bar."""
+def show_step(row, headings):
+    """Print a row of metrics, below the headings if asked for; above a bar, if there is one."""
+    heads = cells = ""
+    for name, heading, width, form in COLUMNS:
+        if name in row or "reward" in row:  # sft.py samples nothing
+            value = row.get(name)  # None where nothing finite is known
+            heads += f"{heading:>{width}}"
+            cells += f"{math.nan if value is None else value:{width}{form}}"
+    if headings:
+        tqdm.write(f"\n{heads}")
+    tqdm.write(cells)
 
-    def __init__(self, config, step):
-        hidden = config.quiet or parallel.RANK > 0
-        bar = {"total": config.steps, "initial": step, "unit": "step", "leave": False}
-        self.bar = tqdm(**bar, disable=hidden or None)  # None: hidden without a terminal
-        self.first = True  # no step of this process has been shown yet
 
-    def show_step(self, row):
-        """A row of metrics; before the first one the headings."""
-        heads = cells = ""
-        for name, heading, width, form in COLUMNS:
-            if name in row or "reward" in row:  # sft.py samples nothing
-                value = row.get(name)  # None where nothing finite is known
-                heads += f"{heading:>{width}}"
-                cells += f"{math.nan if value is None else value:{width}{form}}"
-        if self.first:
-            tqdm.write("\n" + style(heads, "1"))
-            self.first = False
-        tqdm.write(cells)
-        self.bar.update()
-
-    def show_sample(self, step, group):
-        """The first completion of a group: its reward, the update note, the answer."""
-        note = " ".join(group.example.update_info.split())
-        text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
-        tqdm.write(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
+def show_sample(step, group):
+    """Print the first completion of a group: its reward, the update note, the answer."""
+    note = " ".join(group.example.update_info.split())
+    text = f"sample of step {step}, reward {group.rewards[0]:.2f}\nnote: {note}\n"
+    tqdm.write(f"\n{excerpt(f'{text}<think>{group.texts[0]}', 20)}\n")
 
 
 HELDOUT = {  # metric: row of the table

@@ -5,8 +5,6 @@ check_policy() refuses a model that recode.py would compute otherwise than trans
 """
 
 import math
-import textwrap
-from pathlib import Path
 
 import torch
 
@@ -14,7 +12,7 @@ import data
 import dora
 import recode
 from lib import fsdp, parallel
-from lib.config import BadInput, first_line, open_policy, read_settings
+from lib.config import BadInput, first_line, open_policy
 from lib.loading import load_model, load_tokenizer
 from training.memory import keep_activations
 from training.run import RunDirectory, check_output
@@ -80,10 +78,9 @@ def check_context(model, prompts, config):
 
 
 def set_up(config):
-    """Everything a training script needs: (run, model, tokenizer, train tasks, held-out tasks).
+    """(run, model, tokenizer, train tasks, held-out tasks); a task is (prompt ids, Example).
 
-    Checks all that can be checked before anything slow, and prints the header. A task is
-    (prompt ids, Example).
+    Checks all that can be checked before anything slow, and prints the header.
     """
     parallel.start()
     check_output(config)
@@ -104,45 +101,48 @@ def set_up(config):
         fsdp.shard(model)
     if parallel.WORLD > 1:
         print(f"ranks     {parallel.WORLD}, each with its share of the prompts")
-    defaults = Path(base) / "defaults.json"
-    if defaults.is_file() and not config.quiet:
-        settings = read_settings(defaults).items()
-        text = "defaults  " + ", ".join(f"{name} {value}" for name, value in settings)
-        print(textwrap.fill(text, 100, subsequent_indent=" " * 10))
     size = f"{config.prompts_per_step} x {config.num_samples}"
     print(f"run       {config.output}: {config.steps:,} steps of {size} completions")
     return RunDirectory(config, model, tokenizer), model, tokenizer, train, heldout
 
 
+def load_examples(source):
+    """The usable examples of `source`. Prints how many rows are dropped, why and where."""
+    dropped = {}
+    examples = data.load_examples(source, dropped)
+    total = sum(map(len, dropped.values()))
+    print(f"data      {source}: {len(examples):,} usable rows, {total:,} dropped")
+    for reason, places in dropped.items():
+        lines = ", ".join(place.rpartition(" ")[2] for place in places[:5])
+        more = ", ..." if len(places) > 5 else ""
+        print(f"          {len(places):,} dropped: {reason} (line {lines}{more})")
+    return examples
+
+
 def load_tasks(tokenizer, config):
     """(train tasks, held-out tasks). Prints header lines."""
-    dropped = {}  # reason -> rows
-    examples = data.load_examples(config.data, dropped)
-    train, heldout = data.split_heldout(config.heldout, examples, config.seed)
-    train = data.encode_tasks(train, tokenizer, config.max_prompt_tokens, dropped)
+    most = config.max_prompt_tokens
+    train, heldout = data.split_heldout(config.heldout, load_examples(config.data), config.seed)
+    tasks = data.encode_tasks(train, tokenizer, most)
     if heldout:
-        heldout = data.encode_tasks(heldout, tokenizer, config.max_prompt_tokens, {})
-    count = sum(map(len, dropped.values()))
-    print(f"data      {config.data}: {len(train):,} tasks kept, {count:,} rows dropped")
-    for reason, rows in dropped.items():
-        print(f"          {len(rows):,} dropped: {reason}")
+        heldout = data.encode_tasks(heldout, tokenizer, most)
+    print(f"          {len(train) - len(tasks):,} dropped: prompt over {most:,} tokens")
     source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
-    print(f"held out  {len(heldout):,} tasks{source}")
-    return train, heldout
+    print(f"tasks     {len(tasks):,} kept, {len(heldout):,} held out{source}")
+    return tasks, heldout
 
 
 def make_trainable(model, config, adapter):
     """Add an adapter to `model`, or load one, or leave all weights trained. Prints header lines."""
     torch.manual_seed(config.seed)
-    what = "all weights, in fp32"
-    if config.adapter != "none":
+    what = f"{config.adapter}, r {config.r}, on {config.targets}"
+    if adapter:
+        dora.load_adapter(model, adapter, config.dropout)
+    elif config.adapter == "none":
+        what = "all weights, in fp32"
+    else:
         magnitude = config.adapter == "dora"
-        name = "DoRA" if magnitude else "LoRA"
-        what = f"{name}, r {config.r}, on {config.targets}"
-        if adapter:
-            dora.load_adapter(model, adapter, config.dropout)
-        else:
-            dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
+        dora.add_dora(model, config.r, config.alpha, config.dropout, config.targets, magnitude)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"          {total - trained:,} parameters frozen, {model.dtype} on {model.device}")

@@ -1,6 +1,5 @@
-"""--log-to: the metrics for TensorBoard or Weights & Biases."""
+"""--log-to: the metrics for TensorBoard or Weights & Biases, which are optional packages."""
 
-import importlib
 import secrets
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,23 +8,13 @@ from lib.config import BadInput, first_line
 from lib.files import write
 
 
-def import_tracker(name):
-    """The module behind --log-to; BadInput if it cannot be imported."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except ImportError:
-        raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
-
-
 def open_tracker(config, step):
-    """What sends the metrics: an object with log(row) and close().
-
-    A resumed run logs some steps again, from `step` on.
-    """
-    module = import_tracker(config.log_to)
+    """An object with log(row) and close(); a resumed run logs steps again, from `step` on."""
     path = Path(config.output) / config.log_to
     if config.log_to == "tensorboard":
-        writer = module.SummaryWriter(path, purge_step=step)  # drops later rows
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(path, purge_step=step)  # drops later rows
 
         def log(row):
             for name, value in row.items():
@@ -35,16 +24,14 @@ def open_tracker(config, step):
 
         return SimpleNamespace(log=log, close=writer.close)
 
+    import wandb
+
     if not (path / "id").is_file():
         write(path / "id", secrets.token_hex(4).encode())
     more = {"id": (path / "id").read_text(), "resume": "allow", "allow_val_change": True}
     try:
-        server = module.init(project="recode", dir=path.parent, config=vars(config), **more)
-    except module.Error as error:
+        server = wandb.init(project="recode", dir=path.parent, config=vars(config), **more)
+    except wandb.Error as error:
         raise BadInput(f"--log-to wandb: {first_line(error)}; or set WANDB_MODE=offline")
-
-    def log(row):
-        if row["step"] >= server.step:  # wandb keeps the first row of a step
-            server.log(row, step=row["step"])
-
-    return SimpleNamespace(log=log, close=server.finish)
+    server.define_metric("*", step_metric="step")  # a repeated step stays at its place
+    return SimpleNamespace(log=server.log, close=server.finish)
