@@ -28,7 +28,7 @@ LINUX_ONLY = ("sandbox", "fcntl", "ctypes", "resource")
 
 MAX_FILES = 11  # at the top level
 MAX_TOP_LINES = 2400  # in total at the top level
-MAX_LINES = 6316  # of all Python but EXCLUDED; the goal is 5800
+MAX_LINES = 6130  # of all Python but EXCLUDED; the goal is 5800
 MAX_FUNCTION = 40  # lines, docstring included
 MAX_COLUMNS = 100
 
