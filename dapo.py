@@ -126,7 +126,7 @@ def collect(model, tokenizer, tasks, position, config):
         lengths = [[len(ids) for ids in group.completions] for group in kept]
         excess = torch.tensor(lengths) - (config.max_new_tokens - config.overlong_cache)
         rewards -= excess.clamp(min=0) / config.overlong_cache  # eq. 2
-    A = advantages(rewards.view(-1, config.num_samples))  # eq. 3, also of no group
+    A = advantages(rewards) if kept else rewards.view(0, config.num_samples)  # eq. 3
     return rollout.make_batch(kept, A, model.device), metrics, sampled, position
 
 

@@ -118,7 +118,7 @@ def collect(model, tokenizer, tasks, position, config):
         tries += 1
     metrics = rollout.describe(sampled) | {"tries": tries, "groups": len(kept)}
     rewards = torch.tensor([group.rewards for group in kept])  # eq. 2, (groups, num_samples)
-    A = advantages(rewards.view(-1, config.num_samples))  # eq. 3, also of no group
+    A = advantages(rewards) if kept else rewards.view(0, config.num_samples)  # eq. 3
     return rollout.make_batch(kept, A, model.device), metrics, sampled, position
 
 

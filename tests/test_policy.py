@@ -1,6 +1,7 @@
 """The policy: DoRA against PEFT and its formula, sample() against generate, log-probabilities."""
 
 import copy
+import json
 import re
 from collections import Counter
 
@@ -137,21 +138,26 @@ def test_dora_formula_with_the_norm_held_constant():
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
 
 
+def merge(base, adapted, run):
+    """Export the adapter of a model as that of a run."""
+    dora.save_adapter(adapted, config(targets=ALL), run / "adapter")
+    (run / "config.json").write_text(json.dumps({"model": base}))
+    assert export.main([str(run), "--output", str(run / "merged")]) == 0
+
+
 def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
     """Stops an export that loads as another model, and a bf16 merge that hides its rounding."""
     for family, path in checkpoints.items():
         adapted = adapt(AutoModelForCausalLM.from_pretrained(path), targets=ALL)
-        dora.save_adapter(adapted, config(targets=ALL), tmp_path / family)
-        export.merge(path, tmp_path / family, tmp_path / f"{family}-merged")
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-merged")
+        merge(path, adapted, tmp_path / family)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / family / "merged")
         torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
         assert "loses 0.00%" in capsys.readouterr().out
     half = AutoModelForCausalLM.from_pretrained(checkpoints["qwen2"], dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
     adapted = adapt(half.float(), targets=ALL)
-    dora.save_adapter(adapted, config(targets=ALL), tmp_path / "adapter")
-    export.merge(str(tmp_path / "half"), tmp_path / "adapter", tmp_path / "half-merged")
+    merge(str(tmp_path / "half"), adapted, tmp_path / "run")
     printed = float(re.search(r"loses ([\d.]+)%", capsys.readouterr().out)[1])
     lost = wanted = 0.0
     for layer in dora.dora_layers(adapted).values():
@@ -161,7 +167,7 @@ def test_export_is_the_adapter_merged(checkpoints, tokenizer, tmp_path, capsys):
         wanted += (exact - layer.base.weight).square().sum().item()
     assert printed > 0 and printed == pytest.approx(100 * (lost / wanted) ** 0.5, abs=0.02)
     assert (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "half-merged", dtype="auto").dtype
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype="auto").dtype
         == torch.bfloat16
     )
 

@@ -71,7 +71,7 @@ def check_output(config):
     if name and not importlib.util.find_spec(name):
         raise BadInput(f"--log-to {name}: it is not installed; pip install {name}")
     if not config.resume:
-        used = path.is_file() or {file.name for file in path.glob("*")} - {"lock"}
+        used = os.path.isfile(path) or os.path.isdir(path) and set(os.listdir(path)) - {"lock"}
         if used and not config.dry_run:
             way_out = "--resume continues it, another --output starts a new run"
             raise BadInput(f"--output {path} is not empty; {way_out}")
