@@ -111,7 +111,7 @@ def check_clean(source):
     command = ["git", "--literal-pathspecs", "-C", folder, "status", "--porcelain", "--ignored"]
     try:
         done = subprocess.run([*command, "--", file], capture_output=True, errors="replace")
-        fault = done.stderr + done.stdout
+        fault = done.stderr if done.returncode else done.stdout  # git may warn of other things
     except OSError as error:  # no git
         fault = str(error)
     if fault:

@@ -1,6 +1,6 @@
 """What a training script needs before its first step, checked before anything slow.
 
-set_up() reads the tasks, loads the model, adds the adapter and claims the run directory.
+set_up() checks --output, reads the tasks, loads the model and adds the adapter.
 check_policy() refuses a model that recode.py would compute otherwise than transformers does.
 """
 
