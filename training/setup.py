@@ -89,8 +89,7 @@ def set_up(config):
     train, heldout = load_tasks(tokenizer, config)
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
-    more = f", over {base}" if adapter else ""
-    print(f"model     {config.model}{more}", flush=True)
+    print(f"model     {config.model}{f', over {base}' if adapter else ''}", flush=True)
     model = load_model(base, config.dtype)
     check_policy(model, tokenizer, base)
     check_context(model, [prompt for prompt, _ in train + heldout], config)
@@ -126,7 +125,8 @@ def load_tasks(tokenizer, config):
     tasks = data.encode_tasks(train, tokenizer, most)
     if heldout:
         heldout = data.encode_tasks(heldout, tokenizer, most)
-    print(f"          {len(train) - len(tasks):,} dropped: prompt over {most:,} tokens")
+    if len(tasks) < len(train):
+        print(f"          {len(train) - len(tasks):,} dropped: prompt over {most:,} tokens")
     source = f" of {config.heldout}" if heldout else "; --heldout sets some aside"
     print(f"tasks     {len(tasks):,} kept, {len(heldout):,} held out{source}")
     return tasks, heldout
