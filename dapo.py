@@ -59,7 +59,7 @@ class Config(lib.config.Settings):
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling and of the log-probabilities
     overlong_cache: int = 0  # eq. 2, L_cache, tokens before the limit that cost reward; 0 is off
-    correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
+    correctness: str = "es_star"  # the code's reward: es_star, gain, strict, em_star, es, em, none
     # objective
     clip_low: float = 0.2  # eq. 5, how far rho may fall below 1
     clip_high: float = 0.28  # eq. 5, how far rho may rise above 1

@@ -57,7 +57,7 @@ class Config(lib.config.Settings):
     num_samples: int = 8  # completions per prompt, the group size G
     max_new_tokens: int = 1024  # longer completions are cut
     temperature: float = 1.0  # of sampling and of the log-probabilities
-    correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
+    correctness: str = "es_star"  # the code's reward: es_star, gain, strict, em_star, es, em, none
     # objective
     clip_low: float = 0.2  # eq. 5, how far rho may fall below 1
     clip_high: float = 0.2  # eq. 5, how far rho may rise above 1

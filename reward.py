@@ -9,24 +9,21 @@
     EM*      3.5 EM - 1.5, or -2 without code that parses                                 (eq. 4)
     gain     1 - Levenshtein(a, b) / Levenshtein(c, b)  share of the requested edit made  (eq. 5)
     gain*    3.5 max(gain, 0) - 1.5; -2 for a copy of c, and without code that parses     (eq. 6)
+    strict*  gain*; where no change is asked for (b equals c) 2 for a copy of c, else -2  (eq. 7)
 
 a, b and c are the answer's code, the reference and the old code, all without comments and blank
 lines. ES* is the paper's correctness; ES, EM and EM* are its ablation. ES* gives a copy of the old
 code a high reward; gain* is ES* with the zero moved, so that a copy earns nothing. Where no change
-is asked for (b equals c), gain* is ES*. A completion is what the model wrote after the prompt's
-open "<think>", so it starts inside the think block.
+is asked for, gain* is ES*, and strict* penalises a needless edit as much as a needless copy. A
+completion is what the model wrote after the prompt's open "<think>", inside the think block.
 
 Exact match hardly sees whether a model follows the note, because most references hold more than the
 note says. So an answer is also graded by the names that it uses; no reward looks at this:
 
     needed   (words(b) - words(c)) & words(note)        the new names that the note gives
-    obeys    1 if the code parses and has every needed word, else 0; None if none is      (eq. 7)
+    obeys    1 if the code parses and has every needed word, else 0; None if none is      (eq. 8)
 
-A reward of your own is a function of an answer's Grade and of the whole example:
-
-    CORRECTNESS["fresh"] = lambda grade, example: -2.0 if grade.stale else grade.es_star
-
-docs/deviations.md lists what differs from the released code, with a test for each point.
+A reward of your own is a function of a Grade and the whole example, with a name in CORRECTNESS.
 """
 
 import ast
@@ -227,7 +224,7 @@ def grade(completion, example):
     em = float(answer == reference)
     stale = float(answer == old and old != reference)
     valid = parses(code)
-    obeys = float(valid and wanted <= words(answer)) if wanted else None  # eq. 7
+    obeys = float(valid and wanted <= words(answer)) if wanted else None  # eq. 8
     return Grade(completion, form, code, valid, es, em, stale, obeys)
 
 
@@ -244,10 +241,18 @@ def gain_star(grade, example):
     return 3.5 * max(gain, 0.0) - 1.5  # eq. 6
 
 
+def strict_star(grade, example):
+    """gain_star(), but where no change is asked for, all but the old code earns -2."""
+    if strip_comments(example.old_code) != strip_comments(example.new_code):
+        return gain_star(grade, example)
+    return 2.0 if grade.em else -2.0  # eq. 7
+
+
 CORRECTNESS = {  # name -> function of a Grade and the whole example
     "es_star": lambda grade, example: grade.es_star,
     "em_star": lambda grade, example: grade.em_star,
     "gain": gain_star,
+    "strict": strict_star,
     "es": lambda grade, example: grade.es,
     "em": lambda grade, example: grade.em,
     "none": lambda grade, example: 0.0,  # rewards the format alone

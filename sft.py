@@ -50,7 +50,7 @@ class Config(lib.config.Settings):
     prompts_per_step: int = 1  # eq. 1, P, references per step
     max_new_tokens: int = 1024  # longer held-out answers are cut; references never are
     temperature: float = 1.0  # of sampling and of the log-probabilities
-    correctness: str = "es_star"  # second half of the reward: es_star, gain, em_star, es, em, none
+    correctness: str = "es_star"  # the code's reward: es_star, gain, strict, em_star, es, em, none
     # objective
     updates: int = 1  # eq. 9, U, optimizer steps per draw, each on its part of the references
     lr: float = 5e-5  # peak learning rate of AdamW, cosine to 0

@@ -193,13 +193,14 @@ def test_values_by_hand(completion, es, em, es_star, em_star, form):
     """A slip in eq. 1 to 4, or a rate that pays for code that does not parse."""
     correctness = {"es": es, "em": em, "es_star": es_star, "em_star": em_star, "none": 0}
     correctness["gain"] = -2 if es == 5 / 6 else em_star  # a copy; the edit is one character
+    correctness["strict"] = correctness["gain"]
     assert correctness.keys() == reward.CORRECTNESS.keys()
     for name, value in correctness.items():
         example = data.Example("lib", "2", "", "note", "x = 1", "x = 12")
         graded = reward.grade(completion, example)
         assert reward.CORRECTNESS[name](graded, example) == pytest.approx(value, abs=1e-12)
         assert reward.total(graded, example, name) == pytest.approx(form + value, abs=1e-12)
-        if name != "gain":  # without old code its edit is the whole reference
+        if name not in ("gain", "strict"):  # without old code its edit is the whole reference
             score = reward.score(completion, "x = 12", name)
             assert score == pytest.approx(form + value, abs=1e-12)
     assert reward.score(completion, "x = 12") == pytest.approx(form + es_star, abs=1e-12)
@@ -255,6 +256,19 @@ def test_gain_where_no_change_is_asked_for():
         graded = reward.grade(answer(code), same)
         assert reward.total(graded, same, "gain") == reward.total(graded, same, "es_star")
     assert reward.total(reward.grade("no code", same), same, "gain") == -3.0
+
+
+def test_strict_where_no_change_is_asked_for():
+    """Stops a needless edit from earning more than a needless copy, or strict from being lenient
+    with a copy where a change is asked for.
+    """
+    same = SimpleNamespace(old_code="f(x)", new_code="f(x)  # as before")
+    for code, expected in (("f(x)", 3.0), ("f(x)  # why not", 3.0), ("f(y)", -1.0), ("f(", -1.0)):
+        assert reward.total(reward.grade(answer(code), same), same, "strict") == expected
+    update = SimpleNamespace(old_code="f(x)", new_code="g(x)")
+    for code in ("f(x)", "g(x)", "g(y)", "f("):
+        graded = reward.grade(answer(code), update)
+        assert reward.total(graded, update, "strict") == reward.total(graded, update, "gain")
 
 
 @pytest.mark.parametrize(
