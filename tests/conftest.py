@@ -32,6 +32,7 @@ TWINS = [  # where the three share the code under test
     pytest.param(sft, id="sft", marks=pytest.mark.slow),
 ]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+ONE_FAMILY = ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "llama"))]
 
 
 def random_model(family, vocab_size=97, **overrides):

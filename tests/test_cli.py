@@ -103,6 +103,7 @@ def metrics(directory):
     ]
 
 
+@pytest.mark.slow
 def test_error_as_a_program(script, settings):
     """A traceback, or a success in the exit status, for a mistake of the user."""
     argv = flags(settings | {"data": "none.jsonl"})
@@ -330,7 +331,10 @@ def test_checkpoint_defaults(script, checkpoint, settings):
     assert expected.items() <= config.items() and len(metrics(settings["output"])) == 1
 
 
-@pytest.mark.parametrize("when", [1, 2, 3, 5, 6, 8, "while logging"])
+LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (2, 3, 5, 6, 8)]
+
+
+@pytest.mark.parametrize("when", [1, "while logging", *LATER])
 def test_full_disk(script, settings, monkeypatch, when):
     """A disk that fills up takes the last checkpoint with it, or leaves half a file that --resume
     chokes on.
@@ -429,6 +433,7 @@ def test_overflowed_weights(script, checkpoint, settings, monkeypatch):
     assert [row["skipped"] for row in metrics(settings["output"])] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_interrupt_and_resume(script, settings):
     """Ctrl-C throws the work away, or --resume leaves a gap or a repeat in the log."""
     settings |= {"steps": 100_000, "show_every": 100_000, "save_every": 100_000}

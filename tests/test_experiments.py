@@ -49,6 +49,7 @@ def rows(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_control_is_rewarded_at_random_and_measured_truly(tmp_path, monkeypatch, evaluated):
     """Stops a control that sees the real reward, or whose metrics are as random as its rewards."""
     path = tmp_path / "random"
@@ -78,6 +79,7 @@ def test_a_run_goes_on(tmp_path, evaluated):
     assert layer.lora_B.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch, evaluated):
     """Stops a suite that fails forever once a run was killed before its first checkpoint."""
     path = tmp_path / "sft-lr-3e-3-1"

@@ -142,7 +142,7 @@ def leavings(path):
     return rows, torch.load(path / "checkpoint" / "state.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("adapter", ["dora", "none"])
+@pytest.mark.parametrize("adapter", ["dora", pytest.param("none", marks=pytest.mark.slow)])
 def test_resume_in_bf16(train, tmp_path, adapter, monkeypatch, capsys):
     """Stops a resume in bf16 that differs in one bit, trained weights in bf16, and another dtype.
     """

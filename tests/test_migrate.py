@@ -574,6 +574,7 @@ def test_code_that_tokenize_refuses(program, capsys):
     assert "no answer is usable: 8 refused" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_head(tmp_path):
     """Stops a traceback where the reader of the output has seen enough: `... | head`."""
     (tmp_path / "old.py").write_text("x = 1\n")
@@ -935,6 +936,7 @@ def test_an_adapter_of_another_model(trained, checkpoints):
         loading.load_policy(checkpoints["qwen2"], str(path / "adapter"))
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path, monkeypatch, capsys):
     """Stops a first try without --model that does not say who answers, or a traceback."""
     row = json.loads((ROOT / "tiny" / "heldout.jsonl").read_text().splitlines()[3])

@@ -179,6 +179,7 @@ def test_a_page_takes_a_hundredth_of_the_time(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------- what is in the file
 
 
+@pytest.mark.slow
 def test_a_long_run_has_a_small_page(tmp_path):
     """Stops a page that a browser cannot open, and one that loses the first or last step."""
     tokens = [["name_of ", -1.2345, -1.2044]] * 70

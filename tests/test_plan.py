@@ -224,7 +224,8 @@ def test_activations_are_kept_where_they_fit(
     assert seen[-1].is_activation_checkpointing is not little
 
 
-@pytest.mark.parametrize("prompts", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [1, 3])
 def test_sampling_memory_matches_the_tensors_alive(prompts):
     """Stops a formula that counts a prompt's KV cache once per group, or omits a copy of it."""
     model = model_of(8)

@@ -20,7 +20,7 @@ from lib import parallel
 from lib import speed
 import recode
 import rollout
-from conftest import FAMILIES
+from conftest import FAMILIES, ONE_FAMILY
 from tools import export
 
 FEW = "q_proj,v_proj"
@@ -237,7 +237,7 @@ def test_new_or_disabled_adapter_equals_the_base_model(family, dtype):
 # ------------------------------------------------------------------------- sample
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_FAMILY)
 def test_greedy_equals_generate(family):
     """Stops wrong positions, masks or cache slots in ragged batches, and a missed EOS."""
     model, T = adapt(random_model(family), targets=ALL), 24
@@ -500,7 +500,7 @@ def each_pass(model, batch, micro_tokens):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_FAMILY)
 def test_a_shared_prompt_changes_nothing(family, checkpointed):
     """Stops a gradient that is lost or counted twice on its way through the prompt's KV cache, and
     passes that are over the budget or more padding than tokens.

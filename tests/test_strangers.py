@@ -492,6 +492,7 @@ def test_closed_streams(closed, monkeypatch, capsys):
         assert err.startswith("" if "stderr" in closed else "b\n")
 
 
+@pytest.mark.slow
 def test_all_streams_are_closed():
     """Stops a traceback or another exit status where a job starts a program without any stream."""
     code = "import sys; sys.path.insert(0, '.'); from lib import parallel; "
