@@ -312,7 +312,7 @@ def completion_logps(model, prompt, part, temperature):
     head = model.get_output_embeddings()
     temperature = temperature / logit_scale(model)
     budget = MAX_LOGITS_GPU if parallel.CUDA else MAX_LOGITS
-    parts = max(1, len(hidden) * head.weight.shape[0] // budget)
+    parts = 1 + len(hidden) * head.weight.shape[0] // budget  # so no chunk exceeds it
     chunks = []
     for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True):
         if head.weight.requires_grad:
