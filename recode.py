@@ -312,9 +312,9 @@ def completion_logps(model, prompt, part, temperature):
     head = model.get_output_embeddings()
     temperature = temperature / logit_scale(model)
     budget = MAX_LOGITS_GPU if parallel.CUDA else MAX_LOGITS
-    parts = 1 + len(hidden) * head.weight.shape[0] // budget  # so no chunk exceeds it
+    rows = max(1, budget // head.weight.shape[0])  # per chunk
     chunks = []
-    for h, y in zip(hidden.tensor_split(parts), tokens[mask].tensor_split(parts), strict=True):
+    for h, y in zip(hidden.split(rows), tokens[mask].split(rows), strict=True):
         if head.weight.requires_grad:
             recompute = {"use_reentrant": False, "preserve_rng_state": False}
             chunks.append(checkpoint(target_logps, h, y, head, temperature, **recompute))
