@@ -27,6 +27,7 @@ import tasks.answers
 from tools import check_data
 from conftest import ROOT, ROWS, SHARED, fault_in_real_md
 from data import Example
+from lib import parallel
 from lib.config import BadInput
 
 REAL = SHARED / "data" / "recode-train-data.jsonl"
@@ -580,12 +581,21 @@ def test_own_data_set_shows_prompts(rows, write_rows, capsys):
     assert sum("usable row " in line for line in look(capsys, write_rows(rows[:1]))) == 1
 
 
-def test_own_data_set_without_a_usable_row(write_rows, rows):
-    """Stops a report or a traceback that hides that nothing is usable."""
-    message = refusal(check_data.main, [write_rows([rows[0] | {"old_code": ""}])])
-    assert message.startswith("data: no usable row") and message.endswith("data.jsonl, line 1")
-    assert "1 no update note or no code, e.g. " in message
-    assert "line 1: not JSON" in refusal(check_data.main, [write_rows(["{"])])
+def test_own_data_set_as_a_program(write_rows, rows, monkeypatch, capsys):
+    """Stops an exit status or a traceback that hides that nothing is usable."""
+
+    def printed(content):
+        monkeypatch.setattr(sys, "argv", ["check_data.py", write_rows(content)])
+        with pytest.raises(SystemExit) as stop:
+            parallel.run_main(check_data.main)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        return err
+
+    err = printed([rows[0] | {"old_code": ""}])
+    assert err.startswith("error: data: no usable row") and err.endswith("data.jsonl, line 1\n")
+    assert "1 no update note or no code, e.g. " in err
+    assert "line 1: not JSON" in printed(["{"])
 
 
 def test_own_data_set_is_split(write_rows, rows, tmp_path, capsys):
