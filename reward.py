@@ -15,7 +15,7 @@ a, b and c are the answer's code, the reference and the old code, all without co
 lines. ES* is the paper's correctness; ES, EM and EM* are its ablation. ES* gives a copy of the old
 code a high reward; gain* is ES* with the zero moved, so that a copy earns nothing. Where no change
 is asked for, gain* is ES*, and strict* penalises a needless edit as much as a needless copy. A
-completion is what the model wrote after the prompt's open "<think>", inside the think block.
+completion follows the prompt's open "<think>", so it starts inside the think block.
 
 Exact match hardly sees whether a model follows the note, because most references hold more than the
 note says. So an answer is also graded by the names that it uses; no reward looks at this:

@@ -130,7 +130,7 @@ class Batch:
 
 
 def make_batch(groups, advantages, device):
-    """The Batch of all completions of Groups; each keeps its row of advantages (groups, n)."""
+    """The Batch of some Groups, which keep their rows of advantages (groups, num_samples)."""
     for group, row in zip(groups, advantages.tolist(), strict=True):
         group.advantages = row
     rows = [torch.tensor(ids) for group in groups for ids in group.completions]
@@ -180,7 +180,7 @@ def batch_logps(model, batch, config):
 
 
 def summarize(groups):
-    """Means over all answers, in [0, 1] but for reward; obeys is None where no note names any."""
+    """Means over all answers, in [0, 1] but for reward; obeys is None if no note names a word."""
     grades = [grade for group in groups for grade in group.grades]
     obeys = [grade.obeys for grade in grades if grade.obeys is not None]
     metrics = {"format": mean(grade.format > 0 for grade in grades)}

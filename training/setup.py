@@ -89,7 +89,8 @@ def set_up(config):
     train, heldout = load_tasks(tokenizer, config)
     if tokenizer.chat_template is None:
         print("warning   the tokenizer has no chat template; prompts are plain text")
-    print(f"model     {config.model}{f', over {base}' if adapter else ''}", flush=True)
+    more = f", over {base}" if adapter else ""
+    print(f"model     {config.model}{more}", flush=True)
     model = load_model(base, config.dtype)
     check_policy(model, tokenizer, base)
     check_context(model, [prompt for prompt, _ in train + heldout], config)
